@@ -1,0 +1,30 @@
+# Two commands set everything up on a machine with Python and make: `make distill` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: distill test lint types tests install clean
+
+distill: install
+	$(BIN)/accelerate launch train/distill.py
+
+test: lint types tests
+
+lint: install
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+tests: install
+	$(BIN)/pytest -n auto
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

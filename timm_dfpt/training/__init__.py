@@ -1,0 +1,1 @@
+"""Training: what the scripts in `train/` share."""
