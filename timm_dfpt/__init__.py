@@ -1,0 +1,21 @@
+"""timm_dfpt: dual-forward path teacher knowledge distillation for any timm backbone.
+
+    teacher = timm_dfpt.wrap(timm.create_model('resnet50', pretrained=True))
+
+DFPT-KD and DFPT-KD+ (arXiv 2506.18244) give a frozen teacher a second, prompt-based forward path that is trained
+together with the student.
+"""
+from .blocks import PromptConfig
+from .stages import find_stages
+from .teacher import DualForwardOutput, DualForwardPathTeacher
+from .version import __version__
+from .wrapping import wrap
+
+__all__ = [
+    'DualForwardOutput',
+    'DualForwardPathTeacher',
+    'PromptConfig',
+    '__version__',
+    'find_stages',
+    'wrap',
+]
