@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .processes import Client
+from .server import Hub
+
+
+@pytest.fixture(scope='session')
+def server() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture()
+def hub(server: Hub) -> Hub:
+    """The Hub on 127.0.0.1, empty."""
+    server.reset()
+    return server
+
+
+@pytest.fixture()
+def client(hub: Hub, tmp_path: Path) -> Client:
+    """A machine of user `alice` with an empty cache."""
+    return Client(hub.endpoint, tmp_path / 'alice')
