@@ -122,7 +122,7 @@ class PartialConv(nn.Module):
         """Convolve the first channels of `x` `[B, C, H, W]` and return `[B, C, H, W]`."""
         if not self.split[1]:
             return self.conv(x)
-        convolved, passed = torch.split(x, self.split, dim=1)
+        convolved, passed = torch.split(x, list(self.split), dim=1)
         return torch.cat([self.conv(convolved), passed], dim=1)
 
 
@@ -153,8 +153,7 @@ class PromptBlock(nn.Module):
         self.norm2 = _create_norm(config.norm_layer, inner)
         self.act2 = create_act_layer(config.act_layer)
         self.expand = nn.Conv2d(inner, channels, 1)
-        nn.init.zeros_(self.expand.weight)
-        nn.init.zeros_(self.expand.bias)
+        _zero(self.expand)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map features `[B, C, H, W]` to what is added to them, `[B, C, H, W]`."""
@@ -185,8 +184,7 @@ class FusionBlock(nn.Module):
     def __init__(self, channels: int, depthwise: bool = False) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 1, groups=channels if depthwise else 1)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        _zero(self.conv)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map features `[B, C, H, W]` to `[B, C, H, W]`."""
@@ -198,6 +196,11 @@ def create_fusion(channels: int, config: PromptConfig) -> nn.Module:
     if config.fusion == 'none':
         return nn.Identity()
     return FusionBlock(channels, depthwise=config.fusion == 'depthwise')
+
+
+def _zero(conv: nn.Conv2d) -> None:
+    for param in conv.parameters():
+        nn.init.zeros_(param)
 
 
 def _create_norm(name: str, channels: int) -> nn.Module:

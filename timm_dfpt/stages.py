@@ -136,7 +136,7 @@ def _leaf_of_container(model: nn.Module, name: str) -> str:
     timm's `checkpoint_seq` runs the children of an `nn.Sequential` one by one and so bypasses a hook on the container;
     an `nn.ModuleList` is never called at all.
     """
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     while type(module) in (nn.Sequential, nn.ModuleList) and len(module):
         child = list(module._modules)[-1]
         name, module = f'{name}.{child}', module.get_submodule(child)
@@ -171,9 +171,9 @@ def _smallest_input_size(model: nn.Module) -> tuple[int, int, int]:
         return (in_chans, *cfg['input_size'][1:])
     if cfg.get('min_input_size'):
         return (in_chans, *cfg['min_input_size'][1:])
-    largest = cfg['input_size'][1:] if cfg.get('input_size') else (_CALIBRATION_SIZES[-1],) * 2
+    height, width = cfg['input_size'][1:] if cfg.get('input_size') else (_CALIBRATION_SIZES[-1],) * 2
     smallest = _CALIBRATION_SIZES[0]
-    return (in_chans, *(min(smallest, side) for side in largest))
+    return in_chans, min(smallest, height), min(smallest, width)
 
 
 def _calibrate(model: nn.Module, taps: list[_Tap], x: torch.Tensor) -> list[Stage]:
@@ -202,7 +202,7 @@ def _calibrate(model: nn.Module, taps: list[_Tap], x: torch.Tensor) -> list[Stag
             f'The stages {names} of {type(model).__name__} must each run once a forward and in this order, but '
             f'{order or "none of them"} ran. Name other modules, in the order in which they run: stages=[...].'
         )
-    return [_stage_of(model, tap, outputs[tap.module], tuple(x.shape[-2:])) for tap in taps]
+    return [_stage_of(model, tap, outputs[tap.module], (x.shape[-2], x.shape[-1])) for tap in taps]
 
 
 def _stage_of(model: nn.Module, tap: _Tap, output: Any, image_size: tuple[int, int]) -> Stage:

@@ -195,7 +195,7 @@ class PromptPath(nn.Module):
         return (
             f'The prompt blocks of {type(self.model).__name__} must each run once a forward, but ran as often as '
             f'{wrong} says. Something calls these modules in another way than when the model was wrapped, as '
-            'gradient checkpointing over the children of a container does; wrap with other module names in stages=[...].'
+            'gradient checkpointing over the children of a container does; wrap with other module names: stages=[...].'
         )
 
 
@@ -325,7 +325,8 @@ class DualForwardPathTeacher(nn.Module):
         Raises:
             AssertionError: The architecture does not support it.
         """
-        self.prompt_path.model.set_grad_checkpointing(enable)
+        model: Any = self.prompt_path.model
+        model.set_grad_checkpointing(enable)
         self.grad_checkpointing = enable
 
     def stop_sharing_prefix(self) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,12 +85,13 @@ def wrap(
             'Use PromptConfig(after_last=True) or name more stages in stages=[...].'
         )
     x = calibration_input(model, input_size)
-    options = {'variant': variant, 'head': heads, 'num_classes': num_classes, 'train_bn': train_bn}
     prefix = []
     with evaluating(model):
         if variant == 'dfpt':
             prefix = plan_prefix(model, open_stages[0].module, x)
-    path = PromptPath(model, open_stages, prompt, **options)
+    path = PromptPath(
+        model, open_stages, prompt, variant=variant, head=heads, num_classes=num_classes, train_bn=train_bn
+    )
     teacher = DualForwardPathTeacher(model, path, prefix)
     _verify(teacher, x, num_classes is None)
     return teacher
@@ -103,8 +105,9 @@ def _head_names(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str
             'Create it with its classes, e.g. timm.create_model(name, pretrained=True, num_classes=1000).'
         )
     names = head if head is not None else (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
-    if names is None and hasattr(model, 'get_classifier'):
-        classifier = model.get_classifier()
+    get_classifier: Any = getattr(model, 'get_classifier', None)
+    if names is None and get_classifier is not None:
+        classifier = get_classifier()
         names = next((name for name, module in model.named_modules() if module is classifier), None)
     if not names:
         raise ValueError(f'{kind} does not say which module is its classifier; name it, e.g. head="fc".')
