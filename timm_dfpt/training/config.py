@@ -1,0 +1,386 @@
+"""The options of a training run: one dataclass that is the command line, the recipe file and the saved record."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ['METHODS', 'TrainConfig', 'load_recipe', 'parse_config', 'save_config']
+
+METHODS = ('supervised', 'kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm', 'ctkd', 'dfpt', 'dfpt+')
+_PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path')
+_LOCAL_PREFIX = 'local-dir:'
+
+
+def _opt(default: Any, help: str, group: str, **extra: Any) -> Any:
+    metadata = {'help': help, 'group': group, **extra}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Every option of `train/distill.py`, named as in timm's `train.py` where timm has the thing.
+
+    Raises:
+        ValueError: A value is out of range or contradicts another; the message names the option and the remedy.
+    """
+
+    # --- method
+    method: str = _opt('dfpt', 'what the student is trained with', 'method', choices=METHODS)
+    temperature: float = _opt(4.0, 'softmax temperature T of every distillation term', 'method')
+    kd_loss: str = _opt(
+        'kd', 'distillation loss of the four terms of dfpt and dfpt+', 'method',
+        choices=('kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm'),
+    )  # fmt: skip
+    task_loss_weight: float = _opt(1.0, 'weight of the labels in a plain distillation method', 'method')
+    distill_loss_weight: float = _opt(2.0, 'weight of the teacher in a plain distillation method (c + d)', 'method')
+    student_task_weight: float = _opt(1.0, 'dfpt: weight of the labels for the student', 'method')
+    prompt_task_weight: float = _opt(1.0, 'dfpt: weight of the labels for the prompt path', 'method')
+    prompt_teacher_weight: float = _opt(1.0, 'dfpt: a, what the prompt path learns from the teacher', 'method')
+    prompt_student_weight: float = _opt(0.25, 'dfpt: b, what the prompt path learns from the student', 'method')
+    student_teacher_weight: float = _opt(1.0, 'dfpt: c, what the student learns from the teacher', 'method')
+    student_prompt_weight: float = _opt(1.0, 'dfpt: d, what the student learns from the prompt path', 'method')
+    # --- models
+    teacher: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the teacher', 'models')
+    teacher_checkpoint: str | None = _opt(None, 'safetensors file with weights for --teacher', 'models')
+    teacher_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the teacher architecture', 'models')
+    teacher_dtype: str = _opt('float32', 'dtype of the frozen weights', 'models', choices=('float32', 'bfloat16'))
+    student: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the student', 'models')
+    student_pretrained: bool = _opt(False, 'start the student from its pretrained weights', 'models')
+    student_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the student architecture', 'models')
+    drop: float = _opt(0.0, 'dropout rate of the student', 'models')
+    drop_path: float | None = _opt(None, 'stochastic depth rate of the student (default: its own)', 'models')
+    # --- prompt path
+    prompt_path: str | None = _opt(None, 'start from a published prompt path: Hub id or folder', 'prompt path')
+    freeze_prompt_path: bool = _opt(False, 'use --prompt-path as it is instead of tuning it on', 'prompt path')
+    prompt_stages: list[str] = _opt([], 'number of stages, or the modules that end one', 'prompt path')
+    prompt_reduction: float = _opt(2.0, 'r1: blocks work on channels / r1', 'prompt path')
+    prompt_partial_ratio: float = _opt(0.5, 'r2: share of channels a partial convolution convolves', 'prompt path')
+    prompt_kernel_sizes: list[int] = _opt([1, 3, 5], 'kernel sizes of the partial convolutions', 'prompt path')
+    prompt_arrangement: str = _opt('parallel', 'scales side by side or in a row', 'prompt path')
+    prompt_norm: str = _opt('batch', 'norm layer of the blocks: batch, layer or none', 'prompt path')
+    prompt_act: str = _opt('relu', 'activation of the blocks', 'prompt path')
+    prompt_fusion: str = _opt('conv', 'fusion: conv (1x1, paper), depthwise or none', 'prompt path')
+    prompt_block: bool = _opt(True, 'have prompt blocks at all', 'prompt path')
+    prompt_head: bool = _opt(True, 'give the prompt path a trainable head of its own', 'prompt path')
+    prompt_after_last: bool = _opt(False, 'also put a block after the last stage', 'prompt path')
+    prompt_train_bn: bool = _opt(False, 'dfpt+: batch statistics in the backbone copy', 'prompt path')
+    prompt_opt: str = _opt('adamw', 'optimizer of the prompt path', 'prompt path')
+    prompt_lr: float = _opt(1e-3, 'learning rate of the prompt path', 'prompt path')
+    prompt_weight_decay: float = _opt(0.01, 'weight decay of the prompt path', 'prompt path')
+    prompt_backbone_lr_scale: float = _opt(0.3, 'dfpt+: learning rate of the backbone copy, x prompt_lr', 'prompt path')
+    # --- data
+    dataset: str | None = _opt(None, 'Hub id, folder of class folders, or parquet', 'data')
+    dataset_config: str | None = _opt(None, 'configuration name of the data set', 'data')
+    dataset_revision: str | None = _opt(None, 'revision of the data set on the Hub', 'data')
+    train_split: str | None = _opt(None, 'name of the training split (found if not given)', 'data')
+    val_split: str | None = _opt(None, 'name of the validation split (found if not given)', 'data')
+    test_split: str | None = _opt(None, 'name of the test split (found if not given)', 'data')
+    input_key: str | None = _opt(None, 'image column (found if not given)', 'data')
+    target_key: str | None = _opt(None, 'label column (found if not given)', 'data')
+    val_fraction: float = _opt(0.1, 'share of the training data to validate on when there is no such split', 'data')
+    input_size: list[int] = _opt([], 'C H W of the images (default: of the student)', 'data')
+    mean: list[float] = _opt([], 'mean of the images a channel (default: of the student)', 'data')
+    std: list[float] = _opt([], 'standard deviation of the images a channel (default: of the student)', 'data')
+    interpolation: str = _opt('', 'resize interpolation (default: of the student)', 'data')
+    crop_pct: float | None = _opt(None, 'share of the image that is evaluated (default: of the student)', 'data')
+    batch_size: int = _opt(128, 'images a step, over all processes', 'data')
+    validation_batch_size: int | None = _opt(None, 'images an evaluation step (default: batch_size)', 'data')
+    workers: int = _opt(0, 'loader processes', 'data')
+    cache_images: str = _opt('auto', 'decode a small data set once into memory', 'data', choices=('auto', 'on', 'off'))
+    on_bad_image: str = _opt('stop', 'what to do with an unreadable image', 'data', choices=('stop', 'skip'))
+    # --- augmentation
+    no_aug: bool = _opt(False, 'no augmentation', 'augmentation')
+    train_crop_mode: str | None = _opt(None, 'timm training crop: rrc, rkrc or rkrr', 'augmentation')
+    crop_padding: int = _opt(0, 'pad by so many pixels and crop back, as on CIFAR (instead of rrc)', 'augmentation')
+    scale: list[float] = _opt([0.08, 1.0], 'random resize scale', 'augmentation')
+    ratio: list[float] = _opt([0.75, 4 / 3], 'random resize aspect ratio', 'augmentation')
+    hflip: float = _opt(0.5, 'horizontal flip probability', 'augmentation')
+    vflip: float = _opt(0.0, 'vertical flip probability', 'augmentation')
+    color_jitter: float | None = _opt(None, 'colour jitter factor', 'augmentation')
+    aa: str | None = _opt(None, "AutoAugment policy, such as 'rand-m9-mstd0.5'", 'augmentation')
+    reprob: float = _opt(0.0, 'random erase probability', 'augmentation')
+    mixup: float = _opt(0.0, 'mixup alpha, on when > 0', 'augmentation')
+    cutmix: float = _opt(0.0, 'cutmix alpha, on when > 0', 'augmentation')
+    mixup_prob: float = _opt(1.0, 'probability of mixup or cutmix a batch', 'augmentation')
+    smoothing: float = _opt(0.0, 'label smoothing', 'augmentation')
+    # --- optimisation
+    epochs: int = _opt(240, 'passes over the training data', 'optimisation')
+    opt: str = _opt('sgd', 'optimizer of the student', 'optimisation')
+    lr: float = _opt(0.05, 'learning rate of the student', 'optimisation')
+    momentum: float = _opt(0.9, 'momentum of the student', 'optimisation')
+    weight_decay: float = _opt(5e-4, 'weight decay of the student', 'optimisation')
+    clip_grad: float | None = _opt(None, 'clip the gradient norm of each optimizer', 'optimisation')
+    grad_accum_steps: int = _opt(1, 'steps whose gradients are added up before an update', 'optimisation')
+    sched: str = _opt('cosine', 'learning rate schedule (timm)', 'optimisation')
+    warmup_epochs: int = _opt(0, 'epochs of linear warm-up', 'optimisation')
+    warmup_lr: float = _opt(1e-5, 'learning rate at the start of the warm-up', 'optimisation')
+    min_lr: float = _opt(0.0, 'learning rate at the end', 'optimisation')
+    decay_milestones: list[int] = _opt([150, 180, 210], 'epochs at which sched=multistep decays', 'optimisation')
+    decay_rate: float = _opt(0.1, 'factor of a decay', 'optimisation')
+    model_ema: bool = _opt(False, 'keep an exponential moving average of the student, and publish it', 'optimisation')
+    model_ema_decay: float = _opt(0.9998, 'decay of that average', 'optimisation')
+    # --- run
+    seed: int = _opt(42, 'random seed', 'run')
+    output: str | None = _opt(None, 'run folder (default: output/<data set>-<student>-<method>-s<seed>)', 'run')
+    resume: bool = _opt(False, 'continue the run in --output from its last checkpoint', 'run')
+    checkpoint_steps: int = _opt(0, 'also checkpoint every so many updates (0: every epoch)', 'run')
+    checkpoint_hist: int = _opt(2, 'checkpoints to keep', 'run')
+    log_interval: int = _opt(50, 'steps between two looks at the loss', 'run')
+    on_nonfinite: str = _opt('stop', 'what to do when a loss is NaN or Inf', 'run', choices=('stop', 'skip'))
+    log_with: str | None = _opt(None, 'tracker of accelerate', 'run', choices=('tensorboard', 'wandb', 'trackio'))
+    mixed_precision: str = _opt('no', 'autocast', 'run', choices=('no', 'bf16', 'fp16'))
+    channels_last: bool = _opt(False, 'channels_last memory format', 'run')
+    compile: bool = _opt(False, 'torch.compile student and both paths', 'run')
+    cpu: bool = _opt(False, 'train on the CPU even where there is a GPU', 'run')
+    # --- publishing
+    push_to_hub: str | None = _opt(None, 'publish the student under user/name at the end', 'publishing')
+    push_prompt_path: str | None = _opt(None, 'publish the prompt path under user/name at the end', 'publishing')
+    private: bool = _opt(False, 'publish privately', 'publishing')
+    license: str | None = _opt(None, 'licence of what is published', 'publishing')
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _checked(field, getattr(self, field.name))
+            setattr(self, field.name, value)
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        def check(name: str, fits: bool, allowed: str) -> None:
+            if not fits:
+                raise ValueError(f'{name} must be {allowed}, got {getattr(self, name)!r}.')
+
+        for name in ('temperature', 'prompt_lr', 'lr'):
+            check(name, getattr(self, name) > 0, 'greater than 0')
+        for name in ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'checkpoint_hist'):
+            check(name, getattr(self, name) >= 1, 'at least 1')
+        for field in dataclasses.fields(self):
+            if field.name.endswith(('_weight', '_decay')) or field.name in ('momentum', 'warmup_epochs', 'workers'):
+                check(field.name, getattr(self, field.name) >= 0, '0 or greater')
+        for name in ('hflip', 'vflip', 'reprob', 'smoothing', 'mixup_prob', 'drop', 'model_ema_decay'):
+            check(name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
+        check('val_fraction', 0 < self.val_fraction < 1, 'between 0 and 1, both excluded')
+        check('smoothing', self.smoothing < 1, 'less than 1')
+        check('mixup', self.mixup >= 0, '0 or greater')
+        check('cutmix', self.cutmix >= 0, '0 or greater')
+        check('crop_padding', self.crop_padding >= 0, '0 or greater')
+        check('checkpoint_steps', self.checkpoint_steps >= 0, '0 or greater')
+        check('seed', 0 <= self.seed < 2**31, 'between 0 and 2^31 - 1')
+        check('clip_grad', self.clip_grad is None or self.clip_grad > 0, 'greater than 0')
+        sized = len(self.input_size) in (0, 3) and all(side > 0 for side in self.input_size)
+        check('input_size', sized, 'C H W, e.g. 3 224 224')
+
+    def _check_combinations(self) -> None:
+        if self.student is None:
+            raise ValueError('student is not given: name a timm model, e.g. --student resnet18.')
+        if self.dataset is None:
+            raise ValueError('dataset is not given: name a Hub id, a folder of class folders or parquet.')
+        if self.method == 'supervised':
+            if self.teacher is not None:
+                raise ValueError('method=supervised trains without a teacher: leave --teacher out, or choose a method.')
+        elif self.teacher is None and self.prompt_path is None:
+            raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
+        dual = self.method in ('dfpt', 'dfpt+')
+        if not dual and (self.prompt_path or self.push_prompt_path or self.freeze_prompt_path):
+            raise ValueError(f'prompt_path options need method dfpt or dfpt+, got method={self.method}.')
+        if self.freeze_prompt_path and not self.prompt_path:
+            raise ValueError('freeze_prompt_path needs a tuned one to start from: name it with --prompt-path.')
+        if (self.mixup or self.cutmix) and 'dkd' in (self.method, self.kd_loss if dual else None):
+            raise ValueError('dkd needs class indices and cannot be used with mixup or cutmix: set both to 0.')
+        if self.train_crop_mode and self.crop_padding:
+            raise ValueError('train_crop_mode and crop_padding contradict each other: give one of them.')
+
+
+_HINTS = typing.get_type_hints(TrainConfig)
+
+
+def _options(field: dataclasses.Field[Any]) -> tuple[tuple[type, ...], type | None]:
+    """Return the types a field may have, and the type of its items if it is a list."""
+    hint = _HINTS[field.name]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return tuple(typing.get_args(hint)), None
+    if typing.get_origin(hint) is list:
+        return (list,), typing.get_args(hint)[0]
+    return (typing.get_origin(hint) or hint,), None
+
+
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Return `value` in the type of the field, or raise."""
+    allowed, item = _options(field)
+    if list in allowed and not isinstance(value, list):
+        value = list(value) if isinstance(value, tuple) else [value]
+    if item is not None:
+        return [_number(field.name, v, item) for v in value]
+    if value is None and type(None) in allowed:
+        return None
+    kind = next(t for t in allowed if t is not type(None))
+    value = _number(field.name, value, kind)
+    choices = field.metadata.get('choices')
+    if choices and value not in choices:
+        raise ValueError(f'{field.name} must be one of {", ".join(choices)}, got {value!r}.{_nearest(value, choices)}')
+    return value
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f'{name} must be a finite number, got {value!r}.')
+        return float(value)
+    if kind is float and isinstance(value, str):
+        # YAML reads 1e-3 as a string.
+        try:
+            return _number(name, float(value), float)
+        except ValueError:
+            pass
+    if kind is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f'{name} must be {kind.__name__}, got {value!r} ({type(value).__name__}).')
+    return value
+
+
+def _nearest(name: Any, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, 1)
+    return f' Did you mean {close[0]!r}?' if close else ''
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a recipe: a YAML mapping of options.
+
+    Paths in it that start with `./` or `../` (also behind `local-dir:`) count from the recipe's own folder.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The options.
+
+    Raises:
+        ValueError: The file is missing, is no mapping, or has a key that is no option.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f'config: there is no file {str(path)!r}.')
+    try:
+        values = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'config: {str(path)!r} is no valid YAML: {error}') from error
+    if not isinstance(values, dict):
+        raise ValueError(f'config: {str(path)!r} must hold a mapping of options, such as "epochs: 30".')
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f'config: {str(path)!r} has the unknown option {key!r}.{_nearest(key, known)}')
+    for key in _PATH_KEYS:
+        value = values.get(key)
+        if not isinstance(value, str):
+            continue
+        prefix = _LOCAL_PREFIX if value.startswith(_LOCAL_PREFIX) else ''
+        relative = value.removeprefix(prefix)
+        if relative.startswith(('./', '../')):
+            values[key] = prefix + str((path.parent / relative).resolve())
+    return values
+
+
+def save_config(config: TrainConfig, path: str | Path) -> None:
+    """Write the resolved configuration as a recipe that `load_recipe` reads."""
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding='utf-8')
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition('=')
+    if not separator or not key:
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
+    return key, yaml.safe_load(value)
+
+
+def _add_argument(group: Any, field: dataclasses.Field[Any]) -> None:
+    flag = '--' + field.name.replace('_', '-')
+    allowed, item = _options(field)
+    kind = next(t for t in allowed if t is not type(None))
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    shown = json.dumps(default) if isinstance(default, (list, dict)) else default
+    options: dict[str, Any] = {'help': f'{field.metadata["help"]} (default: {shown})', 'default': argparse.SUPPRESS}
+    if kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        return
+    if kind is list:
+        options |= {'nargs': '+', 'type': item, 'metavar': 'X'}
+    elif kind is dict:
+        options |= {'nargs': '+', 'type': _key_value, 'metavar': 'KEY=VALUE'}
+    else:
+        options['type'] = kind
+        if field.metadata.get('choices'):
+            options['choices'] = field.metadata['choices']
+        else:
+            options['metavar'] = kind.__name__.upper()
+    group.add_argument(flag, **options)
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Return the command line of all options plus `--config`."""
+    # Abbreviations would turn a misspelt flag into another one.
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument('--config', metavar='YAML', help='recipe with any of these options; the command line wins')
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        name = field.metadata['group']
+        groups.setdefault(name, parser.add_argument_group(name))
+        _add_argument(groups[name], field)
+    return parser
+
+
+def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe: str | Path | None) -> TrainConfig:
+    """Merge a recipe and the values given on the command line.
+
+    Args:
+        values: Options from the command line, which win.
+        recipe: The recipe that was named, if any.
+        default_recipe: The recipe that counts when neither a recipe nor a data set is named.
+    """
+    base: dict[str, Any] = {}
+    if recipe is not None:
+        base = load_recipe(recipe)
+    elif default_recipe is not None and 'dataset' not in values:
+        base = load_recipe(default_recipe)
+        if values.get('method') == 'supervised' and 'teacher' not in values:
+            base.pop('teacher', None)
+    given = {k: dict(v) if k.endswith('_kwargs') else v for k, v in values.items()}
+    return TrainConfig(**{**base, **given})
+
+
+def parse_config(
+    argv: Sequence[str] | None = None, default_recipe: str | Path | None = None, description: str = ''
+) -> TrainConfig:
+    """Read the command line.
+
+    Args:
+        argv: Arguments; `None` for those of the process.
+        default_recipe: The recipe that counts when neither `--config` nor `--dataset` is given.
+        description: First line of `--help`.
+
+    Returns:
+        The resolved configuration.
+
+    Raises:
+        SystemExit: An option is wrong; the message says which and why.
+    """
+    parser = build_parser(description)
+    args = vars(parser.parse_args(argv))
+    try:
+        return resolve_config(args, args.pop('config'), default_recipe)
+    except ValueError as error:
+        parser.exit(2, f'error: {error}\n')
