@@ -86,15 +86,18 @@ def check_temperature(temperature: float | Tensor) -> None:
     The value of a tensor (a learned temperature) is not looked at: that would wait for the device.
 
     Args:
-        temperature: Softmax temperature, a number or a tensor with one element.
+        temperature: Softmax temperature, a number or a tensor without dimensions.
 
     Raises:
         TypeError: `temperature` is neither a number nor a tensor.
-        ValueError: It is not positive and finite, or a tensor with more than one element.
+        ValueError: It is not positive and finite, or a tensor with dimensions.
     """
     if isinstance(temperature, Tensor):
-        if temperature.numel() != 1:
-            raise ValueError(f'temperature must have one element, got the shape {list(temperature.shape)}.')
+        if temperature.ndim != 0:
+            raise ValueError(
+                f'a temperature tensor must have no dimension, got the shape {list(temperature.shape)}; '
+                f'take the one value with temperature.squeeze().'
+            )
         return
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f'temperature must be a number, got {temperature!r}; set it to e.g. 4.0.')

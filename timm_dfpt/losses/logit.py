@@ -32,7 +32,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     Args:
         student_logits: Logits of the student `[B, K]`.
         teacher_logits: Logits of the teacher `[B, K]`; no gradient flows into them.
-        temperature: Softmax temperature T > 0; a tensor with one element if it is learned.
+        temperature: Softmax temperature T > 0; a tensor without dimensions if it is learned.
 
     Returns:
         Scalar loss, mean over the batch. Rounding may leave it a little below zero when both distributions agree.
@@ -68,7 +68,7 @@ def dkd_loss(
         student_logits: Logits of the student `[B, K]`.
         teacher_logits: Logits of the teacher `[B, K]`; no gradient flows into them.
         target: Class indices `[B]`, int64. Soft labels (mixup, cutmix) have no target class and are refused.
-        temperature: Softmax temperature T > 0; a tensor with one element if it is learned.
+        temperature: Softmax temperature T > 0; a tensor without dimensions if it is learned.
         alpha: Weight of the target class term.
         beta: Weight of the term over the other classes.
 
@@ -120,7 +120,7 @@ def dist_loss(
     Args:
         student_logits: Logits of the student `[B, K]`.
         teacher_logits: Logits of the teacher `[B, K]`; no gradient flows into them.
-        temperature: Softmax temperature T > 0; a tensor with one element if it is learned.
+        temperature: Softmax temperature T > 0; a tensor without dimensions if it is learned.
         beta: Weight of the relation between the classes of a sample.
         gamma: Weight of the relation between the samples of a class; constant for a batch of 1.
 
@@ -145,8 +145,11 @@ def _centre(values: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return centred values, their norm along `dim`, and where that norm is more than rounding noise."""
     centred = values - values.mean(dim, keepdim=True)
     norm = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
-    noise = 8 * torch.finfo(values.dtype).eps * torch.linalg.vector_norm(values.detach(), dim=dim, keepdim=True)
-    return centred, norm, norm.detach() > noise
+    number = torch.finfo(values.dtype)
+    noise = 8 * number.eps * torch.linalg.vector_norm(values.detach(), dim=dim, keepdim=True)
+    # Below the floor the squares in the norm underflow, and the correlation could exceed 1.
+    floor = (number.tiny / number.eps) ** 0.5
+    return centred, norm, norm.detach() > noise.clamp_min(floor)
 
 
 def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
@@ -162,14 +165,15 @@ def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
 def logit_std_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 2.0) -> Tensor:
     """Logit standardisation: `kd_loss` of logits brought to zero mean and unit standard deviation over the classes.
 
-    Source: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, algorithms 1 and 2. The paper
-    multiplies this loss by 9 and uses T = 2; the weight is left to the caller. Logits that are all equal (a
-    zero-initialised head, one class) have no standard score: they count as 0 and give no gradient.
+    Source: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, algorithms 1 and 2: the standard
+    deviation divides by K (the authors' code divides by K - 1, which is the same as a temperature larger by
+    `sqrt(K / (K - 1))`). Their code multiplies this loss by 9 and uses T = 2; the weight is left to the caller. Logits
+    that are all equal (a zero-initialised head, one class) have no standard score: they count as 0, without gradient.
 
     Args:
         student_logits: Logits of the student `[B, K]`.
         teacher_logits: Logits of the teacher `[B, K]`; no gradient flows into them.
-        temperature: Base temperature T > 0 after the standardisation; a tensor with one element if it is learned.
+        temperature: Base temperature T > 0 after the standardisation; a tensor without dimensions if it is learned.
 
     Returns:
         Scalar loss, mean over the batch.
@@ -207,7 +211,7 @@ def ttm_loss(
     Args:
         student_logits: Logits of the student `[B, K]`.
         teacher_logits: Logits of the teacher `[B, K]`; no gradient flows into them.
-        temperature: Temperature of the teacher T = 1 / gamma > 0; a tensor with one element if it is learned.
+        temperature: Temperature of the teacher T = 1 / gamma > 0; a tensor without dimensions if it is learned.
         weighted: Weigh the samples by their power sum (WTTM).
 
     Returns:
