@@ -9,6 +9,7 @@ The folder holds `config.json` and `model.safetensors`; after `import timm_dfpt`
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,11 @@ def convert(checkpoint: Path, model_name: str, output: Path) -> None:
         model.reset_classifier(num_classes)
     model.load_state_dict(state_dict)
     save_for_hf(model, str(output), safe_serialization=True)
+    # Said twice, the number of classes makes transformers fail; timm needs it at the top level only.
+    config_path = output / 'config.json'
+    config = json.loads(config_path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)
+    config_path.write_text(json.dumps(config, indent=2))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -53,7 +53,8 @@ def build_cifar_model(
 ) -> nn.Module:
     """Builds a network by timm's `build_model_with_cfg`, with one default output per level for `features_only=True`.
 
-    timm takes five feature levels for granted; networks for 32x32 images have three to five.
+    timm takes five feature levels for granted, each a direct child of the network; here they are three to five children
+    of its `nn.Sequential` of stages.
 
     Args:
         model_cls: Class or function that makes the network.

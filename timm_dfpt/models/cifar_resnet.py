@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.layers import ConvNormAct
-from timm.models import generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 from torch import nn
 
@@ -150,7 +150,8 @@ def _create_staged(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 def _create_timm(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_cifar_model(CifarStemResNet, variant, pretrained, num_levels=5, **kwargs)
+    # timm's defaults for feature extraction are those of its own ResNet.
+    return build_model_with_cfg(CifarStemResNet, variant, pretrained, **kwargs)
 
 
 @register_model
