@@ -1,0 +1,199 @@
+"""One student in training: its task, its optimizers and schedules, and a step of them."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import LogitDistillationTask, TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..rivals import AdaptedTeacher, CTKDTask
+from ..task import DFPTDistillationTask
+from .augment import derive_seed
+from .config import TrainConfig
+
+__all__ = ['Learner']
+
+_logger = logging.getLogger(__name__)
+
+_STEP_STREAM = 4
+
+
+class Learner:
+    """A student, the task that trains it and what updates it.
+
+    Several learners can be trained side by side on the same batches: each has its own optimizer and its own random
+    numbers, so that none changes what another becomes.
+
+    Args:
+        name: What to call it in tables and files.
+        config: Its options.
+        task: Its task.
+        accelerator: Prepares modules and optimizers, and runs the backward.
+        updates_per_epoch: Optimizer updates an epoch.
+    """
+
+    def __init__(
+        self, name: str, config: TrainConfig, task: TrainingTask, accelerator: Accelerator, updates_per_epoch: int
+    ) -> None:
+        self.name, self.config, self.task, self.accelerator = name, config, task, accelerator
+        if config.model_ema:
+            accelerator.register_for_checkpointing(task.setup_ema(decay=config.model_ema_decay))
+        optimizers = [_student_optimizer(config, task)]
+        if isinstance(task, DFPTDistillationTask) and not config.freeze_prompt_path:
+            optimizers.append(_prompt_optimizer(config, task))
+        if config.compile:
+            task.compile()
+        self.schedulers = [_scheduler(config, optimizer, updates_per_epoch) for optimizer in optimizers]
+        self.optimizers: list[torch.optim.Optimizer] = [accelerator.prepare(optimizer) for optimizer in optimizers]
+        task.trainable_module = accelerator.prepare(task.trainable_module)
+
+    @property
+    def student(self) -> nn.Module:
+        """The student itself, without the wrappers of distributed training or compilation."""
+        module = self.accelerator.unwrap_model(self.task.get_eval_model(), keep_fp32_wrapper=False)
+        return unwrap_model(module)
+
+    @property
+    def published_student(self) -> nn.Module:
+        """What is saved at the end: the average where there is one."""
+        return unwrap_model(self.task.get_eval_model(ema=True)) if self.task.has_ema() else self.student
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen model this student learns from."""
+        if isinstance(self.task, DFPTDistillationTask):
+            return self.task.teacher.model
+        if isinstance(self.task, LogitDistillationTask):
+            return self._adapted_teacher().model
+        return None
+
+    def _adapted_teacher(self) -> AdaptedTeacher:
+        module = self.task.teacher.model
+        assert isinstance(module, AdaptedTeacher)
+        return module
+
+    def train(self) -> None:
+        """Put what is trained, and nothing else, into training mode."""
+        self.task.get_trainable_module().train()
+        if self.config.freeze_prompt_path:
+            self.task.teacher.prompt_path.eval()
+
+    def set_update(self, updates: int, epoch: int) -> None:
+        """Set the learning rates for the next update, after `updates` of them."""
+        for scheduler in self.schedulers:
+            if scheduler is not None:
+                scheduler.step_update(updates)
+        if isinstance(self.task, CTKDTask):
+            self.task.epoch = epoch
+
+    def step(
+        self, input: torch.Tensor, target: torch.Tensor, step: int, known: dict[int, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        """Do one step: forward, backward, and (when enough gradients are added up) an update.
+
+        Args:
+            input: Images `[B, C, H, W]`.
+            target: Class indices `[B]` or probabilities `[B, K]`.
+            step: Number of the step in the run, which seeds dropout and the like.
+            known: Teachers' logits for this batch by `id` of the model; read, and written where they are computed.
+
+        Returns:
+            The task's result.
+        """
+        module = self.task.get_trainable_module()
+        # Seeded a step and a learner: a run that is resumed, or has others beside it, draws the same numbers.
+        torch.manual_seed(derive_seed(self.config.seed, _STEP_STREAM, step, self.accelerator.process_index))
+        with self.accelerator.accumulate(module):
+            with self.accelerator.autocast():
+                result = self._forward(input, target, known)
+            self.accelerator.backward(result['loss'])
+            if self.accelerator.sync_gradients and self.config.clip_grad:
+                for optimizer in self.optimizers:
+                    params = [p for group in optimizer.param_groups for p in group['params']]
+                    self.accelerator.clip_grad_norm_(params, self.config.clip_grad)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return result
+
+    def _forward(
+        self, input: torch.Tensor, target: torch.Tensor, known: dict[int, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        key = id(self.teacher)
+        if isinstance(self.task, DFPTDistillationTask):
+            result = self.task(input, target, teacher_logits=known.get(key))
+            known[key] = result['teacher_output']
+            return result
+        if isinstance(self.task, LogitDistillationTask):
+            teacher = self._adapted_teacher()
+            with teacher.sharing(known, key):
+                return self.task(input, target)
+        return self.task(input, target)
+
+    def outputs(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return logits `[B, K]` by name for evaluation: `student`, its average, and both paths of the teacher."""
+        outputs = {'student': self.student(input)}
+        if self.task.has_ema():
+            outputs['student_ema'] = self.published_student(input)
+        if isinstance(self.task, DFPTDistillationTask):
+            paths = self.task.teacher(self.task.adapter(input))
+            outputs |= {'prompt_path': paths.prompt, 'teacher': paths.original}
+        return outputs
+
+    def eval(self) -> None:
+        """Put everything into evaluation."""
+        self.task.get_trainable_module().eval()
+
+
+def _student_optimizer(config: TrainConfig, task: TrainingTask) -> torch.optim.Optimizer:
+    student: Any = task.get_eval_model()
+    optimizer = create_optimizer_v2(
+        student,
+        opt=config.opt,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        filter_bias_and_bn=False,
+    )
+    if isinstance(task, CTKDTask):
+        temperature = unwrap_model(task.trainable_module).temperature
+        optimizer.add_param_group({'params': list(temperature.parameters()), 'lr': config.lr, 'weight_decay': 0.0})
+    return optimizer
+
+
+def _prompt_optimizer(config: TrainConfig, task: DFPTDistillationTask) -> torch.optim.Optimizer:
+    groups = task.teacher.trainable_parameters()
+    if not groups:
+        raise ValueError(
+            'The prompt path has nothing to train: prompt_block and prompt_head are off and prompt_fusion is none.'
+        )
+    for group in groups:
+        scale = config.prompt_backbone_lr_scale if group['name'] == 'backbone' else 1.0
+        group['lr'] = config.prompt_lr * scale
+        del group['name']
+    return create_optimizer_v2(
+        groups, opt=config.prompt_opt, lr=config.prompt_lr, weight_decay=config.prompt_weight_decay
+    )
+
+
+def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        decay_milestones=config.decay_milestones,
+        decay_rate=config.decay_rate,
+        min_lr=config.min_lr,
+        warmup_lr=config.warmup_lr,
+        warmup_epochs=config.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
