@@ -61,6 +61,8 @@ def open_dataset(
             raise ValueError(f'dataset={dataset!r}: a single file must be parquet (*.parquet)')
         return {'train': _read_parquet(path, cache_dir)}
     if any(path.glob('*.parquet')) or any(path.glob('*/*.parquet')):
+        if glob.escape(str(path)) != str(path):
+            raise ValueError(f'dataset={dataset!r}: `datasets` takes [, ] and * for wildcards; rename the folder')
         _check_same_classes(path)
         return _load(str(path), config_name, cache_dir=cache_dir)
     if config_name is not None:
@@ -77,7 +79,7 @@ def _load(path: str, config_name: str | None, **kwargs: object) -> dict[str, Dat
     except (DatasetNotFoundError, ConnectionError) as error:
         message = f'dataset={path!r} is no local file or folder and could not be loaded from the Hub: {error}'
         raise FileNotFoundError(message) from error
-    except (DatasetsError, ValueError) as error:
+    except (DatasetsError, FileNotFoundError, ValueError) as error:
         raise ValueError(f'dataset={path!r} could not be read: {error}') from error
     return {str(name): split for name, split in splits.items()}
 

@@ -1,0 +1,143 @@
+"""Decoding against Pillow's own conversions and against pixels known beforehand; damaged files are told apart."""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_dfpt.training.images import BadImageError, check_image, decode_image
+
+RNG = np.random.default_rng(0)
+GREY = RNG.integers(0, 256, (12, 17), dtype=np.uint8)
+RGB = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)
+
+
+def encode(image: Image.Image, image_format: str = 'png', **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=image_format, **options)
+    return buffer.getvalue()
+
+
+def jpeg(size: tuple[int, int] = (64, 48)) -> bytes:
+    return encode(Image.fromarray(RNG.integers(0, 256, (*size, 3), dtype=np.uint8)), 'jpeg')
+
+
+def pixels(source: bytes, channels: int) -> np.ndarray:
+    return np.asarray(decode_image(source, channels))
+
+
+def palette(transparency: object = None) -> bytes:
+    image = Image.fromarray(RGB).quantize(16)
+    options = {} if transparency is None else {'transparency': transparency}
+    return encode(image, 'png', **options)
+
+
+SAME_AS_PILLOW = {
+    'rgb': encode(Image.fromarray(RGB)),
+    'grey': encode(Image.fromarray(GREY)),
+    'bilevel': encode(Image.fromarray(GREY).convert('1')),
+    'palette': palette(),
+    'palette, one transparent colour': palette(3),
+    'palette, transparency by colour': palette(bytes(range(0, 256, 16))),
+    'grey and alpha': encode(Image.fromarray(np.stack([GREY, 255 - GREY], -1))),
+    'rgba': encode(Image.fromarray(np.dstack([RGB, GREY]))),
+    'cmyk jpeg': encode(Image.fromarray(RGB).convert('CMYK'), 'jpeg'),
+    'grey jpeg': encode(Image.fromarray(GREY), 'jpeg'),
+    'gif': encode(Image.fromarray(GREY), 'gif'),
+    'webp': encode(Image.fromarray(RGB), 'webp', lossless=True),
+    'bmp': encode(Image.fromarray(RGB), 'bmp'),
+    'one pixel': encode(Image.fromarray(RGB[:1, :1])),
+}
+
+
+@pytest.mark.parametrize('name', SAME_AS_PILLOW)
+@pytest.mark.parametrize(('channels', 'mode'), [(1, 'L'), (3, 'RGB')])
+@pytest.mark.filterwarnings('ignore:Palette images with Transparency')
+def test_eight_bit_images_are_converted_as_pillow_does(name: str, channels: int, mode: str, tmp_path) -> None:
+    source = SAME_AS_PILLOW[name]
+    expected = np.asarray(Image.open(io.BytesIO(source)).convert(mode))
+    (tmp_path / 'image').write_bytes(source)
+    image = decode_image(source, channels)
+    assert image.mode == mode
+    if mode == 'L' and name.startswith('palette,'):  # by way of RGBA, whose rounding may differ by one
+        assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
+    else:
+        np.testing.assert_array_equal(np.asarray(image), expected)
+    np.testing.assert_array_equal(np.asarray(decode_image(str(tmp_path / 'image'), channels)), np.asarray(image))
+    assert check_image(source) is None
+
+
+@pytest.mark.parametrize('dtype', ['<u2', '>u2', '<i4'])
+def test_sixteen_bit_images_are_scaled_not_clipped(dtype: str) -> None:
+    wide = (GREY.astype(np.uint32) * 257).astype(dtype)  # 257 maps 0..255 to the whole of 0..65535
+    image = Image.fromarray(wide) if dtype != '>u2' else Image.frombytes('I;16B', (17, 12), wide.tobytes())
+    for image_format in ('png', 'tiff') if dtype == '<u2' else ('tiff',):
+        source = encode(image, image_format)
+        np.testing.assert_array_equal(pixels(source, 1), GREY)
+        np.testing.assert_array_equal(pixels(source, 3), np.repeat(GREY[..., None], 3, axis=2))
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees clockwise
+    source = encode(Image.fromarray(RGB), 'png', exif=exif)
+    np.testing.assert_array_equal(pixels(source, 3), np.rot90(RGB, k=-1))
+
+
+def corrupt_png() -> bytes:
+    data = bytearray(encode(Image.fromarray(RGB)))
+    data[len(data) // 2] ^= 0xFF
+    return bytes(data)
+
+
+BAD = {
+    'no image': (None, 'no image'),
+    'zero bytes': (b'', '0 bytes'),
+    'text': (b'this is not an image', 'cannot identify'),
+    'truncated jpeg': (jpeg()[:-200], 'truncated'),
+    'truncated png': (encode(Image.fromarray(RGB))[:-40], ''),
+    'truncated webp': (encode(Image.fromarray(RGB), 'webp', lossless=True)[:-40], ''),
+    'truncated tiff': (encode(Image.fromarray(RGB), 'tiff')[:-200], ''),
+    'png with a wrong byte': (corrupt_png(), ''),
+    'header only': (jpeg()[:200], ''),
+    'floating point': (encode(Image.fromarray(GREY.astype(np.float32)), 'tiff'), 'floating point'),
+    '32 bit': (encode(Image.fromarray(np.full((2, 2), 1 << 20, np.int32)), 'tiff'), '32-bit'),
+    'missing file': ('no/such/file.png', 'No such file'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_images_are_found_without_and_with_decoding(name: str) -> None:
+    source, message = BAD[name]
+    assert message in str(check_image(source))
+    with pytest.raises(BadImageError, match=message or None):
+        decode_image(source)
+
+
+def test_a_picture_too_large_to_be_one_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50)
+    assert 'DecompressionBombError' in str(check_image(encode(Image.fromarray(RGB))))
+
+
+def test_jpeg_with_bytes_after_its_end_is_good() -> None:
+    source = jpeg()
+    assert check_image(source + b'\x00' * 7) is None
+    np.testing.assert_array_equal(pixels(source + b'\x00' * 7, 3), pixels(source, 3))
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning:PIL')
+def test_damage_anywhere_is_an_image_or_a_bad_image_error() -> None:
+    files = [jpeg(), *(encode(Image.fromarray(RGB), kind) for kind in ('png', 'gif', 'tiff', 'bmp', 'webp'))]
+    for data in files:
+        for _ in range(60):
+            damaged = bytearray(data[: RNG.integers(1, len(data) + 1)])
+            damaged[RNG.integers(len(damaged))] = RNG.integers(256)
+            with contextlib.suppress(BadImageError):
+                assert decode_image(bytes(damaged)).mode == 'RGB'
+
+
+def test_channels_are_one_or_three() -> None:
+    with pytest.raises(ValueError, match='channels=4'):
+        decode_image(SAME_AS_PILLOW['rgb'], 4)

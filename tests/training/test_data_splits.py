@@ -1,0 +1,309 @@
+"""Finding splits, columns and classes; refusing what cannot be trained on."""
+
+import hashlib
+import io
+import socket
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from timm_dfpt.training.data import DataSplits, dataset_fingerprint, load_splits
+
+QUICKSTART = Path(__file__).parents[2] / 'train' / 'quickstart'
+
+
+def picture(number: int) -> PILImage.Image:
+    return PILImage.fromarray(np.random.default_rng(number).integers(0, 256, (6, 7, 3), dtype=np.uint8))
+
+
+def make_folder(root: Path, counts: dict[str, int], suffix: str = '.png') -> Path:
+    """Class folders with that many images each, all different."""
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            picture(hash((len(name), i)) % 2**32).save(root / name / f'{i}{suffix}')
+    return root
+
+
+def make_parquet(root: Path, **splits: dict[str, list]) -> Path:
+    """A folder of parquet files; label columns are class labels if given as names."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name, columns in splits.items():
+        rows = len(columns['label'])
+        features = {'image': Image(), 'label': columns.get('feature', Value('int64'))}
+        data = {'image': [picture(i) for i in range(rows)], 'label': columns['label']}
+        Dataset.from_dict(data, features=Features(features)).to_parquet(root / f'{name}.parquet')
+    return root
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args: object) -> None:
+        raise AssertionError(f'network access: {args}')
+
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+
+
+def labels_by_name(splits: DataSplits, role: str) -> Counter:
+    return Counter(splits.class_names[label] for label in getattr(splits, role).labels.tolist())
+
+
+def test_quickstart_data(tmp_path, no_network) -> None:
+    before = sorted(QUICKSTART.rglob('*'))
+    splits = load_splits(str(QUICKSTART), cache_dir=str(tmp_path))
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (10_000, 2_000, 10_000)
+    assert splits.class_names[0] == 'T-shirt/top'
+    assert splits.num_classes == 10
+    assert splits.val_from == "split 'validation'"
+    assert set(labels_by_name(splits, 'train').values()) == {1000}
+    assert set(labels_by_name(splits, 'val').values()) == {200}
+    held_out = set(splits.val.encoded(range(2000)))
+    assert not held_out & set(splits.train.encoded(range(10_000)))
+    assert not held_out & set(splits.test.encoded(range(10_000)))
+    assert sorted(QUICKSTART.rglob('*')) == before
+
+
+def test_folder_without_splits_is_split_by_class(tmp_path, no_network) -> None:
+    root = make_folder(tmp_path / 'photos', {'cat': 20, 'dog': 11, 'owl': 2})
+    before = sorted(tmp_path.rglob('*'))
+    splits = load_splits(str(root), val_fraction=0.25, seed=3)
+    assert splits.class_names == ['cat', 'dog', 'owl']
+    assert splits.test is None
+    assert labels_by_name(splits, 'val') == {'cat': 5, 'dog': 3, 'owl': 1}
+    assert labels_by_name(splits, 'train') == {'cat': 15, 'dog': 8, 'owl': 1}
+    assert '25.0%' in splits.val_from
+    train, val = (split.encoded(range(len(split))) for split in (splits.train, splits.val))
+    assert sorted(train + val) == sorted(str(path) for path in root.rglob('*.png'))
+    for split, files in ((splits.train, train), (splits.val, val)):
+        assert [Path(file).parent.name for file in files] == [splits.class_names[i] for i in split.labels]
+    assert load_splits(str(root), val_fraction=0.25, seed=3).val.encoded(range(9)) == val
+    assert load_splits(str(root), val_fraction=0.25, seed=4).val.encoded(range(9)) != val
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_folder_with_splits_matches_classes_by_name(tmp_path) -> None:
+    make_folder(tmp_path / 'train', {'a': 2, 'b': 3, 'c': 4})
+    make_folder(tmp_path / 'val', {'b': 2, 'c': 1})  # as numbers of its own, b would be 0
+    make_folder(tmp_path / 'test', {'c': 3, 'a': 1})
+    (tmp_path / '.cache').mkdir()
+    splits = load_splits(str(tmp_path))
+    assert labels_by_name(splits, 'train') == {'a': 2, 'b': 3, 'c': 4}
+    assert labels_by_name(splits, 'val') == {'b': 2, 'c': 1}
+    assert labels_by_name(splits, 'test') == {'c': 3, 'a': 1}
+
+
+def test_classes_may_be_called_like_splits(tmp_path) -> None:
+    make_folder(tmp_path / 'a', {'train': 4, 'bus': 4, 'test': 4})
+    assert load_splits(str(tmp_path / 'a')).class_names == ['bus', 'test', 'train']
+    make_folder(tmp_path / 'b', {'train': 4, 'test': 4})
+    assert load_splits(str(tmp_path / 'b')).class_names == ['test', 'train']
+
+
+def test_split_folders_of_any_name_when_named(tmp_path) -> None:
+    for name in ('Sommer', 'Winter', 'Test'):
+        make_folder(tmp_path / name, {'a': 3, 'b': 3})
+    splits = load_splits(str(tmp_path), train_split='Sommer', val_split='Winter', test_split='Test')
+    assert (splits.train.name, splits.val.name, splits.test.name) == ('Sommer', 'Winter', 'Test')
+
+
+def test_unusual_paths(tmp_path) -> None:
+    name = unicodedata.normalize('NFD', 'Größe [1] *')
+    root = make_folder(tmp_path / 'x [ab] 日本' / ('long' * 40) / ('path' * 40), {name: 3, 'été'.upper(): 3}, '.PNG')
+    splits = load_splits(str(root))
+    assert unicodedata.normalize('NFC', name) in splits.class_names
+    assert sum(map(len, (splits.train, splits.val))) == 6
+    parquet = make_parquet(tmp_path / 'y [ab]', train={'label': [0, 1] * 4})
+    assert len(load_splits(str(parquet / 'train.parquet'), cache_dir=str(tmp_path / 'cache')).train) == 6
+    with pytest.raises(ValueError, match='rename the folder'):
+        load_splits(str(parquet), cache_dir=str(tmp_path / 'cache'))
+
+
+def test_test_split_is_never_taken_for_validation(tmp_path) -> None:
+    root = make_parquet(tmp_path / 'd', train={'label': [0, 1] * 10}, test={'label': [0, 1] * 3})
+    splits = load_splits(str(root), cache_dir=str(tmp_path / 'cache'))
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (18, 2, 6)
+    chosen = load_splits(str(root), val_split='test', cache_dir=str(tmp_path / 'cache'))
+    assert (len(chosen.train), len(chosen.val), chosen.test) == (20, 6, None)
+
+
+def test_string_labels_are_matched_by_name(tmp_path) -> None:
+    train = {'label': ['x', 'y', 'z'], 'feature': Value('string')}
+    val = {'label': ['z', 'z', 'y'], 'feature': Value('string')}
+    root = make_parquet(tmp_path / 'd', train=train, validation=val)
+    splits = load_splits(str(root), cache_dir=str(tmp_path / 'c'))
+    assert [splits.class_names[i] for i in splits.train.labels] == ['x', 'y', 'z']
+    assert [splits.class_names[i] for i in splits.val.labels] == ['z', 'z', 'y']
+
+
+def test_string_and_integer_labels(tmp_path) -> None:
+    strings = {'label': ['owl', 'cat'] * 5, 'feature': Value('string')}
+    splits = load_splits(str(make_parquet(tmp_path / 's', train=strings)), cache_dir=str(tmp_path / 'c'))
+    assert splits.class_names == ['cat', 'owl']
+    assert set(splits.train.labels.tolist()) == {0, 1}
+    numbers = {'label': [row % 12 for row in range(36)]}
+    splits = load_splits(str(make_parquet(tmp_path / 'n', train=numbers)), cache_dir=str(tmp_path / 'c'))
+    assert splits.class_names == [str(i) for i in range(12)]  # not 0, 1, 10, 11, 2
+    for row in range(len(splits.train)):
+        image = np.asarray(PILImage.open(io.BytesIO(splits.train.encoded([row])[0])))
+        original = next(i for i in range(36) if np.array_equal(np.asarray(picture(i)), image))
+        assert splits.train.labels[row] == original % 12
+
+
+def test_unlabelled_test_split_is_not_used(tmp_path, caplog) -> None:
+    feature = ClassLabel(names=['x', 'y'])
+    root = make_parquet(
+        tmp_path / 'd',
+        train={'label': [0, 1] * 5, 'feature': feature},
+        test={'label': [-1] * 4, 'feature': feature},
+    )
+    assert load_splits(str(root), cache_dir=str(tmp_path / 'c')).test is None
+    assert 'no labels' in caplog.text
+    with pytest.raises(ValueError, match='out of range'):
+        load_splits(str(root), test_split='test', cache_dir=str(tmp_path / 'c'))
+
+
+def test_bad_images_stop_or_are_left_out(tmp_path, caplog) -> None:
+    root = make_folder(tmp_path / 'd', {'a': 6, 'b': 6})
+    (root / 'a' / '1.png').write_bytes(b'')
+    (root / 'b' / '3.png').write_bytes((root / 'b' / '3.png').read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"(?s)2 images .*a/1\.png.*0 bytes.*b/3\.png.*on_bad_image='skip'"):
+        load_splits(str(root))
+    splits = load_splits(str(root), on_bad_image='skip')
+    assert 'a/1.png' in caplog.text
+    assert 'b/3.png' in caplog.text
+    left = splits.train.encoded(range(len(splits.train))) + splits.val.encoded(range(len(splits.val)))
+    assert len(left) == 10
+    assert not {str(root / 'a' / '1.png'), str(root / 'b' / '3.png')} & set(left)
+    for split in (splits.train, splits.val):
+        files = split.encoded(range(len(split)))
+        assert [Path(file).parent.name for file in files] == [splits.class_names[i] for i in split.labels]
+
+
+def test_fingerprint_is_of_content_and_order(tmp_path) -> None:
+    splits = load_splits(str(make_folder(tmp_path / 'here', {'a': 5, 'b': 5})))
+    again = load_splits(str(make_folder(tmp_path / 'there', {'a': 5, 'b': 5})))
+    value = dataset_fingerprint(splits.train)
+    expected = hashlib.sha256()
+    for file, label in zip(splits.train.encoded(range(8)), splits.train.labels.tolist(), strict=True):
+        data = Path(file).read_bytes()
+        expected.update(label.to_bytes(8, 'little') + len(data).to_bytes(8, 'little') + data)
+    assert value == expected.hexdigest()
+    assert dataset_fingerprint(again.train) == value
+    assert dataset_fingerprint(again.val) != value
+    assert dataset_fingerprint(splits.train.select([1, 0, 2, 3, 4, 5, 6, 7])) != value
+    again.train.labels[0] = 1
+    assert dataset_fingerprint(again.train) != value
+
+
+def empty_class(root: Path) -> Path:
+    (make_folder(root, {'a': 2, 'b': 2}) / 'empty').mkdir()
+    return root
+
+
+def twice(root: Path) -> Path:
+    return make_folder(root, {unicodedata.normalize(form, 'café'): 3 for form in ('NFC', 'NFD')})
+
+
+def only_in_val(root: Path) -> Path:
+    make_folder(root / 'train', {'a': 2, 'b': 2})
+    make_folder(root / 'val', {'a': 2, 'new': 2})
+    return root
+
+
+def no_classes(root: Path) -> Path:
+    root.mkdir()
+    picture(0).save(root / '0.png')
+    return root
+
+
+def columns(root: Path, **features: object) -> Path:
+    root.mkdir()
+    rows = {Image: [picture(0), picture(1)], ClassLabel: [0, 1], Value: [0.5, 1.5]}
+    data = {name: rows[type(feature)] for name, feature in features.items()}
+    Dataset.from_dict(data, features=Features(features)).to_parquet(root / 'train.parquet')
+    return root
+
+
+def parquet_of(text: bytes, root: Path) -> Path:
+    root.mkdir()
+    (root / 'train.parquet').write_bytes(text)
+    return root
+
+
+XY, YX = ClassLabel(names=['x', 'y']), ClassLabel(names=['y', 'x'])
+TWO_SPLITS = {'train': {'label': [0, 1] * 3}, 'test': {'label': [0, 1]}}
+# What is on disk, the arguments, the message.
+BAD = {
+    'path missing': (lambda root: root, {}, r'no such file or folder'),
+    'folder without classes': (no_classes, {}, 'one sub folder of images per class'),
+    'empty class folder': (empty_class, {}, r'empty.* holds no image .*remove it'),
+    'single class': (lambda root: make_folder(root, {'a': 3}), {}, r"only the class \['a'\]"),
+    'class with a single image': (lambda root: make_folder(root, {'a': 3, 'b': 1}), {}, "class 'b' has a single image"),
+    'duplicate class names': (twice, {}, "several classes named 'café'"),
+    'class in validation only': (only_in_val, {}, "class 'new', of which split 'train' has none"),
+    'configuration of a folder': (lambda r: make_folder(r, {'a': 2, 'b': 2}), {'config_name': 'x'}, "config_name='x'"),
+    'revision of a folder': (lambda r: make_folder(r, {'a': 2, 'b': 2}), {'revision': 'x'}, "revision='x'"),
+    'unknown training split': (lambda r: make_parquet(r, **TWO_SPLITS), {'train_split': 'all'}, r"\['train', 'test'\]"),
+    'unknown validation split': (lambda r: make_parquet(r, **TWO_SPLITS), {'val_split': 'v'}, "='v' is unknown"),
+    'one split for two roles': (
+        lambda root: make_parquet(root, **TWO_SPLITS),
+        {'val_split': 'test', 'test_split': 'test'},
+        'must differ',
+    ),
+    'fraction 0': (lambda root: root, {'val_fraction': 0.0}, 'val_fraction=0.0'),
+    'fraction 1': (lambda root: root, {'val_fraction': 1.0}, 'val_fraction=1.0'),
+    'fraction not a number': (lambda root: root, {'val_fraction': float('nan')}, 'val_fraction=nan'),
+    'negative seed': (lambda root: root, {'seed': -1}, 'seed=-1'),
+    'unknown on_bad_image': (lambda root: root, {'on_bad_image': 'drop'}, "on_bad_image='drop'"),
+    'no image column': (lambda root: columns(root, label=XY), {}, 'no image column'),
+    'two image columns': (lambda root: columns(root, a=Image(), b=Image(), label=XY), {}, r"several.*\['a', 'b'\]"),
+    'unknown image column': (lambda r: columns(r, a=Image(), label=XY), {'image_column': 'b'}, r"\['a', 'label'\]"),
+    'not an image column': (
+        lambda root: columns(root, image=Image(), label=XY, weight=Value('float32')),
+        {'image_column': 'weight'},
+        "image_column='weight' does not hold images",
+    ),
+    'no label column': (lambda root: columns(root, image=Image()), {}, 'no label column'),
+    'two label columns': (lambda root: columns(root, image=Image(), fine=XY, coarse=XY), {}, 'label_column'),
+    'unknown label column': (lambda r: columns(r, a=Image(), label=XY), {'label_column': 'b'}, r"\['a', 'label'\]"),
+    'labels are floating point': (lambda root: columns(root, a=Image(), label=Value('float32')), {}, 'holds float'),
+    'label missing': (lambda r: make_parquet(r, train={'label': [0, None, 1]}), {}, 'no label in 1 rows.*row 1'),
+    'label -1': (lambda r: make_parquet(r, train={'label': [0, 1, -1]}), {}, r'\(-1\).*row 2'),
+    'class label -1': (lambda r: make_parquet(r, train={'label': [0, -1], 'feature': XY}), {}, 'out of range: row 1'),
+    'classes in another order': (
+        lambda r: make_parquet(r, train={'label': [0, 1], 'feature': XY}, val={'label': [0], 'feature': YX}),
+        {},
+        "classes of 'label' differ",
+    ),
+    'no rows': (lambda r: make_parquet(r, train={'label': []}), {}, 'no data'),
+    'damaged parquet': (lambda root: parquet_of(b'PAR1 not really', root), {}, 'could not be read'),
+    'empty parquet': (lambda root: parquet_of(b'', root), {}, 'could not be read'),
+    'unknown configuration': (lambda r: make_parquet(r, **TWO_SPLITS), {'config_name': 'x'}, "BuilderConfig 'x'"),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_refused(name: str, tmp_path, no_network) -> None:
+    make, arguments, message = BAD[name]
+    root = make(tmp_path / 'data')
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_splits(str(root), cache_dir=str(tmp_path / 'cache'), **arguments)
+
+
+def test_file_that_is_no_parquet_is_refused(tmp_path) -> None:
+    picture(0).save(tmp_path / 'one.png')
+    with pytest.raises(ValueError, match='must be parquet'):
+        load_splits(str(tmp_path / 'one.png'))
+
+
+def test_unknown_on_the_hub_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
+    with pytest.raises(FileNotFoundError, match='nobody/nothing.* no local file or folder'):
+        load_splits('nobody/nothing', cache_dir=str(tmp_path))
