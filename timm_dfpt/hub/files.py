@@ -1,0 +1,186 @@
+"""Reading and writing the two kinds of file that are exchanged: small JSON and safetensors. Never a pickle."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+__all__ = [
+    'MAX_JSON_BYTES',
+    'TensorSpec',
+    'check_tensors',
+    'read_json',
+    'read_specs',
+    'read_tensors',
+    'write_json',
+    'write_tensors',
+]
+
+# A config with the names and descriptions of 22,000 classes has some 2 MB.
+MAX_JSON_BYTES = 16 * 2**20
+_MAX_TENSORS = 100_000
+_DTYPES = {
+    'F64': torch.float64,
+    'F32': torch.float32,
+    'F16': torch.float16,
+    'BF16': torch.bfloat16,
+    'I64': torch.int64,
+    'I32': torch.int32,
+    'I16': torch.int16,
+    'I8': torch.int8,
+    'U8': torch.uint8,
+    'BOOL': torch.bool,
+}
+
+TensorSpec = tuple[tuple[int, ...], torch.dtype]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, refusing what is too large, too deep or not finite.
+
+    Raises:
+        ValueError: The file is not such an object.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f'{path.name} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read.')
+    try:
+        data = json.loads(path.read_text(encoding='utf-8'), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path.name} is not valid JSON: {error}') from error
+    if not isinstance(data, dict):
+        raise ValueError(f'{path.name} must hold a JSON object, got {type(data).__name__}.')
+    return data
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f'{name} is not allowed')
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write `data` as JSON, completely or not at all.
+
+    Raises:
+        ValueError: A number in it is not finite.
+    """
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + '\n'
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding='utf-8')
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, completely or not at all.
+
+    Tensors that share memory or are in another memory format are written as plain copies.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    plain = {name: _plain_copy(tensor) for name, tensor in tensors.items()}
+    _check_finite(path.name, plain)
+    with _replacing(path) as temporary:
+        # transformers refuses a file that does not say for which framework it is.
+        save_file(plain, temporary, metadata={'format': 'pt'})
+
+
+def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place at the end, or disappears after an error."""
+    temporary = path.with_name(f'.{path.name}.incomplete')
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_specs(path: Path) -> dict[str, TensorSpec]:
+    """Read names, shapes and dtypes from the header of a safetensors file, and no tensor.
+
+    Raises:
+        ValueError: It is not a safetensors file (a pickle with that name included).
+    """
+    try:
+        with safe_open(path, framework='pt') as file:
+            names = file.keys()
+            if len(names) > _MAX_TENSORS:
+                raise ValueError(f'{path.name} holds {len(names):,} tensors, more than {_MAX_TENSORS:,}.')
+            specs = {}
+            for name in names:
+                tensor = file.get_slice(name)
+                specs[name] = (tuple(tensor.get_shape()), _dtype_of(path, name, tensor.get_dtype()))
+            return specs
+    except SafetensorError as error:
+        raise ValueError(
+            f'{path.name} is not a safetensors file, or it is cut short ({error}). Nothing else is read.'
+        ) from error
+
+
+def _dtype_of(path: Path, name: str, code: str) -> torch.dtype:
+    if code not in _DTYPES:
+        raise ValueError(f'{path.name}: tensor {name!r} has dtype {code}, which timm models do not have.')
+    return _DTYPES[code]
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a safetensors file onto the CPU.
+
+    Raises:
+        ValueError: It is not a safetensors file, or a value is not finite.
+    """
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f'{path.name} is not a safetensors file, or it is cut short ({error}).') from error
+    _check_finite(path.name, tensors)
+    return tensors
+
+
+def _check_finite(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f'{name}: tensor {key!r} holds values that are not finite (NaN or infinity). Such weights are neither '
+                'written nor loaded; take a checkpoint from before the training diverged.'
+            )
+
+
+def check_tensors(name: str, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
+    """Compare names, shapes and dtypes of a file's tensors with those of a model.
+
+    Args:
+        name: The file, for messages.
+        found: What the file holds.
+        expected: What the model has.
+
+    Raises:
+        ValueError: They differ in anything; the message says in what.
+    """
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        raise ValueError(
+            f'{name} does not fit its config: {_some("missing", missing)}{_some("unexpected", extra)}'
+            f'of {len(expected)} tensors. The files are not of one model.'
+        )
+    for key, spec in expected.items():
+        if found[key] != spec:
+            raise ValueError(
+                f'{name}: tensor {key!r} has shape {list(found[key][0])} and dtype {found[key][1]}, but its config '
+                f'asks for {list(spec[0])} and {spec[1]}. The files are not of one model.'
+            )
+
+
+def _some(kind: str, names: list[str]) -> str:
+    shown = ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+    return f'{len(names)} {kind} ({shown}) ' if names else ''
