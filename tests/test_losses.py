@@ -21,6 +21,7 @@ from timm_dfpt.losses import (
     HARD_TARGET_KD_LOSSES,
     KD_LOSSES,
     DFPTWeights,
+    KDLoss,
     dfpt_losses,
     dist_loss,
     dkd_loss,
@@ -173,7 +174,7 @@ def test_kd_gradient_is_the_analytic_one() -> None:
 
 @pytest.mark.parametrize('row', range(4))
 def test_dkd_is_a_decomposition_of_kd(row: int) -> None:
-    # Equation 5 of the DKD paper: KD = TCKD + (1 - p_t[target]) NCKD, sample by sample.
+    # What the DKD paper starts from: KD = TCKD + (1 - p_t[target]) NCKD, sample by sample.
     student, teacher, target = tensor(STUDENT[row : row + 1]), tensor(TEACHER[row : row + 1]), TARGET[row]
     beta = 1 - softmax(TEACHER[row], 4.0)[target]
     decoupled = dkd_loss(student, teacher, torch.tensor([target]), 4.0, alpha=1.0, beta=beta)
@@ -216,17 +217,17 @@ def test_soft_targets(name: str) -> None:
         assert loss == KD_LOSSES[name](tensor(STUDENT), tensor(TEACHER), torch.tensor(TARGET), 2.0)
 
 
+@pytest.mark.parametrize('value', [0.0, 0.1, -7.3])
+@pytest.mark.parametrize('classes', [1, 5, 7, 100, 1000])
 @pytest.mark.parametrize('loss', [dist_loss, logit_std_loss])
-def test_constant_student_gets_no_exploding_gradient(loss: Callable[..., torch.Tensor]) -> None:
-    # A zero-initialised head: the correlation or the standard score does not exist.
-    student = torch.zeros(4, 5, requires_grad=True)
-    loss(student, tensor(TEACHER).float(), 4.0).backward()
+def test_constant_student_gets_no_exploding_gradient(
+    loss: Callable[..., torch.Tensor], classes: int, value: float
+) -> None:
+    # A zero-initialised head: the correlation or the standard score does not exist, and rounding must not invent one.
+    student = torch.full((4, classes), value, requires_grad=True)
+    loss(student, torch.randn(4, classes, generator=torch.Generator().manual_seed(0)), 4.0).backward()
     assert student.grad is not None
     assert not student.grad.any()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Both directions of DFPT-KD
 
 
 def cross_entropy_reference(rows: Rows, target: list[int]) -> float:
@@ -256,9 +257,15 @@ def test_dfpt_default_weights_and_temperature() -> None:
     assert dfpt_losses(*args) == expected
 
 
-@pytest.mark.parametrize('kd_name', [None, *KD_LOSSES])
-def test_dfpt_directions_are_apart(kd_name: str | None) -> None:
-    kd_fn = KD_LOSSES[kd_name] if kd_name else None
+def squared_error(
+    learner: torch.Tensor, source: torch.Tensor, target: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Stand for a user's loss, which leaves the detaches to us."""
+    return F.mse_loss(learner, source)
+
+
+@pytest.mark.parametrize('kd_fn', [None, squared_error, *KD_LOSSES.values()], ids=['default', 'own', *KD_LOSSES])
+def test_dfpt_directions_are_apart(kd_fn: KDLoss | None) -> None:
     student, prompt, teacher, target = leaf(STUDENT), leaf(PROMPT), leaf(TEACHER), torch.tensor(TARGET)
     out = dfpt_losses(student, prompt, teacher, target, kd_fn=kd_fn)
     for name in (field.name for field in dataclasses.fields(DFPTWeights)):

@@ -40,6 +40,7 @@ BAD_ARGUMENTS = {
     'temperature per sample': ({'temperature': torch.ones(4, 1)}, ValueError, r'no dimension.*\[4, 1\]'),
     'target int32': ({'target': TARGET.int()}, TypeError, r'int64.*int32.*target\.long\(\)'),
     'target batch': ({'target': torch.tensor([0, 1])}, ValueError, r'shape \[4\].*\[2\]'),
+    'target elsewhere': ({'target': torch.zeros(4, dtype=torch.int64, device='meta')}, ValueError, 'target is on meta'),
     'target list': ({'target': [0, 1, 2, 4]}, TypeError, 'target must be a tensor'),
 }
 

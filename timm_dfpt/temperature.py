@@ -12,7 +12,7 @@ __all__ = ['GlobalTemperature']
 
 
 class _ReverseGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by `-strength` (Ganin and Lempitsky, arXiv 1409.7495, section 3.1)."""
+    """Identity whose gradient is multiplied by `-strength` (Ganin and Lempitsky, arXiv 1409.7495)."""
 
     @staticmethod
     def forward(value: Tensor, strength: float) -> Tensor:

@@ -56,10 +56,12 @@ def check_target(target: Tensor, logits: Tensor, hard_only: str | None = None) -
 
     Raises:
         TypeError: `target` is not a tensor, or its dtype does not fit.
-        ValueError: The shape does not fit, or the labels are soft where `hard_only` is set.
+        ValueError: Shape or device do not fit, or the labels are soft where `hard_only` is set.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f'target must be a tensor of class indices [B] or probabilities [B, K], got {type(target)}.')
+    if target.device != logits.device:
+        raise ValueError(f'target is on {target.device} but the logits are on {logits.device}; move it there.')
     if hard_only is not None and (target.ndim == 2 or target.is_floating_point()):
         raise ValueError(
             f'{hard_only} needs class indices [B], got soft labels {list(target.shape)} ({target.dtype}); '

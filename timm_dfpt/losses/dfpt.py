@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dfpt.losses._common import (
+from ._common import (
     check_logits,
     check_target,
     check_temperature,
@@ -19,7 +19,7 @@ from timm_dfpt.losses._common import (
     kl_from_log_probs,
     upcast,
 )
-from timm_dfpt.losses.registry import KDLoss
+from .registry import KDLoss
 
 __all__ = ['DFPTWeights', 'dfpt_losses']
 

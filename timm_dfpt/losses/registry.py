@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from timm_dfpt.losses.logit import dist_loss, dkd_loss, kd_loss, logit_std_loss, ttm_loss
+from .logit import dist_loss, dkd_loss, kd_loss, logit_std_loss, ttm_loss
 
 __all__ = ['HARD_TARGET_KD_LOSSES', 'KD_LOSSES', 'KDLoss']
 
