@@ -13,15 +13,15 @@ class ModelState:
     """What freezing a model changes: the mode of its modules and the `requires_grad` of its parameters."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._training = [module.training for module in model.modules()]
-        self._requires_grad = [param.requires_grad for param in model.parameters()]
+        self._training = {name: module.training for name, module in model.named_modules()}
+        self._requires_grad = {name: param.requires_grad for name, param in model.named_parameters()}
 
     def restore(self, model: nn.Module) -> None:
-        """Give `model` the modes and flags that were recorded."""
-        for module, training in zip(model.modules(), self._training, strict=True):
-            module.training = training
-        for param, requires_grad in zip(model.parameters(), self._requires_grad, strict=True):
-            param.requires_grad_(requires_grad)
+        """Give `model` the modes and flags that were recorded; what has been exchanged since then keeps its own."""
+        for name, module in model.named_modules():
+            module.training = self._training.get(name, module.training)
+        for name, param in model.named_parameters():
+            param.requires_grad_(self._requires_grad.get(name, param.requires_grad))
 
 
 @contextlib.contextmanager

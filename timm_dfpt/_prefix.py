@@ -7,10 +7,13 @@ computing it again, and the glue code between them runs as always.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 __all__ = ['PathState', 'PrefixRecorder', 'PrefixReplay', 'plan_prefix']
 
@@ -25,13 +28,25 @@ class PathState:
         recording: The original pass that is running records its prefix.
         replaying: The prompt pass that is running takes its prefix from the record.
         outputs: For each module of the prefix what its calls returned.
+        patch_coord: Row and column of each patch `[B, L, 2]` where the input is patches (NaFlex) and no picture.
+        patch_valid: Which patches are no padding `[B, L]`.
     """
 
     image_size: tuple[int, int] = (0, 0)
+    patch_coord: torch.Tensor | None = None
+    patch_valid: torch.Tensor | None = None
     fired: list[int] = dataclasses.field(default_factory=list)
     recording: bool = False
     replaying: bool = False
     outputs: list[list[Any]] = dataclasses.field(default_factory=list)
+
+    def describe(self, x: Any) -> None:
+        """Note how the image tokens of the input `x` lie: `[B, C, H, W]`, or a NaFlex batch (dict of patches)."""
+        self.patch_coord = self.patch_valid = None
+        if isinstance(x, torch.Tensor):
+            self.image_size = (x.shape[-2], x.shape[-1])
+        elif isinstance(x, Mapping):
+            self.patch_coord, self.patch_valid = x.get('patch_coord'), x.get('patch_valid')
 
     def clear(self) -> None:
         """Forget the record."""
@@ -58,7 +73,8 @@ class PrefixRecorder:
         """Append `output` to the record while the pass is recorded."""
         outputs = self.state.outputs[self.slot]
         if self.state.recording and len(outputs) < self.calls:
-            outputs.append(output)
+            # A container of its own: some models write into the list that a stage returned.
+            outputs.append(pytree.tree_map(_same, output))
 
 
 class PrefixReplay:
@@ -83,6 +99,10 @@ class PrefixReplay:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
+def _same(leaf: Any) -> Any:
+    return leaf
+
+
 @dataclasses.dataclass
 class _Call:
     name: str
@@ -99,12 +119,16 @@ def plan_prefix(model: nn.Module, tap: str, x: torch.Tensor) -> list[tuple[str, 
         x: An input `[B, C, H, W]` to trace the model with.
 
     Returns:
-        Names and numbers of calls, in the order of the first call. Empty when a module runs both by itself and inside
-        another module of the prefix, which a replay cannot tell apart.
+        Names and numbers of calls, in the order of the first call. Empty when a replay could go wrong: a module runs
+        both by itself and inside another module of the prefix; a module leaves something on itself that may be read
+        later; what a module returned is changed in place afterwards.
     """
     calls: list[_Call] = []
     stack: list[_Call] = []
+    results: list[torch.Tensor] = []
+    versions: list[int] = []
     reached = False
+    before = _attributes(model)
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -120,7 +144,11 @@ def plan_prefix(model: nn.Module, tap: str, x: torch.Tensor) -> list[tuple[str, 
             nonlocal reached
             call = stack.pop()
             call.finished = not reached
-            reached = reached or name == tap
+            if call.finished:
+                results.extend(t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor))
+            if name == tap and not reached:
+                reached = True
+                versions.extend(t._version for t in results)
 
         return hook
 
@@ -130,7 +158,8 @@ def plan_prefix(model: nn.Module, tap: str, x: torch.Tensor) -> list[tuple[str, 
             handles.append(module.register_forward_pre_hook(enter(name)))
             handles.append(module.register_forward_hook(leave(name)))
     try:
-        with torch.no_grad():
+        # Tensors of the inference mode would not count how often they are changed in place.
+        with torch.inference_mode(False), torch.no_grad():
             model(x)
     finally:
         for handle in handles:
@@ -140,6 +169,17 @@ def plan_prefix(model: nn.Module, tap: str, x: torch.Tensor) -> list[tuple[str, 
     counts: dict[str, int] = {}
     for call in outermost:
         counts[call.name] = counts.get(call.name, 0) + 1
-    if any(call.name in counts and call not in outermost for call in finished):
-        return []
-    return list(counts.items())
+    nested = any(call.name in counts and call not in outermost for call in finished)
+    names = {call.name for call in finished}
+    changed = any(before.get(key) is not value for key, value in _attributes(model).items() if key[0] in names)
+    overwritten = any(t._version != version for t, version in zip(results, versions, strict=True))
+    return [] if nested or changed or overwritten else list(counts.items())
+
+
+def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """Return every plain attribute and buffer of every module."""
+    return {
+        (name, key): value
+        for name, module in model.named_modules()
+        for key, value in itertools.chain(vars(module).items(), module._buffers.items())
+    }

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._calibration import Calibration, calibrate, calibration_input
 from ._frozen import evaluating
 from ._prefix import plan_prefix
 from .blocks import PromptConfig
-from .stages import calibration_input, find_stages
-from .teacher import VARIANTS, DualForwardPathTeacher, PromptPath
+from .prompt_path import VARIANTS, PromptPath
+from .stages import Stage, Tap, find_taps, name_of
+from .teacher import DualForwardPathTeacher
 
 __all__ = ['wrap']
 
@@ -76,34 +78,59 @@ def wrap(
     if not isinstance(prompt, PromptConfig):
         raise TypeError(f'prompt must be a PromptConfig, got {type(prompt).__name__}.')
     heads = _head_names(model, head)
-    open_stages = find_stages(model, stages, input_size)
-    if not prompt.after_last:
-        open_stages = open_stages[:-1]
-    if not open_stages:
-        raise ValueError(
-            f'{type(model).__name__} has a single stage, and blocks go between stages. '
-            'Use PromptConfig(after_last=True) or name more stages in stages=[...].'
-        )
+    taps = find_taps(model, stages)
     x = calibration_input(model, input_size)
+    found = calibrate(model, taps, x)
+    open_stages = _stages_to_open(model, taps, found, prompt.after_last, named=isinstance(stages, Sequence))
     prefix = []
-    with evaluating(model):
-        if variant == 'dfpt':
+    if variant == 'dfpt':
+        with evaluating(model):
             prefix = plan_prefix(model, open_stages[0].module, x)
     path = PromptPath(
         model, open_stages, prompt, variant=variant, head=heads, num_classes=num_classes, train_bn=train_bn
     )
-    teacher = DualForwardPathTeacher(model, path, prefix)
-    _verify(teacher, x, num_classes is None)
+    opened = {stage.module for stage in open_stages}
+    teacher = DualForwardPathTeacher(model, path, prefix, [name for name in found.bypassed if name in opened])
+    try:
+        _verify(teacher, x, num_classes)
+    except Exception:
+        teacher.unwrap()
+        raise
     return teacher
 
 
-def _head_names(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str, ...]:
-    kind = type(model).__name__
-    if getattr(model, 'num_classes', None) == 0:
+def _stages_to_open(
+    model: nn.Module, taps: Sequence[Tap], found: Calibration, after_last: bool, named: bool
+) -> list[Stage]:
+    kind = name_of(model)
+    closed = set() if after_last else {taps[-1].module}
+    unused = [name for name in found.unused if name not in closed]
+    if unused and named:
         raise ValueError(
-            f'{kind} has num_classes=0, so it has no logits to teach with. '
-            'Create it with its classes, e.g. timm.create_model(name, pretrained=True, num_classes=1000).'
+            f'The output of {kind} does not depend on the features behind {unused[0]!r}, so a block there would not '
+            'be trained; name other modules in stages=[...].'
         )
+    for name in unused:
+        _logger.info(f'{kind}: no block behind {name}, on whose features the output does not depend.')
+    stages = [stage for stage in found.stages if stage.module not in closed]
+    if not stages:
+        raise ValueError(
+            f'{kind} has a single stage, and blocks go between stages. '
+            'Use PromptConfig(after_last=True) or name more stages in stages=[...].'
+        )
+    return stages
+
+
+def _head_names(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str, ...]:
+    kind = name_of(model)
+    if getattr(model, 'num_classes', None) == 0:
+        remedy = (
+            'Create it with its classes, e.g. timm.create_model(name, pretrained=True, num_classes=1000).'
+            if hasattr(model, 'get_classifier')
+            else 'It is an encoder without a classifier: wrap a classifier of the same family instead, or a module of '
+            'your own with this encoder and a head, with stages=[...] and head=....'
+        )
+        raise ValueError(f'{kind} has num_classes=0, so it has no logits to teach with. {remedy}')
     names = head if head is not None else (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
     get_classifier: Any = getattr(model, 'get_classifier', None)
     if names is None and get_classifier is not None:
@@ -119,14 +146,14 @@ def _head_names(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str
     return found
 
 
-def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, same_head: bool) -> None:
+def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int | None) -> None:
     """Prove the teacher on one batch, with the blocks in evaluation so that no statistic moves."""
-    kind = type(teacher.model).__name__
-    with evaluating(teacher.prompt_path):
+    kind = name_of(teacher.model)
+    with evaluating(teacher.prompt_path), torch.inference_mode(False), torch.enable_grad():
         original, prompt = teacher.original(x), teacher.prompt(x)
         if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2:
             raise ValueError(f'{kind} must return logits [B, K], got {_describe(prompt)}.')
-        if same_head and not _close(original, prompt):
+        if num_classes is None and not _close(original, prompt):
             raise ValueError(
                 f'The prompt path of {kind} does not start as the original path: logits differ by up to '
                 f'{(original - prompt).abs().max().item():.2e}. Its forward cannot be repeated (randomness in '

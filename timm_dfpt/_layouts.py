@@ -1,0 +1,136 @@
+"""Feature layouts: which one a tensor has, and how tokens become a picture and back."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+__all__ = ['TokenOrder', 'from_patches', 'find_layout', 'find_prefix_tokens', 'to_patches', 'token_grid']
+
+_MAX_PREFIX_TOKENS = 16
+
+
+def find_layout(shape: torch.Size, channels: int | None, declared: str | None) -> str | None:
+    """Return `'NCHW'`, `'NHWC'` or `'NLC'`, or `None` when `shape` holds no features of `channels` channels.
+
+    Args:
+        shape: Shape of the tensor.
+        channels: Number of channels, where it is known.
+        declared: What the model says of itself; decides where both 4-D layouts fit.
+    """
+    if len(shape) == 3:
+        return 'NLC' if channels in (None, shape[2]) else None
+    if len(shape) != 4:
+        return None
+    fits = [layout for layout, axis in (('NCHW', 1), ('NHWC', 3)) if channels in (None, shape[axis])]
+    return declared if declared in fits else next(iter(fits), None)
+
+
+def find_prefix_tokens(tokens: int, declared: int, image_size: tuple[int, int], reduction: int | None) -> int:
+    """Return how many of `tokens` tokens come before the picture (class and register tokens).
+
+    What the model declares is not always so at the place of the tap: in CaiT, XCiT and ConViT the class token joins
+    later. So the grid decides, and first the one that the reduction asks for.
+
+    Args:
+        tokens: Number of all tokens.
+        declared: What the model says of itself.
+        image_size: Height and width of the input in pixels.
+        reduction: Input pixels per token along a side, where it is known.
+    """
+    if reduction:
+        for height, width in _grids_of_reduction(image_size, reduction):
+            if 0 <= tokens - height * width <= _MAX_PREFIX_TOKENS:
+                return tokens - height * width
+    candidates = (declared, 0, 1, 2)
+    return next((p for p in candidates if token_grid(tokens - p, image_size, None) is not None), declared)
+
+
+def token_grid(tokens: int, image_size: tuple[int, int], reduction: int | None) -> tuple[int, int] | None:
+    """Return the grid `(H, W)` in which `tokens` image tokens stand, or `None` when they form none.
+
+    Args:
+        tokens: Number of tokens without class and register tokens.
+        image_size: Height and width of the input in pixels.
+        reduction: Input pixels per token along a side, where it is known. Where it does not fit, the grid is the one
+            whose aspect ratio is nearest to the input's, within rounding of the sides.
+    """
+    if reduction:
+        for height, width in _grids_of_reduction(image_size, reduction):
+            if height * width == tokens:
+                return height, width
+    if tokens < 1 or min(image_size) < 1:
+        return None
+    ideal = math.isqrt(max(1, tokens * image_size[0] // image_size[1]))
+    heights = [h for h in range(max(1, ideal - 1), ideal + 3) if tokens % h == 0]
+    errors = {h: abs(h * image_size[1] - tokens // h * image_size[0]) for h in heights}
+    best = min(errors, key=lambda h: errors[h], default=None)
+    if best is None or errors[best] >= max(image_size):
+        return None
+    return best, tokens // best
+
+
+def _grids_of_reduction(image_size: tuple[int, int], reduction: int) -> Iterable[tuple[int, int]]:
+    height, width = image_size
+    yield -(-height // reduction), -(-width // reduction)
+    yield height // reduction, width // reduction
+
+
+class TokenOrder(nn.Module):
+    """Puts tokens that stand in an order of their own into raster order, and back.
+
+    Args:
+        to_raster: For each place of the picture, row by row, the index of its token `[L]`.
+    """
+
+    to_raster: torch.Tensor
+    from_raster: torch.Tensor
+
+    def __init__(self, to_raster: torch.Tensor) -> None:
+        super().__init__()
+        # Not persistent: they follow from the architecture and are no weights.
+        self.register_buffer('to_raster', to_raster, persistent=False)
+        self.register_buffer('from_raster', torch.argsort(to_raster), persistent=False)
+
+
+def to_patches(
+    tokens: torch.Tensor, coord: torch.Tensor, valid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put patches at given coordinates (NaFlex: images of different sizes in a batch) into pictures.
+
+    Args:
+        tokens: Patch tokens `[B, L, C]`.
+        coord: Row and column of each patch `[B, L, 2]`.
+        valid: Which patches are no padding `[B, L]`; `None` for all.
+
+    Returns:
+        The pictures `[B, C, H, W]`, zero where an image has no patch, and each token's index in a picture `[B, L]`;
+        padding has index `H * W`.
+    """
+    batch, _, channels = tokens.shape
+    valid = torch.ones_like(coord[..., 0], dtype=torch.bool) if valid is None else valid.bool()
+    places = coord * valid.unsqueeze(-1)
+    height, width = int(places[..., 0].max()) + 1, int(places[..., 1].max()) + 1
+    index = torch.where(valid, places[..., 0] * width + places[..., 1], height * width).long()
+    canvas = tokens.new_zeros(batch, height * width + 1, channels)
+    canvas = canvas.scatter(1, index.unsqueeze(-1).expand(-1, -1, channels), tokens)
+    return canvas[:, :-1].unflatten(1, (height, width)).permute(0, 3, 1, 2), index
+
+
+def from_patches(picture: torch.Tensor, index: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    """Take the patch tokens out of pictures again.
+
+    Args:
+        picture: Pictures `[B, C, H, W]`.
+        index: What `to_patches` returned `[B, L]`.
+        padding: Tokens `[B, L, C]` from which the padding is taken.
+
+    Returns:
+        Patch tokens `[B, L, C]`.
+    """
+    places = picture.shape[-2] * picture.shape[-1]
+    flat = picture.flatten(2).transpose(1, 2)
+    taken = flat.gather(1, index.clamp(max=places - 1).unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
+    return torch.where((index < places).unsqueeze(-1), taken, padding)
