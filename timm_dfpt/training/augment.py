@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import transforms
 
-__all__ = ['AugmentConfig', 'BatchTransform', 'create_transforms', 'derive_seed', 'seeded_rng']
+__all__ = ['AugmentConfig', 'BatchTransform', 'create_transforms', 'derive_seed', 'preserved_rng', 'seed_rng']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +189,8 @@ def create_transforms(
     evaluation = {
         'input_size': size,
         'interpolation': data_config.get('interpolation') or 'bilinear',
+        'mean': tuple(data_config['mean']),  # the colour of borders, where crop_mode asks for them
+        'std': tuple(data_config['std']),
         'crop_pct': data_config.get('crop_pct'),
         'crop_mode': data_config.get('crop_mode'),
         'normalize': False,
@@ -210,8 +212,8 @@ def create_transforms(
             color_jitter=augment.color_jitter or None,
             auto_augment=augment.auto_augment,
             interpolation=augment.train_interpolation,
-            mean=tuple(data_config['mean']),
-            std=tuple(data_config['std']),
+            mean=evaluation['mean'],
+            std=evaluation['std'],
             re_prob=augment.reprob,
             re_mode=augment.remode,
             re_count=augment.recount,
@@ -239,19 +241,23 @@ def derive_seed(*words: int) -> int:
 
 
 @contextlib.contextmanager
-def seeded_rng(seed: int) -> Iterator[None]:
-    """Seed the global random numbers that timm's and torchvision's transforms draw, and put them back afterwards.
-
-    Args:
-        seed: Seed for `random`, numpy and torch's CPU generator. Generators of accelerators are left alone.
-    """
+def preserved_rng() -> Iterator[None]:
+    """Put the global random numbers of `random`, numpy and torch's CPU back to where they were, at the end."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
         yield
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])
         torch.set_rng_state(state[2])
+
+
+def seed_rng(seed: int) -> None:
+    """Seed the global random numbers that timm's and torchvision's transforms draw from.
+
+    Args:
+        seed: Seed for `random`, numpy and torch's CPU generator. Generators of accelerators are left alone.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)

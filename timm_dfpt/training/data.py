@@ -266,7 +266,7 @@ def _undecoded(dataset: Dataset, image_column: str) -> Dataset:
         return dataset
     try:
         return dataset.cast_column(image_column, Image(decode=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f'image_column={image_column!r} does not hold images: {error}') from error
 
 

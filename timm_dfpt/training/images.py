@@ -6,6 +6,7 @@ import io
 import os
 import struct
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,6 +15,8 @@ __all__ = ['BadImageError', 'EncodedImage', 'check_image', 'decode_image']
 
 # The bytes of an image file, or the path of one. `None` is how `datasets` says that a row has no image.
 EncodedImage = bytes | str | None
+
+T = TypeVar('T')
 
 _MODES = {1: 'L', 3: 'RGB'}
 # What Pillow's decoders raise on damaged files: the documented OSError, and what escapes from the parsers of formats.
@@ -54,8 +57,8 @@ def decode_image(source: EncodedImage, channels: int = 3) -> Image.Image:
 def check_image(source: EncodedImage) -> str | None:
     """Say what is wrong with an image, without decoding it where the format allows that.
 
-    PNG carries checksums and JPEG an end marker, which find truncated files at the price of reading them. All other
-    formats, and a JPEG without its end marker, are decoded.
+    PNG carries checksums and JPEG an end marker, which find truncated files at the price of reading them. Files that
+    fail here, and all other formats, are decoded, and that decides.
 
     Args:
         source: The bytes of the file, or its path.
@@ -64,13 +67,14 @@ def check_image(source: EncodedImage) -> str | None:
         The reason why the image cannot be used, or `None` if it can.
     """
     try:
-        _reading(source, lambda image: _check(image, source))
+        if not _reading(source, lambda image: _looks_whole(image, source)):
+            decode_image(source)
     except BadImageError as error:
         return str(error)
     return None
 
 
-def _reading(source: EncodedImage, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _reading(source: EncodedImage, use: Callable[[Image.Image], T]) -> T:
     if source is None:
         raise BadImageError('the row has no image')
     if isinstance(source, bytes) and not source:
@@ -103,13 +107,14 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _check(image: Image.Image, source: EncodedImage) -> Image.Image:
+def _looks_whole(image: Image.Image, source: EncodedImage) -> bool:
     if image.format == 'PNG':
-        image.verify()
-        return image
-    if image.format == 'JPEG' and _tail(source) == b'\xff\xd9':
-        return image
-    return _convert(image, 'RGB')
+        try:
+            image.verify()
+        except _DECODE_ERRORS:
+            return False
+        return True
+    return image.format == 'JPEG' and _tail(source) == b'\xff\xd9'
 
 
 def _tail(source: EncodedImage) -> bytes:

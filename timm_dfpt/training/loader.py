@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .augment import AugmentConfig, BatchTransform, create_transforms, derive_seed, seeded_rng
+from .augment import AugmentConfig, BatchTransform, create_transforms, derive_seed, preserved_rng, seed_rng
 from .data import ImageSplit
 from .images import BadImageError, decode_image
 
@@ -91,17 +91,16 @@ class ImageDataset(Dataset):
         epoch, rows = pairs[0][0], [row for _, row in pairs]
         index = torch.tensor(rows)
         if self.batch_transform is None:
-            inputs = torch.stack(
-                [self._augmented(image, *pair) for image, pair in zip(self._decode(rows), pairs, strict=True)]
-            )
+            with preserved_rng():
+                inputs = torch.stack([self._augmented(*each) for each in zip(self._decode(rows), pairs, strict=True)])
         else:
             images = self.cached.index_select(0, index) if self.cached is not None else self._resized(rows)
             inputs = self.batch_transform(images, index, epoch)
         return inputs, self.split.labels[index], index
 
-    def _augmented(self, image: Image.Image, epoch: int, row: int) -> torch.Tensor:
-        with seeded_rng(derive_seed(self.seed, 2, epoch, row)):
-            return self.transform(image)
+    def _augmented(self, image: Image.Image, pair: tuple[int, int]) -> torch.Tensor:
+        seed_rng(derive_seed(self.seed, 2, *pair))
+        return self.transform(image)
 
     def _resized(self, rows: Sequence[int]) -> torch.Tensor:
         return torch.stack([self.transform(image) for image in self._decode(rows)])
