@@ -51,6 +51,7 @@ class TrainConfig:
     prompt_student_weight: float = _opt(0.25, 'dfpt: b, what the prompt path learns from the student', 'method')
     student_teacher_weight: float = _opt(1.0, 'dfpt: c, what the student learns from the teacher', 'method')
     student_prompt_weight: float = _opt(1.0, 'dfpt: d, what the student learns from the prompt path', 'method')
+    baselines: list[str] = _opt([], 'methods to train beside it, on the same batches', 'method', choices=METHODS)
     # --- models
     teacher: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the teacher', 'models')
     teacher_checkpoint: str | None = _opt(None, 'safetensors file with weights for --teacher', 'models')
@@ -162,8 +163,9 @@ class TrainConfig:
             if not fits:
                 raise ValueError(f'{name} must be {allowed}, got {getattr(self, name)!r}.')
 
-        for name in ('temperature', 'prompt_lr', 'lr'):
+        for name in ('temperature', 'lr'):
             check(name, getattr(self, name) > 0, 'greater than 0')
+        check('prompt_lr', self.prompt_lr >= 0, '0 or greater')
         for name in ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'checkpoint_hist'):
             check(name, getattr(self, name) >= 1, 'at least 1')
         for field in dataclasses.fields(self):
@@ -190,14 +192,18 @@ class TrainConfig:
         if self.method == 'supervised':
             if self.teacher is not None:
                 raise ValueError('method=supervised trains without a teacher: leave --teacher out, or choose a method.')
+            if self.baselines:
+                raise ValueError('baselines need a teacher beside them: choose another method than supervised.')
         elif self.teacher is None and self.prompt_path is None:
             raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
         dual = self.method in ('dfpt', 'dfpt+')
         if not dual and (self.prompt_path or self.push_prompt_path or self.freeze_prompt_path):
             raise ValueError(f'prompt_path options need method dfpt or dfpt+, got method={self.method}.')
+        if self.method in self.baselines or len(set(self.baselines)) != len(self.baselines):
+            raise ValueError(f'baselines={self.baselines} names a method twice (method={self.method}).')
         if self.freeze_prompt_path and not self.prompt_path:
             raise ValueError('freeze_prompt_path needs a tuned one to start from: name it with --prompt-path.')
-        if (self.mixup or self.cutmix) and 'dkd' in (self.method, self.kd_loss if dual else None):
+        if (self.mixup or self.cutmix) and 'dkd' in (self.method, *self.baselines, self.kd_loss if dual else None):
             raise ValueError('dkd needs class indices and cannot be used with mixup or cutmix: set both to 0.')
         if self.train_crop_mode and self.crop_padding:
             raise ValueError('train_crop_mode and crop_padding contradict each other: give one of them.')
@@ -221,15 +227,18 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     allowed, item = _options(field)
     if list in allowed and not isinstance(value, list):
         value = list(value) if isinstance(value, tuple) else [value]
+    choices = field.metadata.get('choices')
     if item is not None:
-        return [_number(field.name, v, item) for v in value]
+        return [_choice(field.name, _number(field.name, v, item), choices) for v in value]
     if value is None and type(None) in allowed:
         return None
     kind = next(t for t in allowed if t is not type(None))
-    value = _number(field.name, value, kind)
-    choices = field.metadata.get('choices')
+    return _choice(field.name, _number(field.name, value, kind), choices)
+
+
+def _choice(name: str, value: Any, choices: Sequence[str] | None) -> Any:
     if choices and value not in choices:
-        raise ValueError(f'{field.name} must be one of {", ".join(choices)}, got {value!r}.{_nearest(value, choices)}')
+        raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}.{_nearest(value, choices)}')
     return value
 
 
@@ -318,7 +327,9 @@ def _add_argument(group: Any, field: dataclasses.Field[Any]) -> None:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         return
     if kind is list:
-        options |= {'nargs': '+', 'type': item, 'metavar': 'X'}
+        options |= {'nargs': '*', 'type': item, 'metavar': 'X'}
+        if field.metadata.get('choices'):
+            options['choices'] = field.metadata['choices']
     elif kind is dict:
         options |= {'nargs': '+', 'type': _key_value, 'metavar': 'KEY=VALUE'}
     else:

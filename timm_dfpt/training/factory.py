@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from timm.data import Mixup, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -181,7 +181,7 @@ def create_task(
     student: nn.Module,
     teacher: nn.Module | DualForwardPathTeacher | None,
     input_config: Mapping[str, Any],
-    device: torch.device,
+    accelerator: Accelerator,
 ) -> TrainingTask:
     """Create the timm task that `method` stands for.
 
@@ -190,10 +190,10 @@ def create_task(
         student: The student.
         teacher: The teacher; wrapped (`wrap_teacher`) for `dfpt` and `dfpt+`.
         input_config: What the loader gives.
-        device: Where to train.
+        accelerator: Says where to train.
     """
     criterion = create_criterion(config)
-    common: dict[str, Any] = {'device': device, 'verbose': False}
+    common: dict[str, Any] = {'device': accelerator.device, 'verbose': False}
     if config.method == 'supervised':
         return ClassificationTask(student, criterion, **common)
     assert teacher is not None
@@ -216,7 +216,7 @@ def create_task(
             input_config=input_config,
             **common,
         )
-    adapted = AdaptedTeacher(teacher, input_config).to(device)
+    adapted = AdaptedTeacher(teacher, input_config)
     common |= {
         'temperature': config.temperature,
         'distill_loss_weight': config.distill_loss_weight,

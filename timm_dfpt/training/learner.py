@@ -43,6 +43,9 @@ class Learner:
         self, name: str, config: TrainConfig, task: TrainingTask, accelerator: Accelerator, updates_per_epoch: int
     ) -> None:
         self.name, self.config, self.task, self.accelerator = name, config, task, accelerator
+        task.to(accelerator.device)
+        if config.channels_last:
+            task.to(memory_format=torch.channels_last)
         if config.model_ema:
             accelerator.register_for_checkpointing(task.setup_ema(decay=config.model_ema_decay))
         optimizers = [_student_optimizer(config, task)]
@@ -137,6 +140,18 @@ class Learner:
                 return self.task(input, target)
         return self.task(input, target)
 
+    def teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the original path's logits `[B, K]` for images `[B, C, H, W]` as the loader gives them."""
+        task: Any = self.task
+        if isinstance(task, DFPTDistillationTask):
+            return task.teacher.original(task.adapter(input))
+        return task.teacher(input)
+
+    def prompt_logits(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the prompt path's logits `[B, K]` for images `[B, C, H, W]` as the loader gives them."""
+        task: Any = self.task
+        return task.teacher.prompt(task.adapter(input))
+
     def outputs(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return logits `[B, K]` by name for evaluation: `student`, its average, and both paths of the teacher."""
         outputs = {'student': self.student(input)}
@@ -191,7 +206,8 @@ def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, updates_pe
         decay_milestones=config.decay_milestones,
         decay_rate=config.decay_rate,
         min_lr=config.min_lr,
-        warmup_lr=config.warmup_lr,
+        # A warm-up never starts above what it warms up to.
+        warmup_lr=min(config.warmup_lr, *(group['lr'] for group in optimizer.param_groups)),
         warmup_epochs=config.warmup_epochs,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,

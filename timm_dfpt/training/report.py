@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import write_atomic
 
-__all__ = ['closing_table', 'measure_cost', 'plot_curves', 'write_summary']
+__all__ = ['closing_table', 'measure_cost', 'plot_curves', 'verdicts', 'write_summary']
 
 SUMMARY_FORMAT = 1
 
@@ -59,8 +60,10 @@ def measure_cost(
 def closing_table(summary: Mapping[str, Any]) -> str:
     """Return the models of a run side by side, as Markdown."""
     split = summary['eval_split']
+    models = dict(summary['models'])
+    models |= {f'student of {method}': model for method, model in summary.get('baselines', {}).items()}
     columns = [(f'{split} top-1 %', lambda m: f'{m["metrics"]["top1"]:.2f}')]
-    if any('top5' in model['metrics'] for model in summary['models'].values()):
+    if any('top5' in model['metrics'] for model in models.values()):
         columns.append((f'{split} top-5 %', lambda m: f'{m["metrics"]["top5"]:.2f}'))
     columns += [
         ('parameters', lambda m: f'{m["cost"]["params"]:,}'),
@@ -69,12 +72,34 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         ('images/s', lambda m: f'{m["cost"]["images_per_s"]:,.0f}'),
     ]
     rows = [['model', *(title for title, _ in columns)]]
-    for name, model in summary['models'].items():
+    for name, model in models.items():
         rows.append([f'{name} ({model["name"]})', *(cell(model) for _, cell in columns)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ['| ' + ' | '.join(_pad(cell, widths[i], i) for i, cell in enumerate(row)) + ' |' for row in rows]
     rule = '|' + '|'.join('-' * (width + 1) + (':' if i else '-') for i, width in enumerate(widths)) + '|'
     return '\n'.join([lines[0], rule, *lines[1:]])
+
+
+def verdicts(summary: Mapping[str, Any]) -> list[str]:
+    """Say of each baseline in words how the student compares with it, and what one run can tell."""
+    lines = []
+    split, student = summary['eval_split'], summary['models']['student']['metrics']['top1']
+    count = summary['dataset_sizes'][split]
+    for method, model in summary.get('baselines', {}).items():
+        other = model['metrics']['top1']
+        difference = student - other
+        share = (student + other) / 200
+        # Two independent samples: what the finite number of images alone leaves open. Seeds come on top.
+        interval = 196 * math.sqrt(2 * share * (1 - share) / count)
+        if abs(difference) <= interval:
+            verdict = 'no difference that one run of this size could show'
+        else:
+            verdict = f'{"above" if difference > 0 else "below"} it in this one run; other seeds may say otherwise'
+        lines.append(
+            f'{summary["method"]} against {method}, {split} top-1: {student:.2f} against {other:.2f}, '
+            f'{difference:+.2f} points (95% of the image sampling: +-{interval:.2f}): {verdict}'
+        )
+    return lines
 
 
 def _pad(cell: str, width: int, column: int) -> str:

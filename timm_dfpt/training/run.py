@@ -17,13 +17,14 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from torch import nn
 
-from ..hub.student import save_student
+from ..task import DFPTDistillationTask
 from ..teacher import DualForwardPathTeacher
 from ..version import __version__
 from .augment import AugmentConfig
 from .config import TrainConfig, load_recipe, parse_config, save_config
 from .data import DataSplits, load_splits
 from .evaluate import evaluate
+from .export import export
 from .factory import (
     create_mixup,
     create_student,
@@ -35,7 +36,7 @@ from .factory import (
 from .learner import Learner
 from .loader import create_loader
 from .loop import METRICS_FILE, NonFiniteLossError, Preempted, Trainer
-from .report import closing_table, measure_cost, plot_curves, write_summary
+from .report import closing_table, plot_curves, verdicts, write_summary
 
 __all__ = ['EXIT_PREEMPTED', 'main', 'run']
 
@@ -123,35 +124,46 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
         f'{len(data.val):,} to validate on ({data.val_from}){tested}'
     )
     loaders = _create_loaders(config, data, input_config, accelerator)
-    teacher = _create_teacher(config, data)
-    # Seeded again, so that every method starts from the same student whatever was built before it.
-    set_seed(config.seed)
-    student = create_student(config, data.num_classes, data.class_names, input_config)
-    task = create_task(config, student, teacher, input_config, accelerator.device)
-    if config.channels_last:
-        task.to(memory_format=torch.channels_last)
-    task.to(accelerator.device)
-    updates_per_epoch = -(-len(loaders['train']) // config.grad_accum_steps)
-    learner = Learner(config.method, config, task, accelerator, updates_per_epoch)
-    if isinstance(teacher, DualForwardPathTeacher):
-        say(teacher.summary())
-    if learner.teacher is not None:
-        before = evaluate(lambda x: {'teacher': _teacher_logits(learner, x)}, loaders['val'], accelerator)['teacher']
-        say(f'teacher {config.teacher}: {before["top1"]:.2f}% top-1 on the validation data')
+    teacher = _load_teacher(config, data)
+    learners = [
+        _create_learner(dataclasses.replace(config, method=method, baselines=[]), teacher, data, loaders, accelerator)
+        for method in (config.method, *config.baselines)
+    ]
+    main_learner = learners[0]
+    if isinstance(main_learner.task, DFPTDistillationTask):
+        say(main_learner.task.teacher.summary())
+    if main_learner.teacher is not None:
+        before = evaluate(lambda x: {'teacher': main_learner.teacher_logits(x)}, loaders['val'], accelerator)
+        say(f'teacher {config.teacher}: {before["teacher"]["top1"]:.2f}% top-1 on the validation data')
     _open_run_dir(config, run_dir, accelerator)
     if config.log_with:
         accelerator.init_trackers('timm_dfpt', config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-    trainer = Trainer(
-        config,
-        accelerator,
-        [learner],
-        loaders['train'],
-        loaders['val'],
-        run_dir,
-        create_mixup(config, data.num_classes),
-    )
+    mixup = create_mixup(config, data.num_classes)
+    trainer = Trainer(config, accelerator, learners, loaders['train'], loaders['val'], run_dir, mixup)
     seconds = trainer.fit()
-    summary = _finish(config, accelerator, learner, loaders, data, input_config, run_dir, command, seconds)
+    split = 'test' if 'test' in loaders else 'val'
+    results = [
+        {name: _final_metrics(learner, loaders[name], accelerator) for name in dict.fromkeys(('val', split))}
+        for learner in learners
+    ]
+    summary: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        facts = _facts(config, data, input_config, command, accelerator)
+        summary = {**facts, 'eval_split': split, 'train_seconds': seconds}
+        example = next(iter(loaders[split]))[0]
+        summary['models'] = export(main_learner, results[0], run_dir, facts, example)
+        summary['baselines'] = {
+            learner.name: export(learner, result, run_dir / 'baselines' / learner.name, facts, example)['student']
+            for learner, result in zip(learners[1:], results[1:], strict=True)
+        }
+        plot_curves(run_dir / METRICS_FILE, run_dir / 'curves.png', f'{config.method}: {config.student}')
+        write_summary(run_dir / 'summary.json', summary)
+        say(closing_table(summary))
+        for line in verdicts(summary):
+            say(line)
+        source = f'local-dir:{run_dir / "student"}'
+        say(f'student: timm.create_model({source!r}, pretrained=True)')
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return summary
 
@@ -202,15 +214,32 @@ def _open_run_dir(config: TrainConfig, run_dir: Path, accelerator: Accelerator) 
     accelerator.print(f'run folder: {run_dir}')
 
 
-def _create_teacher(config: TrainConfig, data: DataSplits) -> nn.Module | DualForwardPathTeacher | None:
+def _load_teacher(config: TrainConfig, data: DataSplits) -> nn.Module | None:
     if config.method == 'supervised':
         return None
-    if config.prompt_path and config.teacher is None:
-        teacher = DualForwardPathTeacher.from_pretrained(config.prompt_path)
-        config.teacher = f'{config.prompt_path} (base)'
-        return teacher
-    model = create_teacher(config, data.class_names)
-    return wrap_teacher(config, model) if config.method in ('dfpt', 'dfpt+') else model
+    if config.teacher is None:
+        # The prompt path knows its teacher.
+        return DualForwardPathTeacher.from_pretrained(config.prompt_path).unwrap()
+    return create_teacher(config, data.class_names)
+
+
+def _create_learner(
+    config: TrainConfig,
+    teacher: nn.Module | None,
+    data: DataSplits,
+    loaders: Mapping[str, Any],
+    accelerator: Accelerator,
+) -> Learner:
+    # Seeded for each part, so that every method starts from the same student whatever was built before it.
+    set_seed(config.seed)
+    if teacher is not None and config.method in ('dfpt', 'dfpt+'):
+        teacher = wrap_teacher(config, teacher)
+    set_seed(config.seed)
+    input_config = resolve_input_config(config)
+    student = create_student(config, data.num_classes, data.class_names, input_config)
+    task = create_task(config, student, None if config.method == 'supervised' else teacher, input_config, accelerator)
+    updates_per_epoch = -(-len(loaders['train']) // config.grad_accum_steps)
+    return Learner(config.method, config, task, accelerator, updates_per_epoch)
 
 
 def _create_loaders(
@@ -252,76 +281,31 @@ def _create_loaders(
     return {name: accelerator.prepare(loader) for name, loader in loaders.items()}
 
 
-def _teacher_logits(learner: Learner, x: torch.Tensor) -> torch.Tensor:
-    task: Any = learner.task
-    if isinstance(task.teacher, DualForwardPathTeacher):
-        return task.teacher.original(task.adapter(x))
-    return task.teacher(x)
-
-
-def _finish(
+def _facts(
     config: TrainConfig,
-    accelerator: Accelerator,
-    learner: Learner,
-    loaders: Mapping[str, Any],
     data: DataSplits,
     input_config: Mapping[str, Any],
-    run_dir: Path,
     command: str,
-    seconds: float,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Evaluate once on the test data, save student and prompt path, and write summary, curves and table."""
-    split = 'test' if 'test' in loaders else 'val'
-    results = {name: _final_metrics(learner, loaders[name], accelerator) for name in {'val', split}}
-    accelerator.wait_for_everyone()
-    summary: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        summary = {
-            'method': config.method,
-            'seed': config.seed,
-            'command': command,
-            'dataset': config.dataset,
-            'dataset_sizes': {'train': len(data.train), 'val': len(data.val), 'test': len(data.test or ())},
-            'class_names': data.class_names,
-            'eval_split': split,
-            'epochs': config.epochs,
-            'input_config': {k: list(v) if isinstance(v, tuple) else v for k, v in input_config.items()},
-            'versions': {
-                'timm_dfpt': __version__,
-                'timm': timm.__version__,
-                'torch': torch.__version__,
-                'python': platform.python_version(),
-            },
-            'processes': accelerator.num_processes,
-        }
-        distillation = {
-            'method': config.method,
-            'teacher': config.teacher,
-            'prompt_path': config.push_prompt_path,
-            'seed': config.seed,
-            'recipe': dataclasses.asdict(config),
-            'metrics': {name: result.get('student') for name, result in results.items()},
-        }
-        save_student(
-            learner.published_student,
-            run_dir / 'student',
-            label_names=data.class_names,
-            data_config=input_config,
-            license=config.license,
-            distillation=distillation,
-        )
-        task: Any = learner.task
-        if isinstance(getattr(task, 'teacher', None), DualForwardPathTeacher):
-            task.teacher.save_pretrained(
-                run_dir / 'prompt_path', label_names=data.class_names, training=distillation
-            )
-        summary['models'] = _models(config, learner, loaders[split], results, split, run_dir)
-        plot_curves(run_dir / METRICS_FILE, run_dir / 'curves.png', f'{config.method}: {config.student}')
-        write_summary(run_dir / 'summary.json', {**summary, 'train_seconds': seconds})
-        print(closing_table(summary))
-        print(f'student: timm.create_model({f"local-dir:{run_dir}/student"!r}, pretrained=True)')
-    accelerator.wait_for_everyone()
-    return summary
+    """Return what the run was, for `summary.json` and the records beside student and prompt path."""
+    return {
+        'method': config.method,
+        'seed': config.seed,
+        'command': command,
+        'dataset': config.dataset,
+        'dataset_sizes': {'train': len(data.train), 'val': len(data.val), 'test': len(data.test or ())},
+        'class_names': data.class_names,
+        'epochs': config.epochs,
+        'input_config': {k: list(v) if isinstance(v, tuple) else v for k, v in input_config.items()},
+        'versions': {
+            'timm_dfpt': __version__,
+            'timm': timm.__version__,
+            'torch': torch.__version__,
+            'python': platform.python_version(),
+        },
+        'processes': accelerator.num_processes,
+    }
 
 
 def _final_metrics(learner: Learner, loader: Any, accelerator: Accelerator) -> dict[str, dict[str, float]]:
@@ -330,7 +314,7 @@ def _final_metrics(learner: Learner, loader: Any, accelerator: Accelerator) -> d
     def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = learner.outputs(x)
         if learner.teacher is not None and 'teacher' not in outputs:
-            outputs['teacher'] = _teacher_logits(learner, x)
+            outputs['teacher'] = learner.teacher_logits(x)
         return outputs
 
     metrics = evaluate(forward, loader, accelerator)
@@ -338,47 +322,3 @@ def _final_metrics(learner: Learner, loader: Any, accelerator: Accelerator) -> d
         metrics['student_raw'] = metrics.pop('student')
         metrics['student'] = metrics.pop('student_ema')
     return metrics
-
-
-def _models(
-    config: TrainConfig,
-    learner: Learner,
-    loader: Any,
-    results: Mapping[str, Mapping[str, Any]],
-    split: str,
-    run_dir: Path,
-) -> dict[str, Any]:
-    """Return accuracy and cost of teacher, prompt path and student."""
-    example = next(iter(loader))[0]
-    task: Any = learner.task
-    student_files = [run_dir / 'student' / 'model.safetensors']
-    parts: dict[str, tuple[Any, list[nn.Parameter], str, list[Path]]] = {}
-    if learner.teacher is not None:
-        frozen = list(learner.teacher.parameters())
-        parts['teacher'] = (lambda x: _teacher_logits(learner, x), frozen, str(config.teacher), _teacher_files(config))
-        if isinstance(task.teacher, DualForwardPathTeacher):
-            own = [p for group in task.teacher.trainable_parameters() for p in group['params']]
-            base = frozen if config.method == 'dfpt' else []
-            files = [run_dir / 'prompt_path' / 'prompt_path.safetensors']
-            parts['prompt_path'] = (
-                lambda x: task.teacher.prompt(task.adapter(x)), [*base, *own], config.method, files
-            )
-    student = learner.published_student
-    parts['student'] = (student, list(student.parameters()), str(config.student), student_files)
-    return {
-        role: {
-            'name': name,
-            'metrics': results[split][role],
-            'val_metrics': results['val'][role],
-            'cost': measure_cost(forward, parameters, example, files),
-        }
-        for role, (forward, parameters, name, files) in parts.items()
-    }
-
-
-def _teacher_files(config: TrainConfig) -> list[Path]:
-    if config.teacher_checkpoint:
-        return [Path(config.teacher_checkpoint)]
-    name = str(config.teacher)
-    return [Path(name.removeprefix('local-dir:'), 'model.safetensors')] if name.startswith('local-dir:') else []
-

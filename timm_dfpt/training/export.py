@@ -1,0 +1,86 @@
+"""From a trained learner to files: the student, the prompt path, and what they score and cost."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..hub.prompt_path import save_prompt_path
+from ..hub.student import save_student
+from ..task import DFPTDistillationTask
+from .learner import Learner
+from .report import measure_cost
+
+__all__ = ['export']
+
+
+def export(
+    learner: Learner,
+    results: Mapping[str, Mapping[str, Mapping[str, float]]],
+    folder: Path,
+    facts: Mapping[str, Any],
+    example: torch.Tensor,
+) -> dict[str, Any]:
+    """Save what a learner has become, as `student/` and, where there is one, `prompt_path/`.
+
+    Args:
+        learner: The learner.
+        results: Metrics by split (`val`, and `test` where there is one) and model.
+        folder: Where to save.
+        facts: What the run was, recorded beside the weights.
+        example: A batch `[B, C, H, W]` to measure the cost with.
+
+    Returns:
+        For `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`.
+    """
+    config, task = learner.config, learner.task
+    record = {
+        'method': config.method,
+        'teacher': config.teacher,
+        'prompt_path': config.push_prompt_path,
+        'seed': config.seed,
+        'recipe': dataclasses.asdict(config),
+        'metrics': {split: result['student'] for split, result in results.items()},
+        **{key: facts[key] for key in ('command', 'dataset', 'dataset_sizes')},
+    }
+    student = learner.published_student
+    save_student(
+        student,
+        folder / 'student',
+        label_names=facts['class_names'],
+        data_config=facts['input_config'],
+        license=config.license,
+        distillation=record,
+    )
+    models: dict[str, tuple[Any, list[nn.Parameter], str, list[Path]]] = {}
+    if learner.teacher is not None:
+        frozen = list(learner.teacher.parameters())
+        models['teacher'] = (learner.teacher_logits, frozen, str(config.teacher), _teacher_files(str(config.teacher)))
+        if isinstance(task, DFPTDistillationTask):
+            save_prompt_path(
+                task.teacher, folder / 'prompt_path', label_names=facts['class_names'], training=record
+            )
+            own = list(task.teacher.prompt_path.parameters())
+            parameters = [*(frozen if config.method == 'dfpt' else ()), *own]
+            files = [folder / 'prompt_path' / 'prompt_path.safetensors']
+            models['prompt_path'] = (learner.prompt_logits, parameters, config.method, files)
+    files = [folder / 'student' / 'model.safetensors']
+    models['student'] = (student, list(student.parameters()), str(config.student), files)
+    final = list(results)[-1]
+    return {
+        role: {
+            'name': name,
+            'metrics': results[final][role],
+            'val_metrics': results['val'][role],
+            'cost': measure_cost(forward, parameters, example, files),
+        }
+        for role, (forward, parameters, name, files) in models.items()
+    }
+
+
+def _teacher_files(name: str) -> list[Path]:
+    return [Path(name.removeprefix('local-dir:'), 'model.safetensors')] if name.startswith('local-dir:') else []
