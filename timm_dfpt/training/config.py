@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ['METHODS', 'TrainConfig', 'load_recipe', 'parse_config', 'save_config']
+__all__ = ['METHODS', 'TrainConfig', 'load_recipe', 'parse_config', 'public_options', 'save_config']
 
 METHODS = ('supervised', 'kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm', 'ctkd', 'dfpt', 'dfpt+')
 _PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path')
@@ -299,8 +299,27 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         prefix = _LOCAL_PREFIX if value.startswith(_LOCAL_PREFIX) else ''
         relative = value.removeprefix(prefix)
         if relative.startswith(('./', '../')):
-            values[key] = prefix + str((path.parent / relative).resolve())
+            values[key] = prefix + _from_here(path.parent / relative)
     return values
+
+
+def _from_here(path: Path) -> str:
+    # Relative where that is shorter: what is recorded of a run should not tell where somebody's home is.
+    full = path.resolve()
+    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
+
+
+def public_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options as they may be published: of local paths only the last part is told."""
+    options = dataclasses.asdict(config)
+    for key in _PATH_KEYS:
+        value = options[key]
+        if isinstance(value, str):
+            prefix = _LOCAL_PREFIX if value.startswith(_LOCAL_PREFIX) else ''
+            path = Path(value.removeprefix(prefix))
+            options[key] = prefix + path.name if prefix or path.exists() else value
+    options['output'] = None
+    return options
 
 
 def save_config(config: TrainConfig, path: str | Path) -> None:

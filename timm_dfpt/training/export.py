@@ -1,7 +1,6 @@
 """From a trained learner to files: the student, the prompt path, and what they score and cost."""
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from ..hub.prompt_path import save_prompt_path
 from ..hub.student import save_student
 from ..task import DFPTDistillationTask
+from .config import public_options
 from .learner import Learner
 from .report import measure_cost
 
@@ -38,14 +38,16 @@ def export(
         For `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`.
     """
     config, task = learner.config, learner.task
+    options = public_options(config)
     record = {
         'method': config.method,
-        'teacher': config.teacher,
+        'teacher': options['teacher'],
         'prompt_path': config.push_prompt_path,
+        'dataset': options['dataset'],
+        'dataset_sizes': facts['dataset_sizes'],
         'seed': config.seed,
-        'recipe': dataclasses.asdict(config),
+        'recipe': options,
         'metrics': {split: result['student'] for split, result in results.items()},
-        **{key: facts[key] for key in ('command', 'dataset', 'dataset_sizes')},
     }
     student = learner.published_student
     save_student(
