@@ -35,6 +35,7 @@ from timm_dfpt.prompt_path import PromptPath
 
 _HERE = Path(__file__).parent
 _MAX_REAL = 100e6
+_MAX_THOROUGH = 30e6
 _MAX_COPIED = 8e6
 _SIDES = (32, 48, 56, 64, 84, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)
 _NOISE = 1 << 20
@@ -89,36 +90,36 @@ def create(name: str, device: str, **kwargs: Any) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def runs(model: nn.Module, size: tuple[int, int, int]) -> bool:
-    """Return whether `model` (on the meta device) takes an input `[2, *size]`."""
-    try:
-        with torch.no_grad():
-            model(torch.empty(2, *size, device='meta'))
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
-        return False
-    return True
+def build(name: str, device: str, model: nn.Module) -> tuple[nn.Module, torch.Tensor]:
+    """Build an architecture for the smallest square input that it takes.
 
+    Args:
+        name: Name of the architecture.
+        device: `'cpu'` for a model with `randomize`d weights or `'meta'`.
+        model: The architecture at its default size, on the meta device.
 
-def smallest(name: str) -> tuple[nn.Module, tuple[int, int, int], dict[str, Any]]:
-    """Return the architecture on the meta device, the smallest square input it takes and how to create it for that."""
-    model = create(name, 'meta')
+    Returns:
+        The model and an input `[2, C, H, W]`.
+    """
     cfg: Any = model.pretrained_cfg
     channels, *default = cfg['input_size']
-    fixed = cfg.get('fixed_input_size')
-    for side in _SIDES:
-        if side >= default[0] or side < _smallest_side(model):
-            continue
-        size = (channels, side, side)
-        if not fixed and runs(model, size):
-            return model, size, {}
-        if fixed:
-            try:
-                candidate = create(name, 'meta', img_size=side)
-            except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
-                continue
-            if runs(candidate, size):
-                return candidate, size, {'img_size': side}
-    return model, (channels, *default), {}
+    built: nn.Module | None = model if device == 'meta' else None
+    for height, width in [*((s, s) for s in _SIDES if _smallest_side(model) <= s < default[0]), default]:
+        try:
+            if cfg.get('fixed_input_size') and (height, width) != tuple(default):
+                candidate = create(name, device, img_size=height)
+            else:
+                built = candidate = built or create(name, device)
+            if device != 'meta':
+                randomize(candidate)
+            with torch.no_grad():
+                x = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(3)).to(device)
+                candidate(x)
+            return candidate, x
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
+            if (height, width) == tuple(default):
+                raise
+    raise AssertionError('not reached')
 
 
 def _smallest_side(model: Any) -> int:
@@ -157,13 +158,13 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
 
 
-def check_real(model: nn.Module, x: torch.Tensor, input_size: tuple[int, int, int]) -> dict[str, Any]:
+def check_real(model: nn.Module, x: torch.Tensor, thorough: bool = True) -> dict[str, Any]:
     """Wrap `model`, which has values, and check everything that the documentation promises.
 
     Args:
-        model: The architecture, with `randomize`d weights.
+        model: The architecture in evaluation, frozen, with `randomize`d weights.
         x: Input `[2, C, H, W]`.
-        input_size: `(C, H, W)`.
+        thorough: Also check copies, the state dict and a second input size.
 
     Returns:
         What goes into the table.
@@ -171,11 +172,12 @@ def check_real(model: nn.Module, x: torch.Tensor, input_size: tuple[int, int, in
     Raises:
         AssertionError: A promise is broken; the message says which.
     """
-    small = sum(p.numel() for p in model.parameters()) <= _MAX_COPIED
+    input_size = (x.shape[1], x.shape[2], x.shape[3])
     keys = list(model.state_dict())
     with torch.no_grad():
         before = model(x)
     _expect(before.isfinite().all() and before.abs().max() > 0, 'the random model gives no usable logits')
+    statistics = [b.clone() for b in model.buffers()]
     teacher = timm_dfpt.wrap(model, input_size=input_size)
     row = describe(teacher)
 
@@ -183,35 +185,36 @@ def check_real(model: nn.Module, x: torch.Tensor, input_size: tuple[int, int, in
     taps = [teacher.prompt_path.model.get_submodule(stage.module) for stage in teacher.stages]
     fired: list[int] = []
     with _counting(taps, fired), torch.no_grad():
+        teacher.eval()
         prompt = teacher.prompt(x)
     _expect(fired == list(range(len(taps))), f'hooks fired in the order {fired}')
-    _expect(torch.equal(teacher.original(x), before), 'the original path is not bit-identical')
     row['init_difference'] = _relative(prompt, before)
     _expect(row['init_difference'] <= 1e-5, f'prompt path starts {row["init_difference"]:.1e} off')
 
     perturb(teacher)
-    teacher.train()
-    model.train()  # must not matter
-    shared = teacher(x)
-    frozen_statistics = [b.clone() for b in model.buffers()]
-    _expect(torch.equal(shared.original, before), 'the original path moved with the blocks')
-    teacher.eval()
-    shared = teacher(x)
+    if thorough:
+        teacher.train()
+        model.train()  # must not matter
+        _expect(torch.equal(teacher(x).original, before), 'the original path moves in training')
+        teacher.eval()
     alone = teacher.prompt(x)
+    _check_gradients(teacher, alone)
+    alone = alone.detach()
+    with torch.no_grad():
+        shared = teacher(x)
+    _expect(torch.equal(shared.original, before), 'the original path is not bit-identical')
     _expect(torch.equal(shared.prompt, alone), 'sharing the prefix changes the logits')
     _expect(_relative(alone, before) > 1e-6, 'the blocks do not change the logits')
-    _check_gradients(teacher, alone)
-    _expect(
-        all(torch.equal(a, b) for a, b in zip(frozen_statistics, model.buffers(), strict=True)), 'a buffer moved'
-    )
-    row['second_size'] = check_second_size(teacher, input_size)
-    check_state_dict(teacher, x, alone.detach())
-    check_copies(teacher, x, alone.detach(), small)
     row['checkpointing'] = check_checkpointing(teacher, x)
-
-    back = teacher.unwrap()
-    _expect(back is model and torch.equal(back.eval()(x), before), 'unwrap does not give the model back')
+    if thorough:
+        row['second_size'] = check_second_size(teacher, input_size)
+        check_state_dict(teacher, x, alone)
+        check_copies(teacher, x, alone, with_weights=sum(p.numel() for p in model.parameters()) <= _MAX_COPIED)
+    _expect(all(map(torch.equal, statistics, model.buffers())), 'a buffer moved')
+    _expect(teacher.unwrap() is model, 'unwrap gives another model back')
     _expect(not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), 'unwrap leaves hooks')
+    with torch.no_grad():
+        _expect(torch.equal(model(x), before), 'unwrap does not give the model back')
     return row
 
 
@@ -299,11 +302,13 @@ def check_copies(
 def check_checkpointing(teacher: timm_dfpt.DualForwardPathTeacher, x: torch.Tensor) -> str:
     """Check that gradient checkpointing gives the same gradients, or is refused."""
     params = [p for p in teacher.prompt_path.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(teacher(x).prompt.square().mean(), params)
     try:
         teacher.set_grad_checkpointing(True)
     except ValueError:
         return 'refused'
+    teacher.set_grad_checkpointing(False)
+    expected = torch.autograd.grad(teacher(x).prompt.square().mean(), params)
+    teacher.set_grad_checkpointing(True)
     logits = teacher(x).prompt
     grads = torch.autograd.grad(logits.square().mean(), params)
     teacher.set_grad_checkpointing(False)
@@ -311,11 +316,10 @@ def check_checkpointing(teacher: timm_dfpt.DualForwardPathTeacher, x: torch.Tens
     return 'same'
 
 
-def check_meta(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Any]:
+def check_meta(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     """Wrap `model` on the meta device; `wrap` itself checks hooks, shapes, layouts and what the gradient reaches."""
-    teacher = timm_dfpt.wrap(model, input_size=input_size)
+    teacher = timm_dfpt.wrap(model, input_size=(x.shape[1], x.shape[2], x.shape[3]))
     row = describe(teacher)
-    x = torch.empty(2, *input_size, device='meta')
     out = teacher(x)
     _expect(out.prompt.shape == out.original.shape, 'shapes of the logits differ')
     out.prompt.sum().backward()
@@ -348,25 +352,21 @@ def check(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     row: dict[str, Any] = {'name': name}
     try:
-        model, size, kwargs = smallest(name)
+        model = create(name, 'meta')
         params = sum(p.numel() for p in model.parameters())
-        real = params <= _MAX_REAL
-        row |= {'family': _family(model), 'class': type(model).__name__, 'params': params, 'input': list(size)}
+        row |= {'family': _family(model), 'class': type(model).__name__, 'params': params}
         if not hasattr(model, 'get_classifier'):
             row['status'] = 'encoder'
             try:
                 timm_dfpt.wrap(model)
             except ValueError as error:
                 row |= {'status': 'refused', 'reason': str(error)}
-        elif real:
-            del model
-            model = create(name, 'cpu', **kwargs)
-            randomize(model)
-            row |= check_real(model, torch.randn(2, *size, generator=torch.Generator().manual_seed(3)), size)
-            row['status'] = 'run'
         else:
-            row |= check_meta(model, size)
-            row['status'] = 'shapes'
+            real = params <= _MAX_REAL
+            model, x = build(name, 'cpu' if real else 'meta', model)
+            row['input'] = list(x.shape[1:])
+            row |= check_real(model, x, thorough=params <= _MAX_THOROUGH) if real else check_meta(model, x)
+            row['status'] = 'run' if real else 'shapes'
     except Exception as error:  # the sweep goes on, and the table says what failed
         logging.debug('%s', name, exc_info=True)
         row |= {'status': 'failed', 'reason': f'{type(error).__name__}: {error}'}
@@ -388,7 +388,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         '# Coverage: every architecture of timm',
         '',
-        f'timm {timm.__version__}, torch {torch.__version__.split("+")[0]}, CPU. Made by `python -m benchmarks.coverage`.',
+        f'timm {timm.__version__}, torch {torch.__version__.split("+")[0]}, CPU. '
+        'Made by `python -m benchmarks.coverage`.',
         '',
         f'- {len(rows)} names in {families} families: {counts["run"] + counts["shapes"]} wrapped, {counts["refused"]} '
         f'refused (encoders without a classifier), {counts["failed"]} failed.',
@@ -399,7 +400,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         f'{sum(r.get("checkpointing") == "refused" for r in rows)}.',
         f'- {seconds / 60:.0f} minutes of one thread on one shared CPU core in all.',
         '',
-        'Prompt path: trainable parameters (default `PromptConfig`) as a share of the teacher. Status: `run` all checks '
+        'Prompt path: trainable parameters (default `PromptConfig`) as a share of the teacher. Status: `run` '
         'with values, `shapes` on the meta device, `refused` in words. Notes: `no shared prefix`; `bypassed`: later '
         'layers also see features from before that stage; `off by`: relative difference of the logits at the start '
         '(another kernel for another memory layout), 0 where not named; `no checkpointing`: timm refuses it.',
@@ -442,6 +443,7 @@ def main() -> None:
     parser.add_argument('--redo', action='store_true', help='also those that have a result already')
     parser.add_argument('--retry', action='store_true', help='also those that failed')
     parser.add_argument('--shard', default='0/1', metavar='I/N', help='do every N-th name from the I-th on')
+    parser.add_argument('--max-seconds', type=float, default=math.inf, help='stop after this time; resume later')
     parser.add_argument('--results', type=Path, default=_HERE / 'coverage.jsonl', help='where results are kept')
     parser.add_argument('--table', type=Path, default=_HERE / 'coverage.md', help='where the table goes')
     parser.add_argument('--verbose', action='store_true', help='show the traceback of a failure')
@@ -450,7 +452,10 @@ def main() -> None:
     warnings.filterwarnings('ignore')
     shard, shards = (int(part) for part in args.shard.split('/'))
     names = [n for n in timm.list_models() if any(fnmatch.fnmatch(n, pattern) for pattern in args.names)]
+    start = time.perf_counter()
     for name in names[shard::shards]:
+        if time.perf_counter() - start > args.max_seconds:
+            break
         done = _load(args.results).get(name)
         if done and not args.redo and not (args.retry and done['status'] == 'failed'):
             continue

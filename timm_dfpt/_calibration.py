@@ -40,8 +40,8 @@ class Calibration:
 class _Probe:
     """Hook on a tap: finds the features in the output and adds to each a zero that requires a gradient.
 
-    The zero's gradient tells whether the feature reaches the output; with `cut`, whether it does so around the next
-    tap.
+    The zero's gradient tells what the feature reaches. With `cut`, what comes from before the tap ends there, so that
+    only what goes around it is reached.
     """
 
     def __init__(self, model: nn.Module, tap: Tap, image_size: tuple[int, int], order: list[str], cut: bool) -> None:
@@ -49,6 +49,7 @@ class _Probe:
         self.reduction = 1
         self.features: tuple[Feature, ...] = ()
         self.zeros: list[torch.Tensor] = []
+        self.inputs: list[torch.Tensor] = []
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.order.append(self.tap.module)
@@ -60,6 +61,7 @@ class _Probe:
             h = leaves[feature.index]
             zero = torch.zeros((), device=h.device, dtype=h.dtype, requires_grad=True)
             self.zeros.append(zero)
+            self.inputs.append(h)
             leaves[feature.index] = (h.detach() if self.cut else h) + zero
         return pytree.tree_unflatten(leaves, spec)
 
@@ -79,29 +81,29 @@ def calibrate(model: nn.Module, taps: Sequence[Tap], x: torch.Tensor) -> Calibra
         )
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         model.requires_grad_(False)
-        probes, reached, _ = _run(model, taps, x, cut=False)
-        _, around, input_grad = _run(model, taps, x, cut=True)
+        probes, _, outputs = _run(model, taps, x, cut=False)
+        zeros = [zero for probe in probes for zero in probe.zeros]
+        reached = iter(_reached(outputs, zeros))
+        around = _bypassed(*_run(model, taps, x, cut=True))
     stages, bypassed, unused = [], [], []
     for i, (tap, probe) in enumerate(zip(taps, probes, strict=True)):
-        features = tuple(f for f, reaches in zip(probe.features, reached[i], strict=True) if reaches)
+        features = tuple(feature for feature in probe.features if next(reached))
         if not features:
             unused.append(tap.module)
             continue
         stages.append(Stage(tap.module, probe.reduction, features))
-        if any(around[i - 1]) if i else input_grad:
+        if i in around:
             bypassed.append(tap.module)
     return Calibration(tuple(stages), tuple(bypassed), tuple(unused))
 
 
 def _run(
     model: nn.Module, taps: Sequence[Tap], x: torch.Tensor, cut: bool
-) -> tuple[list[_Probe], list[list[bool]], bool]:
-    """Return the probes, whether each of their features reaches the output, and whether the input does."""
+) -> tuple[list[_Probe], torch.Tensor, list[torch.Tensor]]:
+    """Return the probes, the input and the tensors in the output."""
     order: list[str] = []
     probes = [_Probe(model, tap, (x.shape[-2], x.shape[-1]), order, cut) for tap in taps]
-    handles = [
-        model.get_submodule(probe.tap.module).register_forward_hook(probe) for probe in probes
-    ]
+    handles = [model.get_submodule(probe.tap.module).register_forward_hook(probe) for probe in probes]
     leaf = x.detach().requires_grad_(True)
     try:
         # Not the leaf itself: a model may change its input in place.
@@ -115,13 +117,31 @@ def _run(
             f'The stages {names} of {name_of(model)} must each run once a forward and in this order, but '
             f'{order or "none of them"} ran. Name other modules, in the order in which they run: stages=[...].'
         )
-    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
-    inputs = [leaf, *(zero for probe in probes for zero in probe.zeros)]
-    if not tensors:
-        return probes, [[False] * len(probe.zeros) for probe in probes], False
-    grads = iter(torch.autograd.grad([t.float().sum() for t in tensors], inputs, allow_unused=True))
-    input_reaches = next(grads) is not None
-    return probes, [[next(grads) is not None for _ in probe.zeros] for probe in probes], input_reaches
+    return probes, leaf, [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+
+
+def _reached(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[bool]:
+    """Return for each input whether one of the outputs depends on it."""
+    sums = [t.float().sum() for t in outputs if t.requires_grad]
+    if not sums or not inputs:
+        return [False] * len(inputs)
+    return [g is not None for g in torch.autograd.grad(sums, inputs, retain_graph=True, allow_unused=True)]
+
+
+def _bypassed(probes: Sequence[_Probe], leaf: torch.Tensor, outputs: list[torch.Tensor]) -> set[int]:
+    """Return around which taps something flows, from a run with `cut`.
+
+    Each target, a tap or the output, may then depend on the tap just before it (the first one: on the input) and on
+    nothing from before that.
+    """
+    sources = [[leaf], *(probe.zeros for probe in probes)]
+    targets = [*(probe.inputs for probe in probes), outputs]
+    around: set[int] = set()
+    for j, target in enumerate(targets[1:], start=1):
+        for i, source in enumerate(sources[:j]):
+            if any(_reached(target, source)):
+                around.update(range(i, j))
+    return around
 
 
 def _find_features(
@@ -170,7 +190,9 @@ def calibration_input(model: nn.Module, input_size: tuple[int, int, int] | None 
         and all(isinstance(side, int) and side > 0 for side in input_size)
     ):
         raise ValueError(f'input_size must be (channels, height, width), got {input_size!r}.')
-    sizes = [tuple(input_size)] if input_size is not None else _sizes_to_try(model)
+    if input_size is not None:
+        return _random_input(model, tuple(input_size))
+    sizes = _sizes_to_try(model)
     error: Exception | None = None
     for size in sizes:
         x = _random_input(model, size)

@@ -150,7 +150,7 @@ def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int |
     """Prove the teacher on one batch, with the blocks in evaluation so that no statistic moves."""
     kind = name_of(teacher.model)
     with evaluating(teacher.prompt_path), torch.inference_mode(False), torch.enable_grad():
-        original, prompt = teacher.original(x), teacher.prompt(x)
+        (original, shared), prompt = teacher(x), teacher.prompt(x)
         if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2:
             raise ValueError(f'{kind} must return logits [B, K], got {_describe(prompt)}.')
         if num_classes is None and not _close(original, prompt):
@@ -168,14 +168,9 @@ def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int |
                 f'{unused[0]}. The output of one of the stages {[s.module for s in teacher.stages]} is not used; '
                 'name other modules in stages=[...].'
             )
-        if teacher.prefix and not _shares_exactly(teacher, x, prompt):
+        if teacher.prefix and not (shared.device.type == 'meta' or torch.equal(shared, prompt)):
             _logger.info(f'{kind}: the computation before {teacher.stages[0].module} is not shared between the paths.')
             teacher.stop_sharing_prefix()
-
-
-def _shares_exactly(teacher: DualForwardPathTeacher, x: torch.Tensor, prompt: torch.Tensor) -> bool:
-    shared = teacher(x).prompt
-    return shared.device.type == 'meta' or torch.equal(shared, prompt)
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
