@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ['ModelRow', 'RunFacts', 'prompt_path_card', 'public', 'student_card']
+__all__ = ['NOT_RECIPE', 'ModelRow', 'RunFacts', 'prompt_path_card', 'public', 'student_card']
 
 _PAPER = '[arXiv 2506.18244](https://arxiv.org/abs/2506.18244)'
 _DFPT = f"""\
@@ -23,7 +23,7 @@ The teacher's own path is not changed."""
 _DFPT_PLUS = _DFPT + ' In DFPT-KD+ the prompt path also tunes a copy of the teacher\'s backbone.'
 _ROLES = {'teacher': 'Teacher', 'prompt_path': 'Prompt path', 'student': 'Student', 'kd': 'KD baseline'}
 _HUB_ID = re.compile(r'[\w.\-]+/[\w.\-]+')
-_NOT_RECIPE = ('output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval')
+NOT_RECIPE = ('output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval')
 _TEMPLATES = Path(__file__).parent / 'hub_cards'
 
 
@@ -295,7 +295,7 @@ def _results_note(run: RunFacts) -> str:
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str:
-    known = {key: public(value) for key, value in recipe.items() if key not in _NOT_RECIPE}
+    known = {key: public(value) for key, value in recipe.items() if key not in NOT_RECIPE}
     told = {key: value for key, value in known.items() if value not in (None, [], {})}
     return yaml.safe_dump(told, sort_keys=False, default_flow_style=None, width=110).strip() if told else ''
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ._frozen import ModelState
+from ._hub_mixin import PromptPathHubMixin
 from ._prefix import PrefixRecorder, PrefixReplay
 from .blocks import PromptConfig
 from .prompt_path import VARIANTS, PromptPath, match_dtype
@@ -32,7 +33,7 @@ class DualForwardOutput(NamedTuple):
     prompt: torch.Tensor
 
 
-class DualForwardPathTeacher(nn.Module):
+class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
     """A frozen teacher with a second, prompt-based forward path. Made by `timm_dfpt.wrap`.
 
     Source: DFPT-KD and DFPT-KD+, arXiv 2506.18244. The original path is the wrapped model itself; nothing in it is

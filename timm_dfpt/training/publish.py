@@ -1,0 +1,224 @@
+"""From a finished run folder to repositories on the Hub: `train/publish.py` is a few lines around `main`."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..cards import NOT_RECIPE, ModelRow, RunFacts, public
+from ..hub.base import hub_repo_of
+from ..hub.errors import HubError
+from ..hub.files import read_json
+from ..hub.prompt_path import PROMPT_CONFIG
+from ..hub.push import empty_folder
+from ..hub.stage import CURVES, stage_prompt_path, stage_student
+from ..hub.upload import check_repo_id, push_folder
+from .config import TrainConfig
+
+__all__ = ['main', 'publish_run']
+
+
+def publish_run(
+    run_dir: str | os.PathLike[str],
+    push_to_hub: str | None = None,
+    *,
+    push_prompt_path: str | None = None,
+    base_model: str | None = None,
+    private: bool | None = None,
+    license: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    force: bool = False,
+    dry_run: str | os.PathLike[str] | None = None,
+) -> dict[str, str]:
+    """Publish what a run of `train/distill.py` has left: the student, the prompt path, or both.
+
+    The run folder is only read. Both repositories are written completely before the first is pushed, the prompt path
+    first. Doing it again with the same run makes no second commit.
+
+    Args:
+        run_dir: The run folder.
+        push_to_hub: Repository `'user/name'` of the student.
+        push_prompt_path: Repository `'user/name'` of the prompt path.
+        base_model: Where others can have the prompt path's teacher, if not where this run had it from; see
+            `timm_dfpt.hub.push_prompt_path`.
+        private: Whether new repositories are private.
+        license: Licence of the weights, e.g. `'apache-2.0'`; never taken from the models the run started from.
+        revision: Branch to push to, made where it does not exist.
+        create_pr: Open pull requests instead of committing.
+        token: Token of the user, `None` for the stored one.
+        force: Replace files of the same name in repositories that hold something else.
+        dry_run: Write the exact repositories to `student/` and `prompt_path/` in this empty folder, and push nothing.
+
+    Returns:
+        Addresses (or folders) by `'student'` and `'prompt_path'`.
+
+    Raises:
+        FileNotFoundError: The run folder is not complete.
+        FileExistsError: A repository holds something else.
+        HubError: An upload failed; the message says how to try again.
+        ValueError: An argument does not fit the run.
+    """
+    wanted = {'prompt_path': push_prompt_path, 'student': push_to_hub}
+    repos = {kind: check_repo_id(repo) for kind, repo in wanted.items() if repo is not None}
+    if not repos:
+        raise ValueError('Name what to publish: --push-to-hub user/student, --push-prompt-path user/prompt, or both.')
+    if len(set(repos.values())) < len(repos):
+        raise ValueError(f'Student and prompt path need a repository each, got {push_to_hub!r} for both.')
+    run_dir = Path(run_dir)
+    run, recipe = _read_run(run_dir, push_prompt_path)
+    base_revision = None
+    if (run_dir / 'prompt_path' / PROMPT_CONFIG).is_file():
+        base_revision = read_json(run_dir / 'prompt_path' / PROMPT_CONFIG).get('base_revision')
+    elif 'prompt_path' in repos:
+        raise FileNotFoundError(f'{str(run_dir)!r} has no prompt_path: a run of {run.method!r} tunes none.')
+    record = _record(run, recipe, base_revision)
+    curves = run_dir / CURVES if (run_dir / CURVES).is_file() else None
+    options: dict[str, Any] = {
+        'private': private,
+        'revision': revision,
+        'create_pr': create_pr,
+        'token': token,
+        'force': force,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        root = empty_folder(dry_run) if dry_run is not None else Path(temporary)
+        folders = {kind: root / kind for kind in repos}
+        for kind, folder in folders.items():
+            folder.mkdir()
+            common: dict[str, Any] = {'run': run, 'curves': curves}
+            if kind == 'student':
+                stage_student(run_dir / kind, folder, repos[kind], license, distillation=record, **common)
+            else:
+                common |= {'training': record, 'base_model': base_model, 'token': token}
+                stage_prompt_path(run_dir / kind, folder, repos[kind], license, **common)
+        if dry_run is not None:
+            return {kind: str(folder) for kind, folder in folders.items()}
+        message = f'Add {run.method} run'
+        try:
+            return {
+                kind: push_folder(folder, repos[kind], commit_message=message, **options)
+                for kind, folder in folders.items()
+            }
+        except HubError as error:
+            raise HubError(
+                f'{error} The run folder is as it was; to try again: {_retry(run_dir, repos, private, license)}'
+            ) from error
+
+
+def _retry(run_dir: Path, repos: Mapping[str, str], private: bool | None, license: str | None) -> str:
+    words = ['python', 'train/publish.py', str(run_dir)]
+    flags = {'student': '--push-to-hub', 'prompt_path': '--push-prompt-path'}
+    for kind, repo in repos.items():
+        words += [flags[kind], repo]
+    words += ['--private'] if private else []
+    words += ['--license', license] if license else []
+    return shlex.join(words)
+
+
+def _read_run(run_dir: Path, prompt_path_repo: str | None) -> tuple[RunFacts, dict[str, Any]]:
+    """Read what a card tells of a run, and its options. The only place that knows the layout of `summary.json`."""
+    for name in ('summary.json', 'config.yaml'):
+        if not (run_dir / name).is_file():
+            raise FileNotFoundError(
+                f'{str(run_dir)!r} has no {name}, so it is no finished run. Finish it with train/distill.py --resume.'
+            )
+    summary = read_json(run_dir / 'summary.json')
+    recipe = yaml.safe_load((run_dir / 'config.yaml').read_text(encoding='utf-8'))
+    models = dict(summary.get('models', {}))
+    models |= {f'{name} baseline': model for name, model in summary.get('baselines', {}).items()}
+    split = summary.get('eval_split')
+    defaults = dataclasses.asdict(TrainConfig(student='x', dataset='x', method='supervised'))
+    chosen = {key: value for key, value in recipe.items() if value != defaults.get(key)}
+    facts = RunFacts(
+        method=summary.get('method'),
+        teacher=public(recipe.get('teacher')),
+        dataset=_dataset_name(summary.get('dataset')),
+        eval_split=split,
+        eval_size=summary.get('dataset_sizes', {}).get(split),
+        rows=[_row(role, model) for role, model in models.items()],
+        recipe={'method': summary.get('method'), **chosen},
+        seed=summary.get('seed'),
+        command=summary.get('command') or None,
+        versions=summary.get('versions', {}),
+        prompt_path=prompt_path_repo,
+        student_base=_student_base(recipe),
+    )
+    return facts, recipe
+
+
+def _row(role: str, model: Mapping[str, Any]) -> ModelRow:
+    metrics = {key: value for key, value in model.get('metrics', {}).items() if isinstance(value, (int, float))}
+    return ModelRow(role, str(model.get('name', role)), metrics, model.get('cost', {}).get('params'))
+
+
+def _dataset_name(dataset: str | None) -> str | None:
+    """Return a Hub id as it is, and of a folder or file only its name."""
+    if dataset is None or not Path(dataset).expanduser().exists():
+        return public(dataset)
+    return Path(dataset).name
+
+
+def _student_base(recipe: Mapping[str, Any]) -> str | None:
+    if not recipe.get('student_pretrained'):
+        return None
+    name = str(recipe.get('student'))
+    return None if name.startswith('local-dir:') else hub_repo_of(name.partition('@')[0])
+
+
+def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None) -> dict[str, Any]:
+    """Return the facts that go beside the weights, without the folders of this machine."""
+    return {
+        'format_version': 1,
+        'method': run.method,
+        'teacher': run.teacher,
+        'teacher_revision': base_revision,
+        'prompt_path': run.prompt_path,
+        'dataset': run.dataset,
+        'eval_split': run.eval_split,
+        'metrics': {row.role: dict(row.metrics) for row in run.rows},
+        'recipe': public({key: value for key, value in recipe.items() if key not in NOT_RECIPE}),
+        'seed': run.seed,
+        'versions': dict(run.versions),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Publish from the command line.
+
+    Returns:
+        The exit code: 0, or 1 after an error that was told in one line.
+    """
+    parser = argparse.ArgumentParser(
+        description='Publish the student and the prompt path of a finished run on the Hugging Face Hub.',
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('run_dir', metavar='RUN_DIR', help='run folder of train/distill.py')
+    add('--push-to-hub', metavar='USER/NAME', help='repository of the student')
+    add('--push-prompt-path', metavar='USER/NAME', help='repository of the prompt path')
+    add('--base-model', metavar='ID', help="where others can have the prompt path's teacher: hf-hub:user/name")
+    add('--private', action='store_true', help='make new repositories private (default: as your account does)')
+    add('--license', metavar='ID', help='licence of the weights, such as apache-2.0 (default: none is named)')
+    add('--revision', metavar='BRANCH', help='branch to push to (default: main)')
+    add('--create-pr', action='store_true', help='open pull requests instead of committing')
+    add('--force', action='store_true', help='replace files of the same name in a repository with other content')
+    add('--dry-run', metavar='DIR', help='write the exact repositories to this folder and push nothing')
+    args = vars(parser.parse_args(argv))
+    args['private'] = args['private'] or None
+    try:
+        for kind, where in publish_run(**args).items():
+            print(f'{kind}: {where}')
+    except (ValueError, TypeError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    return 0
