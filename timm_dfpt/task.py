@@ -14,6 +14,7 @@ from torch import nn
 
 from .inputs import InputAdapter, input_config_of
 from .losses import KD_LOSSES, DFPTWeights, dfpt_losses
+from .losses._common import check_temperature
 from .teacher import DualForwardPathTeacher
 from .wrapping import wrap
 
@@ -113,6 +114,7 @@ class DFPTDistillationTask(TrainingTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if kd_loss not in KD_LOSSES:
             raise ValueError(f'kd_loss must be one of {sorted(KD_LOSSES)}, got {kd_loss!r}.')
+        check_temperature(temperature)
         model = timm.create_model(teacher_model, pretrained=True) if isinstance(teacher_model, str) else teacher_model
         teacher = model if isinstance(model, DualForwardPathTeacher) else wrap(model)
         _check_num_classes(student_model, teacher)
