@@ -5,17 +5,27 @@
 DFPT-KD and DFPT-KD+ (arXiv 2506.18244) give a frozen teacher a second, prompt-based forward path that is trained
 together with the student.
 """
+from . import models
 from .blocks import PromptConfig
+from .hub import from_pretrained, push_student, save_student
+from .losses import DFPTWeights
 from .stages import find_stages
+from .task import DFPTDistillationTask
 from .teacher import DualForwardOutput, DualForwardPathTeacher
 from .version import __version__
 from .wrapping import wrap
 
 __all__ = [
+    'DFPTDistillationTask',
+    'DFPTWeights',
     'DualForwardOutput',
     'DualForwardPathTeacher',
     'PromptConfig',
     '__version__',
     'find_stages',
+    'from_pretrained',
+    'models',
+    'push_student',
+    'save_student',
     'wrap',
 ]
