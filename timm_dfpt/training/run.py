@@ -17,6 +17,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from torch import nn
 
+from ..hub.upload import check_repo_id
 from ..task import DFPTDistillationTask
 from ..teacher import DualForwardPathTeacher
 from ..version import __version__
@@ -36,6 +37,7 @@ from .factory import (
 from .learner import Learner
 from .loader import create_loader
 from .loop import METRICS_FILE, NonFiniteLossError, Preempted, Trainer
+from .publish import publish_run
 from .report import closing_table, plot_curves, verdicts, write_summary
 
 __all__ = ['EXIT_PREEMPTED', 'main', 'run']
@@ -91,6 +93,8 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
     Raises:
         ValueError: An option does not fit the data or the models; nothing has been trained then.
     """
+    for repo_id in filter(None, (config.push_to_hub, config.push_prompt_path)):
+        check_repo_id(repo_id)
     run_dir = _run_dir(config)
     # accelerate warns about the pinned memory of machines without an accelerator.
     warnings.filterwarnings('ignore', message='.*pin_memory.*')
@@ -163,9 +167,18 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
             say(line)
         source = f'local-dir:{run_dir / "student"}'
         say(f'student: timm.create_model({source!r}, pretrained=True)')
+        _publish(config, run_dir)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return summary
+
+
+def _publish(config: TrainConfig, run_dir: Path) -> None:
+    if config.push_to_hub or config.push_prompt_path:
+        options: dict[str, Any] = {'private': config.private or None, 'license': config.license}
+        places = publish_run(run_dir, config.push_to_hub, push_prompt_path=config.push_prompt_path, **options)
+        for kind, place in places.items():
+            print(f'published the {kind.replace("_", " ")}: {place}')
 
 
 def _run_dir(config: TrainConfig) -> Path:
@@ -219,7 +232,7 @@ def _load_teacher(config: TrainConfig, data: DataSplits) -> nn.Module | None:
         return None
     if config.teacher is None:
         # The prompt path knows its teacher.
-        return DualForwardPathTeacher.from_pretrained(config.prompt_path).unwrap()
+        return DualForwardPathTeacher.from_pretrained(str(config.prompt_path)).unwrap()
     return create_teacher(config, data.class_names)
 
 
