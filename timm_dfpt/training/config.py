@@ -3,21 +3,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import json
-import math
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ._fields import add_argument, checked, default_of, nearest
+
 __all__ = ['METHODS', 'TrainConfig', 'load_recipe', 'parse_config', 'public_options', 'save_config']
 
-METHODS = ('supervised', 'kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm', 'ctkd', 'dfpt', 'dfpt+')
-_PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path')
+METHODS = (
+    'supervised', 'kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm', 'ctkd', 'takd', 'eskd', 'dfpt', 'dfpt+',
+)  # fmt: skip
+_DUAL = ('dfpt', 'dfpt+')
+_NOT_NEGATIVE = ('momentum', 'warmup_epochs', 'distill_warmup_epochs', 'workers')
+_PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'early_teacher', 'student', 'prompt_path')
+_BASE_KEY = 'base'
 _LOCAL_PREFIX = 'local-dir:'
 
 
@@ -45,6 +47,10 @@ class TrainConfig:
     )  # fmt: skip
     task_loss_weight: float = _opt(1.0, 'weight of the labels in a plain distillation method', 'method')
     distill_loss_weight: float = _opt(2.0, 'weight of the teacher in a plain distillation method (c + d)', 'method')
+    distill_warmup_epochs: int = _opt(
+        0, 'epochs over which the weight of the teacher grows to its full size in a plain distillation method', 'method'
+    )
+    kd_loss_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the loss, as beta=2 of dkd', 'method')
     student_task_weight: float = _opt(1.0, 'dfpt: weight of the labels for the student', 'method')
     prompt_task_weight: float = _opt(1.0, 'dfpt: weight of the labels for the prompt path', 'method')
     prompt_teacher_weight: float = _opt(1.0, 'dfpt: a, what the prompt path learns from the teacher', 'method')
@@ -52,11 +58,16 @@ class TrainConfig:
     student_teacher_weight: float = _opt(1.0, 'dfpt: c, what the student learns from the teacher', 'method')
     student_prompt_weight: float = _opt(1.0, 'dfpt: d, what the student learns from the prompt path', 'method')
     baselines: list[str] = _opt([], 'methods to train beside it, on the same batches', 'method', choices=METHODS)
+    method_options: dict[str, Any] = _opt(
+        {}, 'options that count for one method: {dkd: {temperature: 4}} (in recipes only)', 'method', recipe_only=True
+    )
     # --- models
     teacher: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the teacher', 'models')
     teacher_checkpoint: str | None = _opt(None, 'safetensors file with weights for --teacher', 'models')
     teacher_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the teacher architecture', 'models')
     teacher_dtype: str = _opt('float32', 'dtype of the frozen weights', 'models', choices=('float32', 'bfloat16'))
+    assistants: list[str] = _opt([], 'takd: timm names of the teacher assistants, the largest first', 'models')
+    early_teacher: str | None = _opt(None, 'eskd: local-dir:folder of the early-stopped teacher', 'models')
     student: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the student', 'models')
     student_pretrained: bool = _opt(False, 'start the student from its pretrained weights', 'models')
     student_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the student architecture', 'models')
@@ -138,6 +149,7 @@ class TrainConfig:
     resume: bool = _opt(False, 'continue the run in --output from its last checkpoint', 'run')
     checkpoint_steps: int = _opt(0, 'also checkpoint every so many updates (0: every epoch)', 'run')
     checkpoint_hist: int = _opt(2, 'checkpoints to keep', 'run')
+    export_epochs: list[int] = _opt([], 'also save the student of these epochs, as student-epoch<n>', 'run')
     log_interval: int = _opt(50, 'steps between two looks at the loss', 'run')
     on_nonfinite: str = _opt('stop', 'what to do when a loss is NaN or Inf', 'run', choices=('stop', 'skip'))
     log_with: str | None = _opt(None, 'tracker of accelerate', 'run', choices=('tensorboard', 'wandb', 'trackio'))
@@ -153,8 +165,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _checked(field, getattr(self, field.name))
+            value = checked(TrainConfig, field, getattr(self, field.name))
             setattr(self, field.name, value)
+        # As in a recipe, so that the saved options mean the same wherever they are read.
+        vars(self).update(_resolved_paths({key: getattr(self, key) for key in _PATH_KEYS}, Path()))
         self._check_ranges()
         self._check_combinations()
 
@@ -169,7 +183,7 @@ class TrainConfig:
         for name in ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'checkpoint_hist'):
             check(name, getattr(self, name) >= 1, 'at least 1')
         for field in dataclasses.fields(self):
-            if field.name.endswith(('_weight', '_decay')) or field.name in ('momentum', 'warmup_epochs', 'workers'):
+            if field.name.endswith(('_weight', '_decay')) or field.name in _NOT_NEGATIVE:
                 check(field.name, getattr(self, field.name) >= 0, '0 or greater')
         for name in ('hflip', 'vflip', 'reprob', 'smoothing', 'mixup_prob', 'drop', 'model_ema_decay'):
             check(name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
@@ -181,6 +195,8 @@ class TrainConfig:
         check('checkpoint_steps', self.checkpoint_steps >= 0, '0 or greater')
         check('seed', 0 <= self.seed < 2**31, 'between 0 and 2^31 - 1')
         check('clip_grad', self.clip_grad is None or self.clip_grad > 0, 'greater than 0')
+        inside = all(1 <= epoch <= self.epochs for epoch in self.export_epochs)
+        check('export_epochs', inside, f'epochs of the run, 1 to {self.epochs}')
         sized = len(self.input_size) in (0, 3) and all(side > 0 for side in self.input_size)
         check('input_size', sized, 'C H W, e.g. 3 224 224')
 
@@ -196,7 +212,7 @@ class TrainConfig:
                 raise ValueError('baselines need a teacher beside them: choose another method than supervised.')
         elif self.teacher is None and self.prompt_path is None:
             raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
-        dual = self.method in ('dfpt', 'dfpt+')
+        dual = self.method in _DUAL
         if not dual and (self.prompt_path or self.push_prompt_path or self.freeze_prompt_path):
             raise ValueError(f'prompt_path options need method dfpt or dfpt+, got method={self.method}.')
         if self.method in self.baselines or len(set(self.baselines)) != len(self.baselines):
@@ -205,70 +221,50 @@ class TrainConfig:
             raise ValueError('freeze_prompt_path needs a tuned one to start from: name it with --prompt-path.')
         if (self.mixup or self.cutmix) and 'dkd' in (self.method, *self.baselines, self.kd_loss if dual else None):
             raise ValueError('dkd needs class indices and cannot be used with mixup or cutmix: set both to 0.')
+        if self.method == 'takd' and not self.assistants:
+            raise ValueError('method=takd needs teacher assistants: name them with --assistants, the largest first.')
+        if self.method == 'eskd' and self.early_teacher is None:
+            raise ValueError(
+                'method=eskd needs an early-stopped teacher: train the teacher with --export-epochs and name one of '
+                'its epochs, as --early-teacher local-dir:RUN/student-epoch20.'
+            )
+        for method, options in self.method_options.items():
+            known = [field.name for field in dataclasses.fields(self)]
+            if method not in METHODS or not isinstance(options, dict) or not set(options) <= set(known):
+                raise ValueError(
+                    f'method_options: {method}={options!r} must be a method of {", ".join(METHODS)} with a mapping of '
+                    'options, such as {dkd: {temperature: 4.0}}.'
+                )
         if self.train_crop_mode and self.crop_padding:
             raise ValueError('train_crop_mode and crop_padding contradict each other: give one of them.')
 
+    def for_method(self, method: str, **changes: Any) -> TrainConfig:
+        """Return these options for another method: with that method's own, and without what it has no use for.
 
-_HINTS = typing.get_type_hints(TrainConfig)
+        Args:
+            method: One of `METHODS`.
+            **changes: Further options to change; they win over the method's own.
 
-
-def _options(field: dataclasses.Field[Any]) -> tuple[tuple[type, ...], type | None]:
-    """Return the types a field may have, and the type of its items if it is a list."""
-    hint = _HINTS[field.name]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return tuple(typing.get_args(hint)), None
-    if typing.get_origin(hint) is list:
-        return (list,), typing.get_args(hint)[0]
-    return (typing.get_origin(hint) or hint,), None
-
-
-def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """Return `value` in the type of the field, or raise."""
-    allowed, item = _options(field)
-    if list in allowed and not isinstance(value, list):
-        value = list(value) if isinstance(value, tuple) else [value]
-    choices = field.metadata.get('choices')
-    if item is not None:
-        return [_choice(field.name, _number(field.name, v, item), choices) for v in value]
-    if value is None and type(None) in allowed:
-        return None
-    kind = next(t for t in allowed if t is not type(None))
-    return _choice(field.name, _number(field.name, value, kind), choices)
-
-
-def _choice(name: str, value: Any, choices: Sequence[str] | None) -> Any:
-    if choices and value not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}.{_nearest(value, choices)}')
-    return value
-
-
-def _number(name: str, value: Any, kind: type) -> Any:
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ValueError(f'{name} must be a finite number, got {value!r}.')
-        return float(value)
-    if kind is float and isinstance(value, str):
-        # YAML reads 1e-3 as a string.
-        try:
-            return _number(name, float(value), float)
-        except ValueError:
-            pass
-    if kind is str and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f'{name} must be {kind.__name__}, got {value!r} ({type(value).__name__}).')
-    return value
-
-
-def _nearest(name: Any, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, 1)
-    return f' Did you mean {close[0]!r}?' if close else ''
+        Raises:
+            ValueError: The options do not fit the method.
+        """
+        dropped: dict[str, Any] = {'baselines': []}
+        if method != self.method:
+            # They are arguments of one loss, which others do not know.
+            dropped['kd_loss_kwargs'] = {}
+        if method == 'supervised':
+            dropped['teacher'] = None
+        if method not in _DUAL:
+            dropped |= {'prompt_path': None, 'push_prompt_path': None, 'freeze_prompt_path': False}
+        own = self.method_options.get(method, {})
+        return dataclasses.replace(self, **{'method': method, **dropped, **own, **changes})
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """Read a recipe: a YAML mapping of options.
 
-    Paths in it that start with `./` or `../` (also behind `local-dir:`) count from the recipe's own folder.
+    Paths in it that start with `./` or `../` (also behind `local-dir:`) count from the recipe's own folder. The key
+    `base` names another recipe, from that folder too, whose options count where this one has none.
 
     Args:
         path: The YAML file.
@@ -277,21 +273,48 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         The options.
 
     Raises:
-        ValueError: The file is missing, is no mapping, or has a key that is no option.
+        ValueError: The file is missing, is no mapping, has a key that is no option, or is its own base.
     """
-    path = Path(path)
+    return _load_recipe(Path(path), ())
+
+
+def _load_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    full = path.resolve()
+    if full in seen:
+        raise ValueError(f'config: {str(path)!r} is its own base: {" -> ".join(p.name for p in (*seen, full))}.')
     if not path.is_file():
-        raise ValueError(f'config: there is no file {str(path)!r}.')
+        named = f', named as base by {str(seen[-1])!r}' if seen else ''
+        raise ValueError(f'config: there is no file {str(path)!r}{named}.')
     try:
         values = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f'config: {str(path)!r} is no valid YAML: {error}') from error
     if not isinstance(values, dict):
         raise ValueError(f'config: {str(path)!r} must hold a mapping of options, such as "epochs: 30".')
+    base = values.pop(_BASE_KEY, None)
+    if not isinstance(base, str | None):
+        raise ValueError(f'config: base in {str(path)!r} must be the name of a recipe, got {base!r}.')
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     for key in values:
         if key not in known:
-            raise ValueError(f'config: {str(path)!r} has the unknown option {key!r}.{_nearest(key, known)}')
+            raise ValueError(f'config: {str(path)!r} has the unknown option {key!r}.{nearest(key, known)}')
+    values = _resolved_paths(values, path.parent)
+    if base is None:
+        return values
+    inherited = _load_recipe(path.parent / base, (*seen, full))
+    return {**inherited, **values, **_joined_method_options(inherited, values)}
+
+
+def _joined_method_options(inherited: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Join the options of each method, where both recipes have some; `TrainConfig` checks what they are."""
+    first, second = (each.get('method_options') or {} for each in (inherited, values))
+    if not (first and second and isinstance(first, dict) and isinstance(second, dict)):
+        return {}
+    return {'method_options': {m: {**first.get(m, {}), **second.get(m, {})} for m in {**first, **second}}}
+
+
+def _resolved_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    resolved = dict(values)
     for key in _PATH_KEYS:
         value = values.get(key)
         if not isinstance(value, str):
@@ -299,8 +322,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         prefix = _LOCAL_PREFIX if value.startswith(_LOCAL_PREFIX) else ''
         relative = value.removeprefix(prefix)
         if relative.startswith(('./', '../')):
-            values[key] = prefix + _from_here(path.parent / relative)
-    return values
+            resolved[key] = prefix + _from_here(folder / relative)
+    return resolved
 
 
 def _from_here(path: Path) -> str:
@@ -327,39 +350,6 @@ def save_config(config: TrainConfig, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding='utf-8')
 
 
-def _key_value(text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition('=')
-    if not separator or not key:
-        raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
-    return key, yaml.safe_load(value)
-
-
-def _add_argument(group: Any, field: dataclasses.Field[Any]) -> None:
-    flag = '--' + field.name.replace('_', '-')
-    allowed, item = _options(field)
-    kind = next(t for t in allowed if t is not type(None))
-    factory = field.default_factory
-    default = field.default if factory is dataclasses.MISSING else factory()
-    shown = json.dumps(default) if isinstance(default, (list, dict)) else default
-    options: dict[str, Any] = {'help': f'{field.metadata["help"]} (default: {shown})', 'default': argparse.SUPPRESS}
-    if kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        return
-    if kind is list:
-        options |= {'nargs': '*', 'type': item, 'metavar': 'X'}
-        if field.metadata.get('choices'):
-            options['choices'] = field.metadata['choices']
-    elif kind is dict:
-        options |= {'nargs': '+', 'type': _key_value, 'metavar': 'KEY=VALUE'}
-    else:
-        options['type'] = kind
-        if field.metadata.get('choices'):
-            options['choices'] = field.metadata['choices']
-        else:
-            options['metavar'] = kind.__name__.upper()
-    group.add_argument(flag, **options)
-
-
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Return the command line of all options plus `--config`."""
     # Abbreviations would turn a misspelt flag into another one.
@@ -367,9 +357,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--config', metavar='YAML', help='recipe with any of these options; the command line wins')
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
+        if field.metadata.get('recipe_only'):
+            continue
         name = field.metadata['group']
         groups.setdefault(name, parser.add_argument_group(name))
-        _add_argument(groups[name], field)
+        add_argument(TrainConfig, groups[name], field)
     return parser
 
 
@@ -386,10 +378,29 @@ def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe
         base = load_recipe(recipe)
     elif default_recipe is not None and 'dataset' not in values:
         base = load_recipe(default_recipe)
-        if values.get('method') == 'supervised' and 'teacher' not in values:
-            base.pop('teacher', None)
     given = {k: dict(v) if k.endswith('_kwargs') else v for k, v in values.items()}
-    return TrainConfig(**{**base, **given})
+    method = given.get('method', base.get('method', TrainConfig.method))
+    base['baselines'] = [] if method == 'supervised' else [b for b in base.get('baselines', []) if b != method]
+    if method == 'supervised':
+        base.pop('teacher', None)
+    own = _complete_method_options(base, given)
+    return TrainConfig(**{**base, **own.get(method, {}), **given, 'method_options': own})
+
+
+def _complete_method_options(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of each method without those given by the user, who wins, and complete.
+
+    Complete: an option that one method sets is told of every method, so that going from one to another leaves nothing
+    of the first behind.
+    """
+    options = base.get('method_options') or {}
+    if not isinstance(options, dict) or not all(isinstance(own, dict) for own in options.values()):
+        return options
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    keys = [key for key in dict.fromkeys(k for own in options.values() for k in own) if key not in given]
+    common = {key: base.get(key, default_of(fields[key])) for key in keys if key in fields}
+    methods = METHODS if keys else ()
+    return {method: {**common, **{k: v for k, v in options.get(method, {}).items() if k in keys}} for method in methods}
 
 
 def parse_config(
