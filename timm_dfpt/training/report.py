@@ -141,9 +141,9 @@ def plot_curves(metrics_file: Path, path: Path, title: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
     for key in lines[0][main]['train']:
         if key.endswith('loss'):
-            label = key.removesuffix('_loss').replace('_', ' learns from ', 1) if key != 'loss' else 'sum'
+            label = key.removesuffix('_loss').replace('task', 'labels').replace('_', ' learns from ', 1)
             left.plot(epochs, [line[main]['train'][key] for line in lines], label=label)
-    left.set(xlabel='epoch', ylabel='loss (nats, unweighted terms)', title='training loss')
+    left.set(xlabel='epoch', ylabel='nats (terms unweighted)', yscale='log', title='training loss')
     left.legend(fontsize='small')
     for learner in learners:
         for who in lines[0][learner]['val']:
@@ -153,6 +153,7 @@ def plot_curves(metrics_file: Path, path: Path, title: str) -> None:
     right.legend(fontsize='small')
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if len(epochs) == 1:
             for curve in axes.lines:
                 curve.set_marker('o')
