@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: accelerate's state, written aside, verified and renamed."""
+"""Checkpoints that are whole or not there: accelerate's state, written aside, checksummed and renamed."""
 from __future__ import annotations
 
 import hashlib
@@ -7,25 +7,40 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
 
-__all__ = ['latest_checkpoint', 'save_checkpoint', 'write_atomic']
+__all__ = ['latest_checkpoint', 'remove_leftovers', 'restore_checkpoint', 'save_checkpoint', 'write_atomic']
 
 _logger = logging.getLogger(__name__)
 
 _MANIFEST = 'checksums.json'
-_NAME = re.compile(r'update-(\d{8})')
+_PROGRESS = 'progress.json'
+_INCOMPLETE = '.incomplete'
+_NAME = re.compile(r'step-(\d{8})')
+# What writing to a full disk ends in: torch's zip writer and safetensors have errors of their own.
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(path.name + '.incomplete')
-    with open(temporary, 'wb') as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = path.with_name(path.name + _INCOMPLETE)
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
     _fsync(path.parent)
 
@@ -46,39 +61,147 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, updates: int, keep: int) -> Path:
-    """Save everything that was prepared or registered with `accelerator`.
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    keep: int,
+    modules: Mapping[str, nn.Module],
+    progress: Mapping[str, Any],
+) -> Path:
+    """Save everything that was prepared with `accelerator`, and what is given beside it.
+
+    Every file is flushed to the disk before the folder gets its name, so that a checkpoint is whole or not there,
+    whatever happens to the process or the machine.
 
     Args:
-        accelerator: What to save.
-        folder: Where the checkpoints of the run are.
-        updates: Number of optimizer updates done, which names the checkpoint.
+        accelerator: What to save: modules, optimizers and the gradient scaler.
+        folder: Where the checkpoints of the run are; with several machines, a folder that they share.
+        step: Number of steps done, which names the checkpoint.
         keep: Number of checkpoints to keep; older ones are removed after the new one is safe.
+        modules: Modules that were not prepared, such as averages of weights, by name.
+        progress: Where the run is: values of JSON.
 
     Returns:
         The folder of the checkpoint.
+
+    Raises:
+        OSError: The checkpoint cannot be written; nothing is left of it, and the one before is untouched.
     """
-    final = folder / f'update-{updates:08d}'
-    temporary = final.with_name(final.name + '.incomplete')
-    if accelerator.is_main_process:
+    final = folder / f'step-{step:08d}'
+    temporary = final.with_name(final.name + _INCOMPLETE)
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        with _PlainNames(accelerator):
+            accelerator.save_state(str(temporary), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _complete(temporary, modules, progress)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            _fsync(folder)
+            _remove_others(folder, final, keep)
+    except _WRITE_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary), safe_serialization=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        files = sorted(p for p in temporary.rglob('*') if p.is_file())
-        checksums = {str(p.relative_to(temporary)): _checksum(p) for p in files}
-        write_atomic(temporary / _MANIFEST, json.dumps(checksums, indent=1).encode())
-        for path in files:
-            _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _fsync(folder)
-        for old in _checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
+        raise OSError(
+            f'The checkpoint {str(final)!r} cannot be written: {error}. Make room (checkpoint_hist={keep} are kept) or '
+            'repair the disk, then continue with --resume; the checkpoint before it is untouched.'
+        ) from error
     accelerator.wait_for_everyone()
     return final
+
+
+def _complete(folder: Path, modules: Mapping[str, nn.Module], progress: Mapping[str, Any]) -> None:
+    for path in folder.glob('random_states_*.pkl'):
+        # All random numbers are functions of seed, epoch, step and row; states would only seem to matter.
+        path.unlink()
+    for name, module in modules.items():
+        save_model(module, str(folder / f'{name}.safetensors'))
+    (folder / _PROGRESS).write_text(json.dumps(progress), encoding='utf-8')
+    files = sorted(p for p in folder.rglob('*') if p.is_file())
+    for path in (*files, *(p for p in folder.rglob('*') if p.is_dir())):
+        _fsync(path)
+    checksums = {str(p.relative_to(folder)): _checksum(p) for p in files}
+    write_atomic(folder / _MANIFEST, json.dumps(checksums, indent=1).encode())
+
+
+def _remove_others(folder: Path, newest: Path, keep: int) -> None:
+    # Those after the newest are of a run that was resumed from before them, because they were damaged.
+    names = [path for path in _checkpoints(folder) if path.name <= newest.name]
+    for path in _checkpoints(folder):
+        if path not in names[:keep]:
+            shutil.rmtree(path)
+
+
+def restore_checkpoint(
+    accelerator: Accelerator, folder: Path, modules: Mapping[str, nn.Module]
+) -> dict[str, Any] | None:
+    """Load the newest checkpoint that is whole into what was prepared with `accelerator` and into `modules`.
+
+    Weights are safetensors and the rest of the state JSON, except optimizers and the gradient scaler, which torch
+    writes as pickle: these are loaded with `weights_only=True`.
+
+    Args:
+        accelerator: What was prepared as in the run that saved.
+        folder: Where the checkpoints of the run are.
+        modules: As given to `save_checkpoint`.
+
+    Returns:
+        The progress that was saved, or `None` if there is no checkpoint.
+
+    Raises:
+        ValueError: The checkpoint is of other models or optimizers.
+    """
+    found: list[Any] = [latest_checkpoint(folder) if accelerator.is_main_process else None]
+    # Checksums cost time on large models, and all processes must mean the same checkpoint.
+    path = broadcast_object_list(found)[0]
+    if path is None:
+        return None
+    try:
+        with _PlainNames(accelerator):
+            accelerator.load_state(str(path))
+        for name, module in modules.items():
+            load_model(module, str(path / f'{name}.safetensors'))
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f'The checkpoint {str(path)!r} does not fit the models of this run: {error}. Was it copied from another '
+            'run? Remove it, or continue the run that it belongs to.'
+        ) from error
+    progress: dict[str, Any] = json.loads((path / _PROGRESS).read_text(encoding='utf-8'))
+    accelerator.print(f'resuming from {path}')
+    return progress
+
+
+class _PlainNames:
+    """Within the context accelerate saves and loads modules without the names that DistributedDataParallel adds.
+
+    A run may then go on with another number of processes. Sharded modules are left to accelerate, whose files of shards
+    need their wrappers.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            self.handles = [
+                self.accelerator.register_save_state_pre_hook(self._save),
+                self.accelerator.register_load_state_pre_hook(self._load),
+            ]
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _save(self, models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        weights[:] = [self.accelerator.unwrap_model(model).state_dict() for model in models]
+
+    def _load(self, models: list[nn.Module], folder: str) -> None:
+        models[:] = [self.accelerator.unwrap_model(model) for model in models]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -87,12 +210,21 @@ def latest_checkpoint(folder: Path) -> Path | None:
         damage = _damage(path)
         if damage is None:
             return path
-        _logger.warning(f'Checkpoint {path} is damaged ({damage}); taking the one before.')
+        _logger.warning(f'Checkpoint {str(path)!r} is damaged ({damage}); taking the one before.')
     return None
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what interrupted saves have left in a run folder: nothing else is called `*.incomplete`."""
+    for path in [*folder.glob(f'*{_INCOMPLETE}'), *folder.glob(f'checkpoints/*{_INCOMPLETE}')]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob('update-*') if _NAME.fullmatch(p.name)), reverse=True)
+    return sorted((p for p in folder.glob('step-*') if _NAME.fullmatch(p.name)), reverse=True)
 
 
 def _damage(path: Path) -> str | None:
@@ -100,6 +232,8 @@ def _damage(path: Path) -> str | None:
         checksums = json.loads((path / _MANIFEST).read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         return f'{_MANIFEST}: {error}'
+    if not isinstance(checksums, dict) or _PROGRESS not in checksums:
+        return f'{_MANIFEST} is no list of checksums'
     for name, checksum in checksums.items():
         if not (path / name).is_file():
             return f'{name} is missing'

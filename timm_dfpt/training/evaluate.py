@@ -1,14 +1,12 @@
 """What is measured on images that are not trained on."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from timm.utils import accuracy
-from torch.utils.data import DataLoader
 
 __all__ = ['TOP5_FROM', 'evaluate']
 
@@ -20,21 +18,25 @@ Outputs = Mapping[str, torch.Tensor]
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[torch.Tensor], Outputs], loader: DataLoader, accelerator: Accelerator
+    forward: Callable[[torch.Tensor], Outputs], loader: Iterable[Any], accelerator: Accelerator
 ) -> dict[str, dict[str, float]]:
     """Measure one or several models on every sample of a loader exactly once.
 
     Args:
         forward: Maps images `[B, C, H, W]` to logits `[B, K]` by model name.
-        loader: The loader, prepared by `accelerator`.
+        loader: Batches whose first two parts are images and class indices `[B]`, prepared by `accelerator`.
         accelerator: Gathers over processes and drops what was repeated to fill a batch.
 
     Returns:
         For each model `top1` (and from 20 classes up `top5`) in percent, `loss` (cross entropy, nats), `entropy` (nats)
         and `confidence` of the softmax. Where there is a `student`, the others also have `kl_to_student`:
         `KL(softmax(model) || softmax(student))` in nats at temperature 1.
+
+    Raises:
+        ValueError: The loader has no sample.
     """
-    sums: dict[str, dict[str, torch.Tensor]] = {}
+    sums: dict[str, list[torch.Tensor]] = {}
+    keys: dict[str, list[str]] = {}
     count = 0
     for batch in loader:
         inputs, target = batch[0], batch[1]
@@ -45,27 +47,34 @@ def evaluate(
         outputs, target = dict(zip(names, gathered[:-1], strict=True)), gathered[-1]
         count += len(target)
         for name, logits in outputs.items():
-            totals = sums.setdefault(name, {})
-            for key, value in _batch_metrics(name, logits, target, outputs.get('student')).items():
-                # Doubles: the sum over a large validation set must not depend on the order of its batches.
-                totals[key] = totals.get(key, 0) + value.double() * len(target)
+            metrics = _batch_sums(name, logits, target, outputs.get('student'))
+            keys[name] = list(metrics)
+            sums.setdefault(name, []).append(torch.stack(list(metrics.values())))
     if not count:
         raise ValueError('There is no sample to evaluate.')
-    return {name: {key: float(total) / count for key, total in totals.items()} for name, totals in sums.items()}
+    # Doubles on the CPU, since not every device has them: a large validation set must not lose its last samples.
+    means = {name: (torch.stack(parts).cpu().double().sum(dim=0) / count).tolist() for name, parts in sums.items()}
+    return {name: dict(zip(keys[name], values, strict=True)) for name, values in means.items()}
 
 
-def _batch_metrics(
+def _batch_sums(
     name: str, logits: torch.Tensor, target: torch.Tensor, student: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    top = (1, 5) if logits.shape[1] >= TOP5_FROM else (1,)
-    metrics = dict(zip((f'top{k}' for k in top), accuracy(logits, target, topk=top), strict=True))
     log_probs = F.log_softmax(logits, dim=1)
     probs = log_probs.exp()
-    metrics['loss'] = F.nll_loss(log_probs, target)
-    metrics['entropy'] = -(probs * log_probs).sum(dim=1).mean()
-    metrics['confidence'] = probs.amax(dim=1).mean()
+    metrics = {'top1': 100.0 * _correct(logits, target, 1)}
+    if logits.shape[1] >= TOP5_FROM:
+        metrics['top5'] = 100.0 * _correct(logits, target, 5)
+    metrics['loss'] = F.nll_loss(log_probs, target, reduction='sum')
+    metrics['entropy'] = -(probs * log_probs).sum()
+    metrics['confidence'] = probs.amax(dim=1).sum()
     if student is not None and name != 'student':
         metrics['kl_to_student'] = F.kl_div(
-            F.log_softmax(student, dim=1), log_probs, reduction='batchmean', log_target=True
+            F.log_softmax(student, dim=1), log_probs, reduction='sum', log_target=True
         )
     return metrics
+
+
+def _correct(logits: torch.Tensor, target: torch.Tensor, k: int) -> torch.Tensor:
+    # Counts, not shares: a share of a batch of three times three is not one.
+    return (logits.topk(k, dim=1).indices == target[:, None]).any(dim=1).sum().float()

@@ -23,6 +23,8 @@ __all__ = ['Learner']
 _logger = logging.getLogger(__name__)
 
 _STEP_STREAM = 4
+_OUTPUTS = ('output', 'prompt_output', 'teacher_output')
+_GRAD_NORMS = ('grad_norm', 'prompt_grad_norm')
 
 
 class Learner:
@@ -47,15 +49,27 @@ class Learner:
         if config.channels_last:
             task.to(memory_format=torch.channels_last)
         if config.model_ema:
-            accelerator.register_for_checkpointing(task.setup_ema(decay=config.model_ema_decay))
+            task.setup_ema(decay=config.model_ema_decay)
         optimizers = [_student_optimizer(config, task)]
         if isinstance(task, DFPTDistillationTask) and not config.freeze_prompt_path:
             optimizers.append(_prompt_optimizer(config, task))
         if config.compile:
             task.compile()
         self.schedulers = [_scheduler(config, optimizer, updates_per_epoch) for optimizer in optimizers]
-        self.optimizers: list[torch.optim.Optimizer] = [accelerator.prepare(optimizer) for optimizer in optimizers]
-        task.trainable_module = accelerator.prepare(task.trainable_module)
+        # Together, since sharding replaces the parameters that an optimizer knows.
+        task.trainable_module, *self.optimizers = accelerator.prepare(task.trainable_module, *optimizers)
+        self._finite: list[torch.Tensor] = []
+        self._buffers: list[torch.Tensor] = []
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained, in the wrappers of distributed training."""
+        return self.task.get_trainable_module()
+
+    @property
+    def average(self) -> nn.Module | None:
+        """The student's moving average, if there is one."""
+        return self.task.get_trainable_module(ema=True)
 
     @property
     def student(self) -> nn.Module:
@@ -98,8 +112,10 @@ class Learner:
 
     def step(
         self, input: torch.Tensor, target: torch.Tensor, step: int, known: dict[int, torch.Tensor]
-    ) -> Mapping[str, torch.Tensor]:
+    ) -> tuple[dict[str, torch.Tensor], bool]:
         """Do one step: forward, backward, and (when enough gradients are added up) an update.
+
+        Call it in `accelerator.accumulate`.
 
         Args:
             input: Images `[B, C, H, W]`.
@@ -108,23 +124,72 @@ class Learner:
             known: Teachers' logits for this batch by `id` of the model; read, and written where they are computed.
 
         Returns:
-            The task's result.
+            The scalars of the task's result, with the norm of each optimizer's gradient where there is an update; and
+            whether the step counts: with `on_nonfinite='skip'` a step that is not finite leaves everything as it was.
         """
-        module = self.task.get_trainable_module()
+        guarded = self.config.on_nonfinite == 'skip'
+        if guarded and not self._buffers:
+            self._buffers = [buffer.clone() for buffer in self.module.buffers()]
         # Seeded a step and a learner: a run that is resumed, or has others beside it, draws the same numbers.
         torch.manual_seed(derive_seed(self.config.seed, _STEP_STREAM, step, self.accelerator.process_index))
-        with self.accelerator.accumulate(module):
-            with self.accelerator.autocast():
-                result = self._forward(input, target, known)
-            self.accelerator.backward(result['loss'])
-            if self.accelerator.sync_gradients and self.config.clip_grad:
-                for optimizer in self.optimizers:
-                    params = [p for group in optimizer.param_groups for p in group['params']]
-                    self.accelerator.clip_grad_norm_(params, self.config.clip_grad)
+        with self.accelerator.autocast():
+            result = self._forward(input, target, known)
+        self.accelerator.backward(result['loss'])
+        terms = {key: value.detach().reshape(()) for key, value in result.items() if key not in _OUTPUTS}
+        if guarded:
+            self._finite += [torch.isfinite(value) for value in terms.values()]
+        if not self.accelerator.sync_gradients:
+            return terms, True
+        norms = self._clip_gradients()
+        kept = not guarded or self._all_finite(norms)
+        if kept:
+            self._update()
+        else:
+            self._forget()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self._buffers, self._finite = [], []
+        return {**terms, **norms}, kept
+
+    def _clip_gradients(self) -> dict[str, torch.Tensor]:
+        norms, scaler = {}, self.accelerator.scaler
+        for name, optimizer in zip(_GRAD_NORMS, self.optimizers, strict=False):
+            parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+            if scaler is not None:
+                # One by one: accelerate would unscale all optimizers for each of them.
+                self.accelerator.unscale_gradients(optimizer)
+            norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if self.config.clip_grad:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
+            # A sum over shards where the parameters are sharded.
+            norms[name] = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
+        # A gradient scaler looks for the largest scale by overflowing now and then, and deals with it itself.
+        return norms if scaler is None else {}
+
+    def _all_finite(self, norms: Mapping[str, torch.Tensor]) -> bool:
+        finite = torch.stack([*self._finite, *(torch.isfinite(norm) for norm in norms.values())]).all()
+        if self.accelerator.num_processes > 1:
+            # Weights stay the same everywhere only if all skip together.
+            finite = self.accelerator.reduce((~finite).float()) == 0
+        return bool(finite)
+
+    def _forget(self) -> None:
+        # Batch statistics have seen the step already.
+        for buffer, before in zip(self.module.buffers(), self._buffers, strict=True):
+            buffer.copy_(before)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+
+    def _update(self) -> None:
+        scaler = self.accelerator.scaler
+        if scaler is None:
             for optimizer in self.optimizers:
                 optimizer.step()
-                optimizer.zero_grad()
-        return result
+            return
+        # accelerate changes the scale after each optimizer, and the next would divide by another than was multiplied.
+        for optimizer in self.optimizers:
+            scaler.step(getattr(optimizer, 'optimizer', optimizer))
+        scaler.update()
 
     def _forward(
         self, input: torch.Tensor, target: torch.Tensor, known: dict[int, torch.Tensor]

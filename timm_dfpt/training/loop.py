@@ -1,12 +1,16 @@
 """The training loop: learners side by side on the same batches, exact across kills and processes."""
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
+import math
 import random
 import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import skip_first_batches
+from accelerate.utils import gather_object
 from timm.data import Mixup
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .augment import derive_seed
-from .checkpoint import latest_checkpoint, save_checkpoint
+from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint, write_atomic
 from .config import TrainConfig
 from .evaluate import evaluate
 from .learner import Learner
@@ -30,36 +36,57 @@ _logger = logging.getLogger(__name__)
 
 METRICS_FILE = 'metrics.jsonl'
 _MIXUP_STREAM = 3
-_NOT_SUMMED = ('output', 'prompt_output', 'teacher_output')
+# Steps between two looks of several processes at whether one of them was asked to stop; each look waits for all.
+_STOP_INTERVAL = 8
+# Updates left out in a row after which there is nothing to wait for any more.
+_MAX_SKIPPED = 20
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss is NaN or infinite; the message says which term, where, and what to try."""
+    """A loss or gradient is NaN or infinite; the message says which, where, and what to try."""
 
 
 class Preempted(RuntimeError):
     """The process was asked to stop (SIGTERM) and has saved a checkpoint."""
 
 
+@dataclasses.dataclass
 class _Progress:
-    """Where the run is, and the sums of the epoch so far: what a checkpoint needs beside weights."""
+    """Where the run is, and what the epoch has summed up so far: what a checkpoint needs beside weights."""
 
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.step_in_epoch = 0
-        self.updates = 0
-        self.metrics_bytes = 0
-        self.sums: dict[str, float] = {}
+    epoch: int = 0
+    step_in_epoch: int = 0
+    updates: int = 0
+    seconds: float = 0.0
+    # The lines of the metrics file: kept here, it can never be ahead of the weights or behind them.
+    lines: list[str] = dataclasses.field(default_factory=list)
+    # By `learner/term` the sum and the count of this process.
+    sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    # By learner the updates left out in this epoch, and in a row.
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    skipped_in_a_row: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
+@dataclasses.dataclass(eq=False)
+class _Note:
+    """What a step of a learner computed, to be looked at later: a device need not wait for us every step."""
+
+    step: int
+    learner: str
+    terms: dict[str, torch.Tensor]
+    rows: torch.Tensor
+
+    def values(self) -> list[float]:
+        """Return the terms as numbers, in one transfer."""
+        values: list[float] = torch.stack([value.float() for value in self.terms.values()]).tolist()
+        return values
 
 
 class Trainer:
     """Trains one or several learners and writes `metrics.jsonl` and checkpoints.
+
+    Order and augmentation are functions of seed, epoch and row, and what a step draws of seed, step and process: with
+    the weights and the state of the optimizers, a number of steps says all about where a run is.
 
     Args:
         config: Options of the run.
@@ -70,6 +97,8 @@ class Trainer:
         val_loader: Loader of the validation data, prepared by `accelerator`.
         run_dir: The run folder.
         mixup: timm's mixup, if any.
+        after_epoch: Called with each epoch's line of `metrics.jsonl`, before its checkpoint: again, if a run is stopped
+            between the two.
     """
 
     def __init__(
@@ -81,176 +110,280 @@ class Trainer:
         val_loader: DataLoader,
         run_dir: Path,
         mixup: Mixup | None = None,
+        after_epoch: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self.config, self.accelerator, self.learners = config, accelerator, list(learners)
         self.train_loader, self.val_loader, self.run_dir, self.mixup = train_loader, val_loader, run_dir, mixup
+        self.steps = len(train_loader)
+        self.after_epoch = after_epoch
         self.progress = _Progress()
-        accelerator.register_for_checkpointing(self.progress)
         self.checkpoints = run_dir / 'checkpoints'
         self.stop_requested = False
-        # The terms of the steps since the last look: checked together, so that a device need not wait every step.
-        self._pending: list[tuple[int, str, dict[str, torch.Tensor], torch.Tensor]] = []
+        self._stop_looks = 0
+        self._notes: list[_Note] = []
+        self._clock = time.monotonic()
 
     def fit(self) -> float:
         """Train to the last epoch, from the newest checkpoint if there is one.
 
         Returns:
-            Seconds spent.
+            Seconds spent, those before a resumption counted in up to the checkpoint.
 
         Raises:
-            NonFiniteLossError: A loss is NaN or infinite.
+            NonFiniteLossError: A loss or gradient is NaN or infinite.
+            OSError: A checkpoint cannot be written.
             Preempted: SIGTERM arrived; a checkpoint was saved.
+            ValueError: The checkpoint is of another run.
         """
         self._restore()
-        start = time.monotonic()
-        previous = signal.signal(signal.SIGTERM, self._request_stop)
-        total = self.config.epochs * len(self.train_loader)
-        done = self.progress.epoch * len(self.train_loader) + self.progress.step_in_epoch
+        progress = self.progress
         bar = tqdm(
-            total=total,
-            initial=done,
+            total=self.config.epochs * self.steps,
+            initial=progress.epoch * self.steps + progress.step_in_epoch,
             desc='training',
             unit='step',
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
             mininterval=1.0,
         )
+        with bar, self._noticing_sigterm():
+            while progress.epoch < self.config.epochs:
+                if progress.step_in_epoch < self.steps:
+                    self._train_epoch(bar)
+                self._finish_epoch()
+        return progress.seconds
+
+    @contextlib.contextmanager
+    def _noticing_sigterm(self) -> Iterator[None]:
+        def request_stop(signum: int, frame: Any) -> None:
+            self.stop_requested = True
+
+        if threading.current_thread() is not threading.main_thread():
+            # Python lets only the main thread, which a notebook server may need itself, handle signals.
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, request_stop)
         try:
-            while self.progress.epoch < self.config.epochs:
-                self._train_epoch(bar)
+            yield
         finally:
-            bar.close()
             signal.signal(signal.SIGTERM, previous)
-        return time.monotonic() - start
 
-    def _request_stop(self, signum: int, frame: Any) -> None:
-        self.stop_requested = True
+    def _asked_to_stop(self, at_once: bool = False) -> bool:
+        """Say whether this process was asked to stop, or, looked at now and then, one of the others."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_requested
+        self._stop_looks += 1
+        if self._stop_looks % _STOP_INTERVAL and not at_once:
+            return False
+        if self.stop_requested:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
 
-    def _restore(self) -> None:
-        path = latest_checkpoint(self.checkpoints)
-        if path is not None:
-            self.accelerator.load_state(str(path))
-            self.accelerator.print(f'resuming from {path} (epoch {self.progress.epoch + 1})')
-        metrics = self.run_dir / METRICS_FILE
-        if self.accelerator.is_main_process:
-            # Lines of an epoch that was evaluated but not yet in a checkpoint are written again.
-            with open(metrics, 'ab') as file:
-                file.truncate(self.progress.metrics_bytes)
+    def _preempted(self) -> Preempted:
+        return Preempted(f'Stopped by SIGTERM; continue with --output {self.run_dir} --resume.')
 
     def _train_epoch(self, bar: Any) -> None:
         config, progress, accelerator = self.config, self.progress, self.accelerator
         loader: Any = self.train_loader
         loader.set_epoch(progress.epoch)
-        steps = len(loader)
         if progress.step_in_epoch:
             loader = skip_first_batches(loader, progress.step_in_epoch)
             loader.set_epoch(progress.epoch)
         for learner in self.learners:
             learner.train()
         for input, target, index in loader:
-            step = progress.epoch * steps + progress.step_in_epoch
-            if config.channels_last:
-                input = input.contiguous(memory_format=torch.channels_last)
-            input, target = self._mixed(input, target, step)
-            known: dict[int, torch.Tensor] = {}
-            for learner in self.learners:
-                learner.set_update(progress.updates, progress.epoch)
-                result = learner.step(input, target, step, known)
-                self._note(step, learner.name, result, index)
+            # One context for all learners: each would count a step of the accumulation of its own.
+            with accelerator.accumulate(*(learner.module for learner in self.learners)):
+                self._step(input, target, index)
             progress.step_in_epoch += 1
-            if accelerator.sync_gradients:
-                progress.updates += 1
-                for learner in self.learners:
-                    learner.task.update_ema(step=progress.updates)
             bar.update()
-            last = progress.step_in_epoch == steps
-            save = config.checkpoint_steps and progress.step_in_epoch % config.checkpoint_steps == 0
-            if last or save or self.stop_requested or progress.step_in_epoch % config.log_interval == 0:
-                shown = self._look()
-                bar.set_postfix(shown, refresh=False)
-            if not last and (save or self.stop_requested):
+            if not accelerator.sync_gradients or progress.step_in_epoch == self.steps:
+                # Gradients are in no checkpoint: only between updates is there nothing but weights to save.
+                continue
+            if len(self._notes) >= config.log_interval * len(self.learners):
+                bar.set_postfix(self._look(), refresh=False)
+            stop = self._asked_to_stop()
+            if stop or (config.checkpoint_steps and progress.updates % config.checkpoint_steps == 0):
                 self._save()
-            if self.stop_requested:
-                raise Preempted(f'stopped by SIGTERM; continue with --output {self.run_dir} --resume')
-        self._finish_epoch()
+            if stop:
+                raise self._preempted()
 
-    def _mixed(self, input: torch.Tensor, target: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.mixup is None:
-            return input, target
-        seed = derive_seed(self.config.seed, _MIXUP_STREAM, step, self.accelerator.process_index)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        return self.mixup(input, target)
+    def _step(self, input: torch.Tensor, target: torch.Tensor, index: torch.Tensor) -> None:
+        progress = self.progress
+        step = progress.epoch * self.steps + progress.step_in_epoch
+        if self.config.channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        if self.mixup is not None:
+            seed = derive_seed(self.config.seed, _MIXUP_STREAM, step, self.accelerator.process_index)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            input, target = self.mixup(input, target)
+        known: dict[int, torch.Tensor] = {}
+        for learner in self.learners:
+            learner.set_update(progress.updates, progress.epoch)
+            terms, kept = learner.step(input, target, step, known)
+            self._notes.append(_Note(step, learner.name, terms, index))
+            if not self.accelerator.sync_gradients:
+                continue
+            if kept:
+                learner.task.update_ema(step=progress.updates + 1)
+            if self.config.on_nonfinite == 'skip':
+                self._count_skipped(learner.name, step, kept)
+        if self.accelerator.sync_gradients:
+            progress.updates += 1
 
-    def _note(self, step: int, name: str, result: Mapping[str, torch.Tensor], index: torch.Tensor) -> None:
-        terms = {key: value.detach() for key, value in result.items() if key not in _NOT_SUMMED}
-        self._pending.append((step, name, terms, index))
-        if self.config.on_nonfinite == 'stop' and len(self._pending) > 4096:
-            self._look()
+    def _count_skipped(self, learner: str, step: int, kept: bool) -> None:
+        skipped, in_a_row = self.progress.skipped, self.progress.skipped_in_a_row
+        if kept:
+            in_a_row[learner] = 0
+            return
+        skipped[learner] = skipped.get(learner, 0) + 1
+        in_a_row[learner] = in_a_row.get(learner, 0) + 1
+        # All that would have gone into the update.
+        first = step - step % self.steps % self.accelerator.gradient_accumulation_steps
+        lost = [note for note in self._notes if note.learner == learner and note.step >= first]
+        self._notes = [note for note in self._notes if note not in lost]
+        found = next((bad for note in lost if (bad := self._describe(note, note.values()))), None)
+        found = found or f'{learner}: step {step + 1} is not finite on another process'
+        _logger.warning(f'{found}: no update from it.')
+        if in_a_row[learner] >= _MAX_SKIPPED:
+            raise NonFiniteLossError(
+                f'{learner}: {_MAX_SKIPPED} updates in a row were not finite, the last at step {step + 1}. {_REMEDY}'
+            )
+
+    def _describe(self, note: _Note, values: Sequence[float]) -> str | None:
+        """Say which term of a step is not finite, and where; `None` if all are."""
+        for key, value in zip(note.terms, values, strict=True):
+            if not math.isfinite(value):
+                rows = ', '.join(str(row) for row in note.rows.tolist()[:16]) + (', ...' if len(note.rows) > 16 else '')
+                return (
+                    f'{note.learner}: {key} is {value} at step {note.step + 1} (epoch {note.step // self.steps + 1}, '
+                    f'training rows {rows})'
+                )
+        return None
 
     def _look(self) -> dict[str, str]:
-        """Add the terms since the last look to the sums of the epoch, and make sure that all are finite."""
-        sums = self.progress.sums
-        for step, name, terms, index in self._pending:
-            for key, value in terms.items():
-                number = float(value)
-                if not np.isfinite(number):
-                    rows = ', '.join(str(i) for i in index.tolist()[:16])
-                    raise NonFiniteLossError(
-                        f'{name}: {key} is {number} at step {step + 1} (epoch {self.progress.epoch + 1}, training rows '
-                        f'{rows}, ...). The last checkpoint is from before. Try a lower --lr or --prompt-lr, '
-                        '--clip-grad 1.0, --warmup-epochs or a lower --temperature.'
-                    )
-                sums[f'{name}/{key}'] = sums.get(f'{name}/{key}', 0.0) + number
-        shown = {}
-        if self._pending:
-            _, name, terms, _ = self._pending[-len(self.learners)]
-            shown = {key.removesuffix('_loss'): f'{float(v):.3f}' for key, v in terms.items() if 'loss' in key}
-        self._pending.clear()
+        """Add what was noted since the last look to the sums of the epoch, and make sure that all is finite."""
+        shown: dict[str, str] = {}
+        for note in self._notes:
+            values = note.values()
+            bad = self._describe(note, values)
+            if bad is not None:
+                raise NonFiniteLossError(f'{bad}. The last checkpoint is from before. {_REMEDY}')
+            for key, value in zip(note.terms, values, strict=True):
+                total = self.progress.sums.setdefault(f'{note.learner}/{key}', [0.0, 0])
+                total[0] += value
+                total[1] += 1
+            if note.learner == self.learners[0].name:
+                terms = zip(note.terms, values, strict=True)
+                shown = {key.removesuffix('_loss'): f'{value:.3f}' for key, value in terms if 'loss' in key}
+        self._notes.clear()
         return shown
+
+    def _means(self) -> dict[str, float]:
+        """Return the means of the epoch over steps and processes."""
+        sums = self.progress.sums
+        means = torch.tensor([total / count for total, count in sums.values()], dtype=torch.float64)
+        if self.accelerator.num_processes > 1 and len(means):
+            # Every process has made the same steps, so that the mean of means is the mean.
+            gathered: list[list[float]] = gather_object([means.tolist()])
+            means = torch.tensor(gathered, dtype=torch.float64).mean(dim=0)
+        return dict(zip(sums, means.tolist(), strict=True))
 
     def _finish_epoch(self) -> None:
         progress, accelerator = self.progress, self.accelerator
-        steps = progress.step_in_epoch
+        self._look()
         line: dict[str, Any] = {'epoch': progress.epoch + 1, 'updates': progress.updates}
-        sums = {key: torch.tensor(value / steps, dtype=torch.float64) for key, value in progress.sums.items()}
-        means = {
-            key: float(accelerator.reduce(value.to(accelerator.device), 'mean')) if accelerator.num_processes > 1 else
-            float(value)
-            for key, value in sums.items()
-        }  # fmt: skip
+        means = self._means()
         for learner in self.learners:
             prefix = f'{learner.name}/'
             train = {key.removeprefix(prefix): value for key, value in means.items() if key.startswith(prefix)}
+            if not train:
+                raise NonFiniteLossError(
+                    f'{learner.name}: not one update of epoch {progress.epoch + 1} was finite. {_REMEDY}'
+                )
             line[learner.name] = {
                 'lr': [group['lr'] for o in learner.optimizers for group in o.param_groups[:1]],
                 'train': train,
-                'val': self.evaluate(learner, self.val_loader),
+                'val': self._evaluate(learner),
             }
+            if self.config.on_nonfinite == 'skip':
+                line[learner.name]['skipped'] = progress.skipped.get(learner.name, 0)
         progress.epoch += 1
         progress.step_in_epoch = 0
-        progress.sums = {}
-        if accelerator.is_main_process:
-            with open(self.run_dir / METRICS_FILE, 'ab') as file:
-                file.write((json.dumps(line) + '\n').encode())
-                progress.metrics_bytes = file.tell()
+        progress.sums, progress.skipped = {}, {}
+        progress.lines.append(json.dumps(line))
+        self._write_metrics()
         accelerator.log(_flat(line), step=progress.epoch)
+        if self.after_epoch is not None:
+            self.after_epoch(line)
         self._save()
-        tqdm.write(_epoch_line(line, self.config.epochs)) if accelerator.is_main_process else None
+        if accelerator.is_main_process:
+            tqdm.write(_epoch_line(line, self.config.epochs))
+        if self._asked_to_stop(at_once=True):
+            raise self._preempted()
 
-    def evaluate(self, learner: Learner, loader: DataLoader) -> dict[str, dict[str, float]]:
-        """Measure what `learner` has so far; see `timm_dfpt.training.evaluate`."""
+    def _evaluate(self, learner: Learner) -> dict[str, dict[str, float]]:
+        def batches() -> Iterator[Any]:
+            for batch in self.val_loader:
+                if self._asked_to_stop():
+                    # Nothing has changed since the last step: a run stopped here evaluates once more.
+                    self._save()
+                    raise self._preempted()
+                yield batch
+
         learner.eval()
-        result = evaluate(learner.outputs, loader, self.accelerator)
-        learner.train()
-        return result
+        return evaluate(learner.outputs, batches(), self.accelerator)
+
+    def _write_metrics(self) -> None:
+        if self.accelerator.is_main_process:
+            write_atomic(self.run_dir / METRICS_FILE, ''.join(f'{line}\n' for line in self.progress.lines).encode())
+
+    def _averages(self) -> dict[str, nn.Module]:
+        return {
+            f'average_{i}': learner.average for i, learner in enumerate(self.learners) if learner.average is not None
+        }
 
     def _save(self) -> None:
         self._look()
-        save_checkpoint(self.accelerator, self.checkpoints, self._checkpoint_number(), self.config.checkpoint_hist)
+        progress, now = self.progress, time.monotonic()
+        progress.seconds += now - self._clock
+        self._clock = now
+        state = {
+            **dataclasses.asdict(progress),
+            # Sums are of each process; the rest is the same everywhere.
+            'sums': gather_object([progress.sums]),
+        }
+        step = progress.epoch * self.steps + progress.step_in_epoch
+        save_checkpoint(
+            self.accelerator, self.checkpoints, step, self.config.checkpoint_hist, self._averages(), state
+        )
 
-    def _checkpoint_number(self) -> int:
-        return self.progress.epoch * len(self.train_loader) + self.progress.step_in_epoch
+    def _restore(self) -> None:
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.run_dir)
+        state = restore_checkpoint(self.accelerator, self.checkpoints, self._averages())
+        if state is not None:
+            self.progress = _Progress(**{**state, 'sums': self._own_sums(state['sums'])})
+        self._write_metrics()
+        self._clock = time.monotonic()
+
+    def _own_sums(self, saved: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+        if len(saved) == self.accelerator.num_processes:
+            return saved[self.accelerator.process_index]
+        _logger.warning(
+            f'The run was saved by {len(saved)} processes and goes on with {self.accelerator.num_processes}: the order '
+            'of the images stays, but dropout, mixup and rounding will differ from a run that was not interrupted.'
+        )
+        return {
+            key: [sum(sums[key][0] for sums in saved) / len(saved), saved[0][key][1]] for key in saved[0]
+        }
+
+
+_REMEDY = (
+    'Try a lower --lr or --prompt-lr, --clip-grad 1.0, --warmup-epochs 1, a higher --temperature, or --on-nonfinite '
+    'skip if a few images are to blame.'
+)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
@@ -270,4 +403,6 @@ def _epoch_line(line: Mapping[str, Any], epochs: int) -> str:
             continue
         top1 = ', '.join(f'{who} {metrics["top1"]:.2f}' for who, metrics in values['val'].items())
         parts.append(f'{name}: loss {values["train"]["loss"]:.3f}, val top-1 {top1}')
+        if values.get('skipped'):
+            parts.append(f'{values["skipped"]} updates left out')
     return ' | '.join(parts)
