@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,6 +70,7 @@ class LogitLossTask(LogitDistillationTask):
         teacher_model: Teacher model.
         criterion: Loss on the labels.
         loss: Name in `timm_dfpt.losses.KD_LOSSES`.
+        loss_kwargs: Further arguments of the loss.
         **kwargs: Further arguments of timm's task.
     """
 
@@ -78,10 +80,11 @@ class LogitLossTask(LogitDistillationTask):
         teacher_model: nn.Module,
         criterion: nn.Module | None = None,
         loss: str = 'kd',
+        loss_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(student_model, teacher_model, criterion, **kwargs)
-        self.kd_fn = KD_LOSSES[loss]
+        self.kd_fn = functools.partial(KD_LOSSES[loss], **(loss_kwargs or {}))
 
     def _teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

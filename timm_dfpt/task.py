@@ -1,6 +1,7 @@
 """DFPT-KD as a timm training task: a batch in, named losses out."""
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -80,6 +81,7 @@ class DFPTDistillationTask(TrainingTask):
         temperature: Softmax temperature of all four distillation terms.
         weights: Weights of the six terms.
         kd_loss: Name in `timm_dfpt.losses.KD_LOSSES` of the distillation loss; `'kd'` is the paper's.
+        kd_loss_kwargs: Further arguments of that loss.
         input_config: What the loader gives: `input_size` `(C, H, W)`, `mean`, `std`. By default what the student's
             `pretrained_cfg` says.
         teacher_input_config: What the teacher was trained with; by default what its `pretrained_cfg` says.
@@ -105,6 +107,7 @@ class DFPTDistillationTask(TrainingTask):
         temperature: float = 4.0,
         weights: DFPTWeights | None = None,
         kd_loss: str = 'kd',
+        kd_loss_kwargs: Mapping[str, Any] | None = None,
         input_config: Mapping[str, Any] | None = None,
         teacher_input_config: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
@@ -128,7 +131,9 @@ class DFPTDistillationTask(TrainingTask):
         self.temperature = temperature
         self.weights = weights or DFPTWeights()
         # None lets the losses share their log-softmaxes.
-        self.kd_fn: Callable[..., torch.Tensor] | None = None if kd_loss == 'kd' else KD_LOSSES[kd_loss]
+        self.kd_fn: Callable[..., torch.Tensor] | None = None
+        if kd_loss != 'kd':
+            self.kd_fn = functools.partial(KD_LOSSES[kd_loss], **(kd_loss_kwargs or {}))
         if verbose:
             _logger.info(f'DFPTDistillationTask: {self.weights}, temperature={temperature}, kd_loss={kd_loss}')
 

@@ -11,11 +11,12 @@ from torch import nn
 from ..hub.prompt_path import save_prompt_path
 from ..hub.student import save_student
 from ..task import DFPTDistillationTask
+from .chain import with_actual_teacher
 from .config import public_options
 from .learner import Learner
 from .report import measure_cost
 
-__all__ = ['export']
+__all__ = ['export', 'export_student']
 
 
 def export(
@@ -38,30 +39,13 @@ def export(
         For `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`.
     """
     config, task = learner.config, learner.task
-    options = public_options(config)
-    record = {
-        'method': config.method,
-        'teacher': options['teacher'],
-        'prompt_path': config.push_prompt_path,
-        'dataset': options['dataset'],
-        'dataset_sizes': facts['dataset_sizes'],
-        'seed': config.seed,
-        'recipe': options,
-        'metrics': {split: result['student'] for split, result in results.items()},
-    }
-    student = learner.published_student
-    save_student(
-        student,
-        folder / 'student',
-        label_names=facts['class_names'],
-        data_config=facts['input_config'],
-        license=config.license,
-        distillation=record,
-    )
+    student_metrics = {split: result['student'] for split, result in results.items()}
+    record = export_student(learner, student_metrics, folder / 'student', facts)
     models: dict[str, tuple[Any, list[nn.Parameter], str, list[Path]]] = {}
     if learner.teacher is not None:
         frozen = list(learner.teacher.parameters())
-        models['teacher'] = (learner.teacher_logits, frozen, str(config.teacher), _teacher_files(str(config.teacher)))
+        source = str(with_actual_teacher(config).teacher)
+        models['teacher'] = (learner.teacher_logits, frozen, source, _teacher_files(source))
         if isinstance(task, DFPTDistillationTask):
             save_prompt_path(
                 task.teacher, folder / 'prompt_path', label_names=facts['class_names'], training=record
@@ -71,6 +55,7 @@ def export(
             files = [folder / 'prompt_path' / 'prompt_path.safetensors']
             models['prompt_path'] = (learner.prompt_logits, parameters, config.method, files)
     files = [folder / 'student' / 'model.safetensors']
+    student = learner.published_student
     models['student'] = (student, list(student.parameters()), str(config.student), files)
     final = list(results)[-1]
     return {
@@ -82,6 +67,45 @@ def export(
         }
         for role, (forward, parameters, name, files) in models.items()
     }
+
+
+def export_student(
+    learner: Learner, metrics: Mapping[str, Mapping[str, float]], folder: Path, facts: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """Save the student as it is now, with a record of what it was made from.
+
+    Args:
+        learner: The learner.
+        metrics: The student's metrics by split.
+        folder: Where to save.
+        facts: What the run was.
+        **more: Further entries of the record.
+
+    Returns:
+        The record.
+    """
+    config = learner.config
+    options = public_options(config)
+    record = {
+        'method': config.method,
+        'teacher': options['teacher'],
+        'prompt_path': config.push_prompt_path,
+        'dataset': options['dataset'],
+        'dataset_sizes': facts['dataset_sizes'],
+        'seed': config.seed,
+        'recipe': options,
+        'metrics': {split: dict(values) for split, values in metrics.items()},
+        **more,
+    }
+    save_student(
+        learner.published_student,
+        folder,
+        label_names=facts['class_names'],
+        data_config=facts['input_config'],
+        license=config.license,
+        distillation=record,
+    )
+    return record
 
 
 def _teacher_files(name: str) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from timm.data import Mixup, resolve_data_config
@@ -15,7 +16,7 @@ from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
 from ..blocks import PromptConfig
-from ..losses import DFPTWeights
+from ..losses import KD_LOSSES, DFPTWeights
 from ..rivals import AdaptedTeacher, CTKDTask, LogitLossTask
 from ..task import DFPTDistillationTask
 from ..teacher import DualForwardPathTeacher
@@ -27,6 +28,8 @@ __all__ = ['create_student', 'create_task', 'create_teacher', 'resolve_input_con
 _logger = logging.getLogger(__name__)
 
 _LOCAL = 'local-dir:'
+# Assistants and early-stopped teachers teach by plain distillation; what differs is who teaches.
+_PLAIN_KD = ('kd', 'takd', 'eskd')
 
 
 def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
@@ -192,6 +195,7 @@ def create_task(
         input_config: What the loader gives.
         accelerator: Says where to train.
     """
+    _check_kd_loss(config)
     criterion = create_criterion(config)
     common: dict[str, Any] = {'device': accelerator.device, 'verbose': False}
     if config.method == 'supervised':
@@ -213,6 +217,7 @@ def create_task(
             config.temperature,
             weights,
             config.kd_loss,
+            config.kd_loss_kwargs,
             input_config=input_config,
             **common,
         )
@@ -222,12 +227,28 @@ def create_task(
         'distill_loss_weight': config.distill_loss_weight,
         'task_loss_weight': config.task_loss_weight,
     }
-    if config.method == 'kd':
+    if config.method in _PLAIN_KD:
         # timm's own task, so that the baseline is not ours.
         return LogitDistillationTask(student, adapted, criterion, **common)
     if config.method == 'ctkd':
         return CTKDTask(student, adapted, criterion, **common)
-    return LogitLossTask(student, adapted, criterion, loss=config.method, **common)
+    return LogitLossTask(
+        student, adapted, criterion, loss=config.method, loss_kwargs=config.kd_loss_kwargs, **common
+    )
+
+
+def _check_kd_loss(config: TrainConfig) -> None:
+    """Refuse arguments that the distillation loss does not know, before training does."""
+    if not config.kd_loss_kwargs:
+        return
+    loss = config.kd_loss if config.method in ('dfpt', 'dfpt+') else config.method
+    if loss not in KD_LOSSES or config.method in _PLAIN_KD:
+        raise ValueError(f'kd_loss_kwargs={config.kd_loss_kwargs}: the loss of method={config.method} takes none.')
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    try:
+        KD_LOSSES[loss](logits, logits, torch.tensor([0, 1]), config.temperature, **config.kd_loss_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'kd_loss_kwargs={config.kd_loss_kwargs} do not fit {loss}: {error}') from error
 
 
 def _check_source(role: str, name: Any) -> None:

@@ -1,0 +1,201 @@
+"""What a run needs beside what it trains: devices, data, and teachers that are loaded once."""
+from __future__ import annotations
+
+import json
+import platform
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from torch import nn
+
+from ..teacher import DualForwardPathTeacher
+from ..version import __version__
+from .augment import AugmentConfig
+from .chain import with_actual_teacher
+from .config import TrainConfig
+from .data import DataSplits, load_splits
+from .evaluate import evaluate
+from .factory import create_student, create_task, create_teacher, resolve_input_config, wrap_teacher
+from .learner import Learner
+from .loader import create_loader
+
+__all__ = ['RunSetup']
+
+
+class RunSetup:
+    """The machine, the data and the teachers of a run.
+
+    Args:
+        config: The options.
+        project_dir: Where a tracker (`log_with`) writes to.
+
+    Raises:
+        ValueError: An option does not fit the data or the models.
+    """
+
+    def __init__(self, config: TrainConfig, project_dir: str) -> None:
+        self.config = config
+        # accelerate warns about the pinned memory of machines without an accelerator.
+        warnings.filterwarnings('ignore', message='.*pin_memory.*')
+        self.accelerator = Accelerator(
+            cpu=config.cpu,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.grad_accum_steps,
+            log_with=config.log_with,
+            project_dir=project_dir if config.log_with else None,
+            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+        )
+        set_seed(config.seed)
+        self.input_config = resolve_input_config(config)
+        self.data = _load_data(config)
+        tested = f', {len(self.data.test):,} to test on' if self.data.test else ''
+        self.accelerator.print(
+            f'data: {config.dataset}: {self.data.num_classes} classes, {len(self.data.train):,} images to train on, '
+            f'{len(self.data.val):,} to validate on ({self.data.val_from}){tested}'
+        )
+        self.loaders = _create_loaders(config, self.data, self.input_config, self.accelerator)
+        self.eval_split = 'test' if 'test' in self.loaders else 'val'
+        self._teachers: dict[str, nn.Module] = {}
+
+    def create_learner(self, name: str, config: TrainConfig) -> Learner:
+        """Create a student, its task and its optimizers; learners with the same teacher share it.
+
+        Args:
+            name: What to call the learner.
+            config: Its options.
+        """
+        teacher = self._teacher(config)
+        # Seeded for each part, so that every method starts from the same student whatever was built before it.
+        set_seed(config.seed)
+        if teacher is not None and config.method in ('dfpt', 'dfpt+'):
+            teacher = wrap_teacher(config, teacher)
+        set_seed(config.seed)
+        student = create_student(config, self.data.num_classes, self.data.class_names, self.input_config)
+        task = create_task(config, student, teacher, self.input_config, self.accelerator)
+        updates_per_epoch = -(-len(self.loaders['train']) // config.grad_accum_steps)
+        return Learner(name, config, task, self.accelerator, updates_per_epoch)
+
+    def _teacher(self, config: TrainConfig) -> nn.Module | None:
+        if config.method == 'supervised':
+            return None
+        actual = with_actual_teacher(config)
+        source = [actual.teacher or actual.prompt_path, actual.teacher_checkpoint, actual.teacher_kwargs]
+        key = json.dumps([*source, actual.teacher_dtype], default=str)
+        if key not in self._teachers:
+            if actual.teacher is None:
+                # The prompt path knows its teacher.
+                self._teachers[key] = DualForwardPathTeacher.from_pretrained(str(actual.prompt_path)).unwrap()
+            else:
+                self._teachers[key] = create_teacher(actual, self.data.class_names)
+        return self._teachers[key]
+
+    def measure(self, learner: Learner) -> dict[str, dict[str, dict[str, float]]]:
+        """Evaluate a learner at the end of its training.
+
+        Returns:
+            Metrics by split (`val`, and `test` where there is one) and model; see `evaluate`.
+        """
+        learner.eval()
+
+        def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
+            outputs = learner.outputs(x)
+            if learner.teacher is not None and 'teacher' not in outputs:
+                outputs['teacher'] = learner.teacher_logits(x)
+            return outputs
+
+        results = {}
+        for split in dict.fromkeys(('val', self.eval_split)):
+            metrics = evaluate(forward, self.loaders[split], self.accelerator)
+            if 'student_ema' in metrics:
+                metrics['student_raw'] = metrics.pop('student')
+                metrics['student'] = metrics.pop('student_ema')
+            results[split] = metrics
+        return results
+
+    def facts(self, command: str) -> dict[str, Any]:
+        """Return what the run was, for `summary.json` and the records beside student and prompt path."""
+        config, data = self.config, self.data
+        sizes = {'train': len(data.train), 'val': len(data.val), 'test': len(data.test or ())}
+        return {
+            'method': config.method,
+            'seed': config.seed,
+            'command': command,
+            'dataset': config.dataset,
+            'dataset_sizes': sizes,
+            'class_names': data.class_names,
+            'epochs': config.epochs,
+            'input_config': {k: list(v) if isinstance(v, tuple) else v for k, v in self.input_config.items()},
+            'versions': {
+                'timm_dfpt': __version__,
+                'timm': timm.__version__,
+                'torch': torch.__version__,
+                'python': platform.python_version(),
+            },
+            'processes': self.accelerator.num_processes,
+        }
+
+    def example(self) -> torch.Tensor:
+        """Return a batch `[B, C, H, W]` of the split that is evaluated last, to measure costs with."""
+        return next(iter(self.loaders[self.eval_split]))[0]
+
+
+def _load_data(config: TrainConfig) -> DataSplits:
+    return load_splits(
+        str(config.dataset),
+        config_name=config.dataset_config,
+        revision=config.dataset_revision,
+        train_split=config.train_split,
+        val_split=config.val_split,
+        test_split=config.test_split,
+        image_column=config.input_key,
+        label_column=config.target_key,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        on_bad_image=config.on_bad_image,
+    )
+
+
+def _create_loaders(
+    config: TrainConfig, data: DataSplits, input_config: Mapping[str, Any], accelerator: Accelerator
+) -> dict[str, Any]:
+    augmentation = AugmentConfig(
+        no_aug=config.no_aug,
+        train_crop_mode=config.train_crop_mode,
+        scale=tuple(config.scale) or None,
+        ratio=tuple(config.ratio) or None,
+        hflip=config.hflip,
+        vflip=config.vflip,
+        color_jitter=config.color_jitter,
+        auto_augment=config.aa,
+        reprob=config.reprob,
+        crop_padding=config.crop_padding,
+    )
+    common: dict[str, Any] = {
+        'data_config': input_config,
+        'seed': config.seed,
+        'num_workers': config.workers,
+        'cache_images': config.cache_images,
+        'pin_memory': accelerator.device.type == 'cuda',
+    }
+    evaluation = {
+        **common,
+        'batch_size': config.validation_batch_size or config.batch_size,
+        'is_training': False,
+        'cache_images': 'auto',
+    }
+    loaders = {
+        'train': create_loader(
+            data.train, batch_size=config.batch_size, is_training=True, augmentation=augmentation, **common
+        ),
+        'val': create_loader(data.val, **evaluation),
+    }
+    if data.test:
+        loaders['test'] = create_loader(data.test, **evaluation)
+    return {name: accelerator.prepare(loader) for name, loader in loaders.items()}
+
+
