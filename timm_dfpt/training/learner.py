@@ -109,6 +109,9 @@ class Learner:
                 scheduler.step_update(updates)
         if isinstance(self.task, CTKDTask):
             self.task.epoch = epoch
+        warmup = self.config.distill_warmup_epochs
+        if warmup and isinstance(self.task, LogitDistillationTask):
+            self.task.distill_loss_weight = self.config.distill_loss_weight * min(1.0, (epoch + 1) / warmup)
 
     def step(
         self, input: torch.Tensor, target: torch.Tensor, step: int, known: dict[int, torch.Tensor]
