@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import timm
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .version import __version__
 
 __all__ = ['NOT_RECIPE', 'ModelRow', 'RunFacts', 'prompt_path_card', 'public', 'student_card']
 
@@ -24,6 +28,7 @@ _DFPT_PLUS = _DFPT + ' In DFPT-KD+ the prompt path also tunes a copy of the teac
 _ROLES = {'teacher': 'Teacher', 'prompt_path': 'Prompt path', 'student': 'Student', 'kd': 'KD baseline'}
 _HUB_ID = re.compile(r'[\w.\-]+/[\w.\-]+')
 NOT_RECIPE = ('output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval')
+_VERSIONS = {'timm_dfpt': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
 _TEMPLATES = Path(__file__).parent / 'hub_cards'
 
 
@@ -212,7 +217,6 @@ def prompt_path_card(
         method=_method_text(config.variant),
         num_classes=config.num_classes,
         classes=_classes_text(config.label_names),
-        limits='',
         curves=curves,
     )
 
@@ -226,7 +230,7 @@ def _render(template: str, data: ModelCardData, run: RunFacts, **values: Any) ->
         results_note=_results_note(run),
         recipe=_recipe_text(run.recipe),
         command=_command_text(run.command),
-        versions=', '.join(f'{name} {version}' for name, version in run.versions.items()),
+        versions=', '.join(f'{name} {version}' for name, version in (run.versions or _VERSIONS).items()),
         **values,
     )
 
@@ -253,7 +257,7 @@ def _card_data(repo_id: str, license: str | None, run: RunFacts, role: str, **va
         pipeline_tag='image-classification',
         datasets=[dataset] if dataset else None,
         metrics=['accuracy'] if results else None,
-        model_name=repo_id.split('/')[-1],
+        model_name=repo_id.split('/')[-1] if results else None,
         eval_results=results or None,
         **{key: value for key, value in values.items() if value is not None},
     )

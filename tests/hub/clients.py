@@ -23,13 +23,13 @@ def make_model(name: str, seed: int = 0, num_classes: int = 5, **kwargs: Any) ->
     import timm
     import torch
 
-    if name.startswith('dfpt_') or name.startswith('cifar_'):
+    if name.startswith(('dfpt_', 'cifar_')):
         import timm_dfpt.models  # noqa: F401
     torch.manual_seed(seed)
     model = timm.create_model(name, num_classes=num_classes, **kwargs)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
-            tensor.add_(0.1 * torch.rand_like(tensor))
+            tensor.mul_(1 + 0.1 * torch.rand_like(tensor)).add_(0.01 * torch.randn_like(tensor))
     return model.eval()
 
 
@@ -65,6 +65,12 @@ def push_model(repo_id: str, name: str, model: dict[str, Any] | None = None, **k
     made = make_model(name, **(model or {}))
     timm_dfpt.hub.push_student(made, repo_id, **kwargs)
     return logits_of(made, made.pretrained_cfg['input_size'][0] if not model else model.get('in_chans', 3), 64)
+
+
+def save_model(folder: str) -> None:
+    from timm_dfpt import save_student
+
+    save_student(make_model('test_resnet'), folder, label_names=LABELS)
 
 
 def load_with_timm(name: str, channels: int = 3, imports: str | None = None) -> list[list[float]]:
@@ -125,14 +131,14 @@ def outputs(model: Any, channels: int = 3) -> dict[str, Any]:
     return {'logits': out.tolist()}
 
 
-def make_teacher(base: str, variant: str = 'dfpt', seed: int = 3, **kwargs: Any) -> Any:
-    """A teacher on a published base, with a prompt path that has moved away from it."""
+def make_teacher(base: Any, variant: str = 'dfpt', seed: int = 3, **kwargs: Any) -> Any:
+    """A teacher on a model (or the id of one) with a prompt path that has moved away from it."""
     import timm
     import torch
 
     import timm_dfpt
 
-    model = timm.create_model(base, pretrained=True)
+    model = timm.create_model(base, pretrained=True) if isinstance(base, str) else base
     teacher = timm_dfpt.wrap(model, variant=variant, **kwargs)
     torch.manual_seed(seed)
     for tensor in teacher.prompt_path.state_dict().values():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from . import clients
 from .processes import Client
 from .server import Hub
 
@@ -15,14 +16,22 @@ def server() -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture()
+@pytest.fixture
 def hub(server: Hub) -> Hub:
     """The Hub on 127.0.0.1, empty."""
     server.reset()
     return server
 
 
-@pytest.fixture()
+@pytest.fixture
 def client(hub: Hub, tmp_path: Path) -> Client:
     """A machine of user `alice` with an empty cache."""
     return Client(hub.endpoint, tmp_path / 'alice')
+
+
+@pytest.fixture(scope='session')
+def student_folder(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved student."""
+    maker = Client(server.endpoint, tmp_path_factory.mktemp('maker'))
+    maker.run(clients.save_model, 'student')
+    return maker.cwd / 'student'

@@ -102,8 +102,6 @@ class Client:
             'HF_HUB_DISABLE_XET': '1',
             'HF_HUB_DISABLE_TELEMETRY': '1',
             'HF_HUB_DISABLE_PROGRESS_BARS': '1',
-            'HF_HUB_ETAG_TIMEOUT': '2',
-            'HF_HUB_DOWNLOAD_TIMEOUT': '2',
             'OMP_NUM_THREADS': '1',
         }
         return env | ({'HF_TOKEN': self.token} if self.token else {})

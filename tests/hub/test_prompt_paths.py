@@ -27,14 +27,14 @@ def _push_as_timm() -> None:
     timm_dfpt.hub.push_student(clients.make_model('test_resnet', num_classes=1000), 'alice/base')
 
 
-@pytest.fixture()
+@pytest.fixture
 def base(hub: Hub, client: Client) -> str:
     """A teacher that was published under its own name."""
     client.run(clients.push_model, 'alice/teacher', 'test_resnet', label_names=clients.LABELS)
     return 'hf-hub:alice/teacher'
 
 
-@pytest.fixture()
+@pytest.fixture
 def reader(hub: Hub, tmp_path: Path) -> Client:
     """Somebody else, with an empty cache."""
     return Client(hub.endpoint, tmp_path / 'reader', token=None)
@@ -175,7 +175,8 @@ def test_third_kinds_are_refused_by_name(hub: Hub, client: Client, base: str) ->
     assert "neither a prompt path (prompt_config.json) nor a timm model" in empty
     assert 'pytorch_model.bin, a pickle' in pickled
     assert not [line for line in hub.requests if line.endswith('.bin')]
-    assert malformed.startswith('ValueError') and 'user/name' in malformed
+    assert malformed.startswith('ValueError')
+    assert 'user/name' in malformed
     assert nowhere.startswith('FileNotFoundError')
 
 
@@ -189,12 +190,14 @@ def test_subfolder_revision_and_local_copy(hub: Hub, client: Client, reader: Cli
     assert reader.run(clients.load_any, 'alice/prompt', revision='v1')['prompt'] == expected['prompt']
     assert reader.run(clients.load_any, 'hf-hub:alice/prompt@v1')['prompt'] == expected['prompt']
     missing = reader.fail(clients.load_any, 'alice/prompt', revision='v2')
-    assert missing.causes[0] == 'HubError' and 'no such revision' in missing.error
+    assert missing.causes[0] == 'HubError'
+    assert 'no such revision' in missing.error
     files = hub.files('alice/prompt', 'v1')
     hub.add_repo('alice/many', {f'prompts/a/{name}': data for name, data in files.items()})
     assert reader.run(clients.load_any, 'alice/many', subfolder='prompts/a')['prompt'] == expected['prompt']
     outside = reader.fail(clients.load_any, 'alice/many', subfolder='../a')
-    assert outside.causes[0] == 'ValueError' and 'subfolder' in outside.error
+    assert outside.causes[0] == 'ValueError'
+    assert 'subfolder' in outside.error
     for name, data in files.items():
         (reader.cwd / name).write_bytes(data)
     assert reader.run(clients.load_any, '.')['prompt'] == expected['prompt']

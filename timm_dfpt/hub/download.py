@@ -18,7 +18,6 @@ __all__ = ['Source', 'file_hashes', 'open_source', 'split_hub_id']
 
 _logger = logging.getLogger(__name__)
 
-_API_TIMEOUT = 30.0  # seconds; without it a silent server is waited for forever
 _CHUNK = 2**20
 _CURE = 'Load again with force_download=True to replace it.'
 
@@ -231,7 +230,9 @@ def split_hub_id(hub_id: str) -> tuple[str, str | None]:
 
 def _listed(source: Source) -> Source:
     api = HfApi(library_name='timm_dfpt', library_version=__version__, token=source.token)
-    info = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=_API_TIMEOUT)
+    # Without a timeout a silent server is waited for forever.
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=timeout)
     prefix = f'{source.subfolder}/' if source.subfolder else ''
     files = {}
     for entry in info.siblings or []:

@@ -44,7 +44,7 @@ def hub_errors(doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except HubError:
+    except (HubError, FileExistsError):
         raise
     except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
         raise HubError(f'{doing} failed: {_explain_hub(error)}') from error

@@ -1,0 +1,131 @@
+"""Pushing: one commit, nobody's content overwritten, and nothing lost when it fails."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import clients
+from .processes import Client
+from .server import Hub
+
+
+@pytest.fixture
+def saved(client: Client, student_folder: Path) -> Client:
+    """A user with a saved student in the working folder."""
+    shutil.copytree(student_folder, client.cwd / 'student')
+    return client
+
+
+def _push(repo_id: str = 'alice/s', model: str = 'student', **kwargs: Any) -> str:
+    import timm_dfpt
+
+    return timm_dfpt.push_student(model, repo_id, **kwargs)
+
+
+def _push_model_again(repo_id: str) -> list[str]:
+    """The same model twice, saved anew each time."""
+    import timm_dfpt
+
+    return [timm_dfpt.push_student(clients.make_model('test_resnet'), repo_id, license='mit') for _ in range(2)]
+
+
+def test_the_same_again_makes_no_second_commit(hub: Hub, saved: Client) -> None:
+    assert saved.run(_push) == f'{hub.endpoint}/alice/s'
+    commits = [commit.title for commit in hub.repos['alice/s'].commits]
+    assert commits == ['initial commit', 'Add model']
+    saved.run(_push)
+    saved.run(_push_model_again, 'alice/m')
+    assert len(hub.repos['alice/s'].commits) == len(hub.repos['alice/m'].commits) == 2
+
+
+def test_other_content_is_not_overwritten_without_force(hub: Hub, saved: Client) -> None:
+    hub.add_repo('alice/s', {'README.md': b'# mine', 'notes.txt': b'kept'})
+    refused = saved.fail(_push)
+    assert refused.causes[0] == 'FileExistsError'
+    assert 'README.md, notes.txt' in refused.error
+    assert '--force' in refused.error
+    assert hub.files('alice/s')['README.md'] == b'# mine'
+    saved.run(_push, force=True)
+    files = hub.files('alice/s')
+    assert files['notes.txt'] == b'kept'
+    assert b'How to load' in files['README.md']
+
+
+def test_pull_request_branch_and_private(hub: Hub, saved: Client) -> None:
+    hub.add_repo('alice/s', {'README.md': b'# mine'})
+    assert saved.run(_push, create_pr=True).startswith(f'{hub.endpoint}/alice/s/discussions/')
+    pull = next(ref for ref in hub.repos['alice/s'].refs if ref.startswith('refs/pr/'))
+    assert 'model.safetensors' in hub.files('alice/s', pull)
+    assert list(hub.files('alice/s')) == ['.gitattributes', 'README.md']
+    saved.run(_push, 'alice/new', private=True, revision='exp/1')
+    assert hub.repos['alice/new'].private
+    assert 'model.safetensors' in hub.files('alice/new', 'exp/1')
+    assert list(hub.files('alice/new')) == ['.gitattributes']
+
+
+def test_dry_run_writes_the_exact_repository(hub: Hub, saved: Client) -> None:
+    saved.run(_push, dry_run='dry')
+    assert hub.requests == []
+    written = {path.name: path.read_bytes() for path in (saved.cwd / 'dry').iterdir()}
+    saved.run(_push)
+    assert written == {name: data for name, data in hub.files('alice/s').items() if name != '.gitattributes'}
+    assert saved.fail(_push, dry_run='dry').causes[0] == 'FileExistsError'
+
+
+FAULTS: list[tuple[str, dict[str, Any], str]] = [
+    ('repos/create', {'kind': 'status', 'status': 500}, 'answered 500'),
+    ('repos/create', {'kind': 'status', 'status': 429, 'headers': {'Retry-After': '7'}}, 'Wait 7 seconds'),
+    ('repos/create', {'kind': 'drop'}, 'no answer'),
+    ('validate-yaml', {'kind': 'status', 'status': 503}, 'answered 503'),
+    ('POST .*/commit/', {'kind': 'status', 'status': 503}, 'answered 503'),
+    ('POST .*/commit/', {'kind': 'status', 'status': 403}, 'answered 403'),
+    ('POST .*/commit/', {'kind': 'status', 'status': 412}, 'changed meanwhile'),
+    ('POST .*/commit/', {'kind': 'lost'}, 'no answer'),
+]
+
+
+@pytest.mark.parametrize(('where', 'fault', 'words'), FAULTS, ids=[f'{f[1]["kind"]} {f[0]}' for f in FAULTS])
+def test_failed_push_leaves_the_folder_and_a_second_try_finishes(
+    hub: Hub, saved: Client, where: str, fault: dict[str, Any], words: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in (saved.cwd / 'student').iterdir()}
+    hub.fault(where, **fault)
+    failed = saved.fail(_push)
+    assert failed.causes[0] == 'HubError'
+    assert 'Pushing to alice/s failed' in failed.error
+    assert words in failed.error
+    assert {path.name: path.read_bytes() for path in (saved.cwd / 'student').iterdir()} == before
+    hub.faults.clear()
+    saved.run(_push)
+    assert 'model.safetensors' in hub.files('alice/s')
+    assert len(hub.repos['alice/s'].commits) == 2
+
+
+def test_storage_that_stumbles_is_retried(hub: Hub, saved: Client) -> None:
+    hub.fault('PUT /lfs-store', 'status', times=1)
+    hub.fault('POST .*preupload', 'drop', times=1)
+    saved.run(_push)
+    assert len(hub.repos['alice/s'].commits) == 2
+
+
+def test_who_may_push(hub: Hub, saved: Client, tmp_path: Path) -> None:
+    for token, words in ((None, 'answered 401'), ('hf_wrong', 'answered 401'), ('hf_alice_read', 'answered 403')):
+        user = Client(hub.endpoint, tmp_path / str(token), token)
+        failed = user.fail(_push, model=str(saved.cwd / 'student'))
+        assert failed.causes[0] == 'HubError', failed.trace
+        assert words in failed.error
+        assert 'hf auth login' in failed.error
+    foreign = saved.fail(_push, 'bob/s')
+    assert foreign.causes[0] == 'HubError'
+    assert 'answered 403' in foreign.error
+    offline = saved.fail(_push, env={'HF_HUB_OFFLINE': '1'})
+    assert offline.causes[0] == 'HubError'
+    assert 'HF_HUB_OFFLINE=1' in offline.error
+    malformed = saved.fail(_push, 'a/b/c')
+    assert malformed.causes[0] == 'ValueError'
+    assert 'repo_id must be' in malformed.error
+    assert not hub.repos
