@@ -346,18 +346,20 @@ def public_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
-    """Write the resolved configuration as a recipe that `load_recipe` reads."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding='utf-8')
+    """Write the resolved configuration as a recipe that `load_recipe` reads, whole or not at all."""
+    temporary = Path(f'{path}.incomplete')
+    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding='utf-8')
+    temporary.replace(path)
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """Return the command line of all options plus `--config`."""
+def build_parser(description: str, without: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the command line of all options, but for those named in `without`, plus `--config`."""
     # Abbreviations would turn a misspelt flag into another one.
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument('--config', metavar='YAML', help='recipe with any of these options; the command line wins')
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
-        if field.metadata.get('recipe_only'):
+        if field.metadata.get('recipe_only') or field.name in without:
             continue
         name = field.metadata['group']
         groups.setdefault(name, parser.add_argument_group(name))

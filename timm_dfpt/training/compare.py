@@ -1,0 +1,307 @@
+"""Several methods, several seeds: students side by side on the same batches, and what their differences say."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checkpoint import write_atomic
+from .compare_report import markdown_table, plot_comparison
+from .config import TrainConfig, build_parser, resolve_config
+from .export import export
+from .folder import CONFIG_FILE, SUMMARY_FILE, claim_run_dir
+from .learner import Learner
+from .report import write_summary
+from .run import exit_code, train_side_by_side
+from .setup import RunSetup
+from .stats import summarise
+
+__all__ = ['Arm', 'compare', 'main', 'parse_arm']
+
+ARMS_FILE = 'arms.json'
+_TIMED_STEPS = 10
+_ALIASES = {'scratch': 'supervised'}
+# Given by the arms and the seeds.
+_NOT_OPTIONS = ('method', 'baselines', 'seed')
+# What an arm may change. All the rest is what makes the students comparable: data, batches, student, epochs.
+_ARM_GROUPS = ('method', 'prompt path')
+_ARM_OPTIONS = (
+    'teacher', 'teacher_checkpoint', 'teacher_kwargs', 'early_teacher', 'assistants', 'opt', 'lr', 'momentum',
+    'weight_decay', 'clip_grad', 'sched', 'warmup_epochs', 'warmup_lr', 'min_lr', 'decay_milestones', 'decay_rate',
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train the student.
+
+    Args:
+        name: What to call it in tables and folders.
+        method: One of `timm_dfpt.training.config.METHODS`.
+        changes: Options that differ from the recipe's.
+    """
+
+    name: str
+    method: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r'[\w.+-]+', self.name) or self.name in ('epoch', 'updates', '.', '..'):
+            raise ValueError(f'arm {self.name!r}: a name is made of letters, digits, and any of _ . + -')
+        groups = {field.name: field.metadata['group'] for field in dataclasses.fields(TrainConfig)}
+        for key in self.changes:
+            if key in (*_NOT_OPTIONS, 'method_options') or not (groups.get(key) in _ARM_GROUPS or key in _ARM_OPTIONS):
+                raise ValueError(
+                    f'arm {self.name!r}: {key!r} is not an option that an arm can have for itself. Arms differ in '
+                    'options of the method, the prompt path, the teacher and the optimizer; the rest is the same for '
+                    'all, or there would be nothing to compare.'
+                )
+
+
+def parse_arm(text: str) -> Arm:
+    """Read an arm from the command line: `dkd`, or `kd-T4=kd,temperature=4,distill_loss_weight=1`.
+
+    Raises:
+        ValueError: It is of another form, or changes what is common to all arms.
+    """
+    name, separator, rest = text.partition('=')
+    method, *pairs = (rest if separator else name).split(',')
+    wrong = [pair for pair in pairs if '=' not in pair]
+    if wrong or not method:
+        raise ValueError(f'arm {text!r} must be a method, or of the form name=method,option=value,option=value')
+    changes = {key: yaml.safe_load(value) for key, _, value in (pair.partition('=') for pair in pairs)}
+    return Arm(name, _ALIASES.get(method, method), changes)
+
+
+def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = None) -> int:
+    """Compare methods from the command line.
+
+    Args:
+        argv: Arguments; `None` for those of the process.
+        default_recipe: Recipe that counts when neither `--config` nor `--dataset` is given.
+
+    Returns:
+        The exit code, as of `timm_dfpt.training.run.main`.
+    """
+    parser = build_parser(
+        'Compare distillation methods: for each seed the students train side by side on the same batches.',
+        without=_NOT_OPTIONS,
+    )
+    group = parser.add_argument_group('comparison')
+    group.add_argument('--methods', nargs='*', default=[], metavar='METHOD', help='methods, or scratch for none')
+    group.add_argument(
+        '--arm', action='append', default=[], metavar='NAME=METHOD,OPTION=VALUE,...', help='a method with own options'
+    )
+    group.add_argument('--seeds', nargs='+', type=int, required=True, metavar='SEED', help='seeds, one run each')
+    group.add_argument('--reference', metavar='ARM', help='arm that the others are held against (default: kd)')
+    values = vars(parser.parse_args(argv))
+    methods, texts, seeds = values.pop('methods'), values.pop('arm'), values.pop('seeds')
+    reference, recipe = values.pop('reference'), values.pop('config')
+    command = shlex.join(['train/compare.py', *(sys.argv[1:] if argv is None else argv)])
+
+    def job() -> None:
+        config = resolve_config(values, recipe, default_recipe)
+        compare(config, [parse_arm(text) for text in (*methods, *texts)], seeds, reference, command)
+
+    return exit_code(job)
+
+
+def compare(
+    config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], reference: str | None = None, command: str = ''
+) -> dict[str, Any]:
+    """Train every arm with every seed and write `compare.md`, `compare.json` and `compare.png`.
+
+    The students of one seed start from the same weights and see the same batches; the teacher's logits are computed
+    once for all. Each student is the one, to the last bit on a CPU, that `run` trains alone with its options.
+
+    Args:
+        config: What is common to all arms; the folder is `output`, and `resume` continues what is there: finished
+            seeds are left as they are, and new ones may be added.
+        arms: What to compare.
+        seeds: Seeds; each is a run in `output/seed-<n>`.
+        reference: Name of the arm that the others are held against; `kd` if there is one of that name, else the first.
+        command: How the comparison was started, for the record.
+
+    Returns:
+        What `compare.json` holds.
+
+    Raises:
+        ValueError: An argument does not fit another, or the folder holds another comparison.
+    """
+    names = [arm.name for arm in arms]
+    if not arms or len(set(names)) < len(names):
+        raise ValueError(f'methods: name at least one, and each once (--methods kd dfpt), got {names}.')
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f'seeds: name at least one, and each once, got {list(seeds)}.')
+    reference = reference or ('kd' if 'kd' in names else names[0])
+    if reference not in names:
+        raise ValueError(f'reference={reference!r} is none of the arms {names}.')
+    if config.output is None:
+        raise ValueError('output is not given: name the folder of the comparison with --output.')
+    if config.mixed_precision == 'fp16' and len(arms) > 1:
+        raise ValueError(
+            'mixed_precision=fp16 has one loss scale, by which students trained side by side would change each other: '
+            'use --mixed-precision bf16.'
+        )
+    folder = Path(config.output)
+    _open_folder(folder, arms, config.resume)
+    result: dict[str, Any] = {}
+    for number, seed in enumerate(seeds, start=1):
+        output = folder / f'seed-{seed}'
+        if not (output / SUMMARY_FILE).is_file():
+            if PartialState().is_main_process:
+                print(f'seed {seed} ({number} of {len(seeds)})')
+            resume = (output / CONFIG_FILE).is_file()
+            common = dataclasses.replace(config, seed=seed, baselines=[], output=str(output), resume=resume)
+            _run_seed(common, arms, command)
+        result = _collect(folder, names, seeds[:number], reference, command)
+        if PartialState().is_main_process:
+            _write(folder, result)
+    if PartialState().is_main_process:
+        print(markdown_table(result))
+    return result
+
+
+def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool) -> None:
+    """Make the folder, or make sure that it holds a comparison of the same arms."""
+    given = {arm.name: {'method': arm.method, **arm.changes} for arm in arms}
+    path = folder / ARMS_FILE
+    if resume:
+        if not path.is_file():
+            raise ValueError(f'resume: {str(folder)!r} holds no comparison. Leave --resume out to start one there.')
+        before = json.loads(path.read_text(encoding='utf-8'))
+        if before != given:
+            raise ValueError(
+                f'resume: the comparison in {str(folder)!r} has the arms {before}, not {given}. Give the same arms, or '
+                'another --output.'
+            )
+    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(
+            f'output: {str(folder)!r} exists and is not empty. Continue it with --resume, or name another folder.'
+        )
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process and not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(given, indent=2) + '\n').encode())
+    PartialState().wait_for_everyone()
+
+
+def _in_training_order(arm: Arm) -> int:
+    # The prompt path of DFPT-KD takes the most from the teacher's own pass, so it goes first and does that pass.
+    return {'dfpt': 0, 'dfpt+': 1}.get(arm.method, 2)
+
+
+def _run_seed(config: TrainConfig, arms: Sequence[Arm], command: str) -> None:
+    run_dir = claim_run_dir(config)
+    options = {
+        arm.name: config.for_method(arm.method, **arm.changes, output=str(run_dir / 'arms' / arm.name))
+        for arm in sorted(arms, key=_in_training_order)
+    }
+    setup = RunSetup(config, str(run_dir))
+    learners, seconds = train_side_by_side(setup, options, run_dir, command)
+    results = [setup.measure(learner) for learner in learners]
+    if setup.accelerator.is_main_process:
+        facts = setup.facts(command)
+        models = {
+            learner.name: export(learner, result, Path(str(learner.config.output)), facts, setup.example())
+            for learner, result in zip(learners, results, strict=True)
+        }
+    costs = _step_costs(setup, learners)
+    if setup.accelerator.is_main_process:
+        write_summary(
+            run_dir / SUMMARY_FILE,
+            {
+                **facts,
+                'eval_split': setup.eval_split,
+                'train_seconds': seconds,
+                'steps': config.epochs * len(setup.loaders['train']),
+                'student': config.student,
+                'arms': {name: {'models': models[name], 'step': costs[name]} for name in models},
+            },
+        )
+    setup.accelerator.wait_for_everyone()
+    setup.accelerator.end_training()
+    setup.accelerator.free_memory()
+
+
+def _step_costs(setup: RunSetup, learners: Sequence[Learner]) -> dict[str, dict[str, float]]:
+    """Measure a training step of each learner alone, teacher included; their weights are of no use afterwards.
+
+    Returns:
+        By learner `flops` (counted by torch: two a multiply-accumulate of convolutions and matrix products, forward and
+        backward) and `ms` (median; the learners take turns, so that a busy machine is unfair to none).
+    """
+    input, target, _ = next(iter(setup.loaders['train']))
+    if (setup.config.mixup or setup.config.cutmix) and target.ndim == 1:
+        target = torch.nn.functional.one_hot(target, setup.data.num_classes).float()
+    costs: dict[str, dict[str, float]] = {}
+    times: dict[str, list[float]] = {learner.name: [] for learner in learners}
+    setup.accelerator.gradient_state._set_sync_gradients(True)
+    for learner in learners:
+        learner.train()
+        with FlopCounterMode(display=False) as counter:
+            learner.step(input, target, 0, {})
+        costs[learner.name] = {'flops': counter.get_total_flops()}
+    for _ in range(_TIMED_STEPS):
+        for learner in learners:
+            start = time.perf_counter()
+            learner.step(input, target, 0, {})
+            if input.is_cuda:
+                torch.cuda.synchronize()
+            times[learner.name].append(time.perf_counter() - start)
+    return {name: {**cost, 'ms': 1000 * statistics.median(times[name])} for name, cost in costs.items()}
+
+
+def _collect(
+    folder: Path, names: Sequence[str], seeds: Sequence[int], reference: str, command: str
+) -> dict[str, Any]:
+    """Put the seeds that are finished together."""
+    runs = [json.loads((folder / f'seed-{seed}' / SUMMARY_FILE).read_text(encoding='utf-8')) for seed in seeds]
+    first = runs[0]
+    arms_given = json.loads((folder / ARMS_FILE).read_text(encoding='utf-8'))
+    teachers = [run['arms'][name]['models'].get('teacher') for run in runs[:1] for name in names]
+    arms: dict[str, Any] = {}
+    for name in names:
+        students = [run['arms'][name]['models']['student'] for run in runs]
+        base = [run['arms'][reference]['models']['student'] for run in runs]
+        arm: dict[str, Any] = {'options': arms_given[name]}
+        for split, key in (('val', 'val_metrics'), (first['eval_split'], 'metrics')):
+            values = [student[key]['top1'] for student in students]
+            arm[split] = summarise(values)
+            if name != reference:
+                pairs = zip(values, (student[key]['top1'] for student in base), strict=True)
+                arm[split]['difference'] = summarise([value - other for value, other in pairs])
+        arm['step'] = {
+            'flops': first['arms'][name]['step']['flops'],
+            'ms': statistics.median(run['arms'][name]['step']['ms'] for run in runs),
+        }
+        arms[name] = arm
+    kept = ('dataset', 'dataset_sizes', 'epochs', 'steps', 'student', 'eval_split', 'versions', 'processes')
+    return {
+        'format_version': 1,
+        'command': command,
+        **{key: first[key] for key in kept},
+        'teacher': next((teacher for teacher in teachers if teacher), None),
+        'seeds': list(seeds),
+        'reference': reference,
+        'train_seconds': [run['train_seconds'] for run in runs],
+        'arms': arms,
+    }
+
+
+def _write(folder: Path, result: Mapping[str, Any]) -> None:
+    write_atomic(folder / 'compare.json', (json.dumps(result, indent=2) + '\n').encode())
+    write_atomic(folder / 'compare.md', (markdown_table(result) + '\n').encode())
+    plot_comparison(result, [folder / f'seed-{seed}' for seed in result['seeds']], folder / 'compare.png')
