@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,6 +16,8 @@ __all__ = ['CONFIG_FILE', 'SUMMARY_FILE', 'claim_run_dir', 'open_run_dir']
 CONFIG_FILE = 'config.yaml'
 SUMMARY_FILE = 'summary.json'
 
+_logger = logging.getLogger(__name__)
+
 # What may differ when a run is resumed, since it says nothing about what is computed.
 _MAY_DIFFER = (
     'output', 'resume', 'log_with', 'log_interval', 'checkpoint_hist', 'checkpoint_steps', 'workers', 'cache_images',
@@ -25,10 +29,12 @@ def claim_run_dir(config: TrainConfig) -> Path:
     """Choose the folder of a run, and make nothing yet.
 
     Args:
-        config: The options; `output` names the folder, `resume` says that it holds the run already.
+        config: The options; `output` names the folder, `resume` says that it may hold the run already: a job that was
+            killed before it had made its folder, and is started again, begins.
 
     Raises:
-        ValueError: The folder is in use, or holds no run, or one with other options.
+        PermissionError: The folder cannot be made or written to.
+        ValueError: The folder is in use, or holds something else, or a run with other options.
     """
     if config.output is not None:
         path = Path(config.output)
@@ -41,15 +47,20 @@ def claim_run_dir(config: TrainConfig) -> Path:
             while path.exists():
                 number += 1
                 path = path.with_name(f'{path.name.removesuffix(f"-run{number - 1}")}-run{number}')
-    started = path.is_dir() and any(path.iterdir())
-    if config.resume:
-        if not (path / CONFIG_FILE).is_file():
-            raise ValueError(f'resume: {str(path)!r} holds no run. Leave --resume out to start one there.')
+    started = path.is_dir() and any(not file.name.endswith('.incomplete') for file in path.iterdir())
+    if config.resume and (path / CONFIG_FILE).is_file():
         _check_same_run(config, path)
+    elif config.resume and not started:
+        _logger.warning(f'There is no run in {str(path)!r} to resume: it begins.')
+    elif config.resume:
+        raise ValueError(f'resume: {str(path)!r} is not empty and holds no run. Name the folder of the run.')
     elif started or path.is_file():
         raise ValueError(
             f'output: {str(path)!r} exists and is not empty. Continue it with --resume, or name another folder.'
         )
+    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f'output: {str(path)!r} cannot be made: {str(place)!r} is no folder to write in.')
     return path
 
 

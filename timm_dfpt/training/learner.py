@@ -152,6 +152,7 @@ class Learner:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self._buffers, self._finite = [], []
+        self._share_statistics()
         return {**terms, **norms}, kept
 
     def _clip_gradients(self) -> dict[str, torch.Tensor]:
@@ -175,6 +176,14 @@ class Learner:
             # Weights stay the same everywhere only if all skip together.
             finite = self.accelerator.reduce((~finite).float()) == 0
         return bool(finite)
+
+    def _share_statistics(self) -> None:
+        # Else every process would evaluate, and average into its EMA, a student with batch statistics of its own.
+        buffers = [buffer for buffer in self.module.buffers() if buffer.is_floating_point()]
+        if self.accelerator.num_processes > 1 and buffers:
+            means: Any = self.accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), 'mean')
+            for buffer, mean in zip(buffers, means.split([buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(mean.view_as(buffer))
 
     def _forget(self) -> None:
         # Batch statistics have seen the step already.

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
 from ..teacher import DualForwardPathTeacher
@@ -49,6 +49,8 @@ class RunSetup:
             log_with=config.log_with,
             project_dir=project_dir if config.log_with else None,
             dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+            # Learners share their batch statistics after each update, evaluation and EMA included.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         set_seed(config.seed)
         self.input_config = resolve_input_config(config)

@@ -1,0 +1,167 @@
+"""Runs that are killed, told to stop or damaged, against the same run left alone."""
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_jobs import Job
+
+# Equal to the last byte, whatever happened on the way.
+SAME = (
+    'metrics.jsonl', 'curves.png', 'student/model.safetensors', 'student/config.json',
+    'prompt_path/prompt_path.safetensors',
+)  # fmt: skip
+CHECKPOINTS = ('--checkpoint-steps', '2', '--checkpoint-hist', '3')
+
+
+class Runs:
+    """Runs of one configuration, by number of processes, that nothing happened to."""
+
+    def __init__(self, tiny, root):
+        self.tiny, self.root, self.done = tiny, root, {}
+
+    def argv(self, output, processes):
+        # A single process also has a baseline, and adds up gradients.
+        more = ['--baselines', 'kd', '--grad-accum-steps', '2'] if processes == 1 else []
+        return self.tiny.argv(output, *CHECKPOINTS, *more)
+
+    def undisturbed(self, processes):
+        if processes not in self.done:
+            output = self.root / f'undisturbed-{processes}'
+            job = Job(self.argv(output, processes), self.root / f'{output.name}.log', processes)
+            assert job.wait() == [0] * processes, job.output()
+            self.done[processes] = output
+        return self.done[processes]
+
+
+@pytest.fixture(scope='module')
+def runs(tiny, tmp_path_factory):
+    return Runs(tiny, tmp_path_factory.mktemp('runs'))
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    baselines = [str(path.relative_to(reference)) for path in reference.glob('baselines/*/student/model.safetensors')]
+    for name in (*SAME, *baselines):
+        assert (run / name).read_bytes() == (reference / name).read_bytes(), name
+    metrics = [
+        {role: model['metrics'] for role, model in json.loads((path / 'summary.json').read_text())['models'].items()}
+        for path in (run, reference)
+    ]
+    assert metrics[0] == metrics[1]
+    assert not list(run.rglob('*.incomplete'))
+
+
+def kill_at(job: Job, phase: str, delay: float) -> str | None:
+    """Kill the job when it is in a phase; return where it was a moment before, `None` if it had ended."""
+    reached = job.wait_for(lambda: phase in (job.phase, 'start'))
+    time.sleep(delay)
+    where = job.phase
+    ended = not job.alive
+    job.kill()
+    return None if ended or not reached else where
+
+
+def survive(runs: Runs, processes: int, folder: Path, kills: int, seed: int, phases: tuple[str, ...]) -> list[str]:
+    """Kill a run again and again, each time going on from what is left; return where it was killed."""
+    draw = random.Random(seed)
+    argv = runs.argv(folder / 'run', processes)
+    places: list[str] = []
+    while len(places) < kills:
+        phase = phases[len(places) % len(phases)]
+        job = Job([*argv, '--resume'], folder / f'{len(places)}.log', processes)
+        # Right at the start of a phase, or somewhat into it and what follows.
+        where = kill_at(job, phase, draw.choice([0.0, draw.uniform(0, 0.02), draw.uniform(0, 0.3)]))
+        if where is None:
+            shutil.rmtree(folder / 'run')  # It came through: another one.
+        else:
+            places.append(where)
+    job = Job([*argv, '--resume'], folder / 'last.log', processes)
+    assert job.wait() == [0] * processes, job.output()
+    assert_same(folder / 'run', runs.undisturbed(processes))
+    return places
+
+
+def test_killed_at_any_moment(runs, tmp_path):
+    survive(runs, 1, tmp_path, 4, seed=0, phases=('step', 'save', 'evaluation', 'export'))
+
+
+def test_two_processes_killed(runs, tmp_path):
+    survive(runs, 2, tmp_path, 2, seed=1, phases=('save', 'step'))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize('processes', [1, 2])
+def test_killed_at_twenty_random_moments(runs, tmp_path, processes):
+    phases = ('step', 'save', 'evaluation', 'start', 'save', 'step', 'export')
+    places = survive(runs, processes, tmp_path, 20, seed=processes, phases=phases)
+    print(f'{processes} processes: survived {len(places)} of {len(places)} kills, in: {" ".join(places)}')
+    assert {'step', 'save', 'evaluation'} <= set(places)
+
+
+@pytest.mark.parametrize('phase', ['step', 'evaluation'])
+def test_asked_to_stop(runs, tmp_path, phase):
+    """SIGTERM saves where the run is, and says so by its exit code."""
+    argv = runs.argv(tmp_path / 'run', 1)
+    job = Job(argv, tmp_path / 'log')
+    job.wait_for(lambda: job.phase == phase)
+    job.send(signal.SIGTERM)
+    assert job.wait() == [143], job.output()
+    assert '--resume' in job.output()
+    assert not (tmp_path / 'run' / 'summary.json').exists()
+    assert list((tmp_path / 'run' / 'checkpoints').glob('step-????????'))
+    job = Job([*argv, '--resume'], tmp_path / 'log')
+    assert job.wait() == [0], job.output()
+    assert_same(tmp_path / 'run', runs.undisturbed(1))
+
+
+def damage(path: Path, how: str) -> None:
+    if how == 'bit flipped':
+        file = path / 'model.safetensors'
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    else:
+        (path / 'optimizer.bin').unlink()
+
+
+@pytest.fixture(scope='module')
+def half_done(runs):
+    """A run that was told to stop after the second epoch had begun, with three checkpoints."""
+    output = runs.root / 'half'
+    job = Job(runs.argv(output, 2), runs.root / 'half.log', 2)
+    job.wait_for(lambda: (output / 'checkpoints' / 'step-00000006').exists())
+    job.kill()
+    return output
+
+
+def test_damaged_checkpoints_are_passed_over(runs, half_done, tmp_path):
+    """Each of the two newest is damaged in its way; the oldest must do, and metrics that it does not know must go."""
+    run = tmp_path / 'run'
+    shutil.copytree(half_done, run)
+    newest = sorted((run / 'checkpoints').glob('step-????????'), reverse=True)
+    damage(newest[0], 'bit flipped')
+    damage(newest[1], 'file missing')
+    (run / 'metrics.jsonl').write_text('{"epoch": 7}\n')
+    job = Job([*runs.argv(run, 2), '--resume'], tmp_path / 'log', 2)
+    assert job.wait() == [0, 0], job.output()
+    assert f'{newest[0].name}\' is damaged' in job.output()
+    assert f'{newest[1].name}\' is damaged' in job.output()
+    assert_same(run, runs.undisturbed(2))
+
+
+def test_another_number_of_processes_is_said(runs, half_done, tmp_path):
+    """A run of two goes on with one: not bit for bit, which is said, but with the same images in the same order."""
+    run = tmp_path / 'run'
+    shutil.copytree(half_done, run)
+    job = Job([*runs.argv(run, 2), '--resume'], tmp_path / 'log', 1)
+    assert job.wait() == [0], job.output()
+    assert 'saved by 2 processes and goes on with 1' in job.output()
+    one, two = (load_file(path / 'student' / 'model.safetensors') for path in (run, runs.undisturbed(2)))
+    assert one.keys() == two.keys()
+    assert all(torch.isfinite(tensor.float()).all() for tensor in one.values())
