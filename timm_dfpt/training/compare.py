@@ -23,6 +23,7 @@ from .config import TrainConfig, build_parser, resolve_config
 from .export import export
 from .folder import CONFIG_FILE, SUMMARY_FILE, claim_run_dir
 from .learner import Learner
+from .loop import Preempted
 from .report import write_summary
 from .run import exit_code, train_side_by_side
 from .setup import RunSetup
@@ -165,7 +166,10 @@ def compare(
                 print(f'seed {seed} ({number} of {len(seeds)})')
             resume = (output / CONFIG_FILE).is_file()
             common = dataclasses.replace(config, seed=seed, baselines=[], output=str(output), resume=resume)
-            _run_seed(common, arms, command)
+            try:
+                _run_seed(common, arms, command)
+            except Preempted as stop:
+                raise Preempted(f'stopped by SIGTERM; continue with --output {folder} --resume') from stop
         result = _collect(folder, names, seeds[:number], reference, command)
         if PartialState().is_main_process:
             _write(folder, result)

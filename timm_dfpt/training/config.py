@@ -18,7 +18,7 @@ METHODS = (
 )  # fmt: skip
 _DUAL = ('dfpt', 'dfpt+')
 _NOT_NEGATIVE = ('momentum', 'warmup_epochs', 'distill_warmup_epochs', 'workers')
-_PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'early_teacher', 'student', 'prompt_path')
+_PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'early_teacher', 'student', 'prompt_path', 'output')
 _BASE_KEY = 'base'
 _LOCAL_PREFIX = 'local-dir:'
 

@@ -131,7 +131,10 @@ def train_side_by_side(
     for assistant in chain:
         if not Path(str(assistant.output), SUMMARY_FILE).is_file():
             accelerator.print(f'teacher assistant {assistant.student}, taught by {assistant.teacher}')
-            run(assistant, command)
+            try:
+                run(assistant, command)
+            except Preempted as stop:
+                raise Preempted(f'stopped by SIGTERM; continue with --output {run_dir} --resume') from stop
     learners = [setup.create_learner(name, arm) for name, arm in arms.items()]
     first = learners[0]
     if isinstance(first.task, DFPTDistillationTask):
