@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import platform
 import warnings
 from collections.abc import Mapping
@@ -25,6 +27,8 @@ from .learner import Learner
 from .loader import create_loader
 
 __all__ = ['RunSetup']
+
+_logger = logging.getLogger(__name__)
 
 
 class RunSetup:
@@ -52,6 +56,12 @@ class RunSetup:
             # Learners share their batch statistics after each update, evaluation and EMA included.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        if self.accelerator.num_processes == 1 and 'MASTER_PORT' in os.environ:
+            # accelerate sets a port for several processes, and leaves it to MPI to start them where there is no GPU.
+            _logger.warning(
+                'This is the only process, though MASTER_PORT is set. Of `accelerate launch --cpu --num_processes N` '
+                'one process comes: use --config_file train/accelerate/multi_cpu.yaml, or torchrun.'
+            )
         set_seed(config.seed)
         self.input_config = resolve_input_config(config)
         self.data = _load_data(config)
