@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._frozen_ops import keep_less
 from ._injection import CastInput, Injection
 from ._layouts import TokenOrder
 from ._prefix import PathState
@@ -87,6 +88,7 @@ class PromptPath(nn.Module):
                     leaf.register_forward_pre_hook(CastInput())
                     tree.set_submodule(name, leaf)
                     self.head.append(leaf)
+            keep_less(tree)
             self._shared_tree = (tree,)
         else:
             self.backbone = tree.to(dtype).requires_grad_(True)
