@@ -1,0 +1,274 @@
+"""Steps that are not finite, mixed precision and accumulated gradients, against plain torch loops."""
+import copy
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from timm.task import ClassificationTask
+from torch import nn
+
+import timm_dfpt
+from timm_dfpt.losses import DFPTWeights
+from timm_dfpt.task import DFPTDistillationTask
+from timm_dfpt.training.config import TrainConfig
+from timm_dfpt.training.evaluate import evaluate
+from timm_dfpt.training.learner import Learner
+from timm_dfpt.training.loop import NonFiniteLossError, Trainer
+
+SIZE, CLASSES, BATCH, LR, MOMENTUM, DECAY = 16, 5, 8, 0.1, 0.9, 1e-3
+KWARGS = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16], 'stem_type': 'deep', 'stem_width': 4}
+# All equal, so that the reference need not know about schedules.
+OPTIONS = {
+    'method': 'supervised', 'student': 'resnet18', 'dataset': 'none', 'cpu': True, 'epochs': 2, 'batch_size': BATCH,
+    'lr': LR, 'momentum': MOMENTUM, 'weight_decay': DECAY, 'sched': 'step', 'decay_rate': 1.0,
+}  # fmt: skip
+
+
+class Batches(torch.utils.data.Dataset):
+    """Random images; `poison` maps rows to what one of their pixels is."""
+
+    def __init__(self, count, poison=None, size=SIZE):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(count, 3, size, size, generator=generator)
+        self.labels = torch.randint(CLASSES, (count,), generator=generator)
+        for row, value in (poison or {}).items():
+            self.images[row, 0, 0, 0] = value
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        return self.images[row], self.labels[row], row
+
+
+def make_student(seed=0):
+    torch.manual_seed(seed)
+    return timm.create_model('resnet18', num_classes=CLASSES, **KWARGS)
+
+
+@pytest.fixture
+def make_accelerator():
+    def make(**kwargs):
+        for state in (AcceleratorState, GradientState):
+            state._reset_state(*([True] if state is AcceleratorState else []))
+        return Accelerator(cpu=True, **kwargs)
+
+    yield make
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def make_trainer(accelerator, folder, data, count=1, student=None, **options):
+    config = TrainConfig(**{**OPTIONS, 'output': str(folder), **options})
+    folder.mkdir()
+    loaders = [
+        accelerator.prepare(torch.utils.data.DataLoader(data, batch_size=BATCH, shuffle=False, drop_last=drop_last))
+        for drop_last in (True, False)
+    ]
+    learners = []
+    for i in range(count):
+        task = ClassificationTask(copy.deepcopy(student) or make_student(), nn.CrossEntropyLoss(), verbose=False)
+        learners.append(Learner(f'learner{i}', config, task, accelerator, len(loaders[0])))
+    return Trainer(config, accelerator, learners, *loaders, folder)
+
+
+def plain_training(student, batches, accumulate=1):
+    """SGD as in every textbook, over the batches given."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True)
+    student.train()
+    for i, (images, labels) in enumerate(batches, 1):
+        (F.cross_entropy(student(images), labels) / accumulate).backward()
+        if i % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return student
+
+
+def batches_of(data, numbers):
+    return [(data.images[i * BATCH : (i + 1) * BATCH], data.labels[i * BATCH : (i + 1) * BATCH]) for i in numbers]
+
+
+def assert_equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.mark.parametrize(('value', 'term'), [(float('nan'), 'nan'), (float('inf'), 'nan'), (3e38, '(nan|inf)')])
+def test_stops_at_what_is_not_finite(make_accelerator, tmp_path, value, term):
+    data = Batches(4 * BATCH, {2 * BATCH + 3: value})
+    trainer = make_trainer(make_accelerator(), tmp_path / 'run', data)
+    with pytest.raises(NonFiniteLossError, match=rf'learner0: \w+ is {term} at step 3 \(epoch 1, training rows 16, .*23\)'):
+        trainer.fit()
+    assert not list((tmp_path / 'run' / 'checkpoints').glob('*'))
+
+
+def test_gradients_are_looked_at_too(make_accelerator, tmp_path):
+    """A finite loss whose gradient is not: the root of a zero."""
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3 * SIZE * SIZE, CLASSES)
+
+        def forward(self, x):
+            return self.layer(x.flatten(1)) + (0 * x.flatten(1) * self.layer.weight[0]).sum(dim=1, keepdim=True).sqrt()
+
+    trainer = make_trainer(make_accelerator(), tmp_path / 'run', Batches(2 * BATCH), student=Root())
+    with pytest.raises(NonFiniteLossError, match='grad_norm is nan at step 1 '):
+        trainer.fit()
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_skipping_is_as_if_the_batch_did_not_exist(make_accelerator, tmp_path, accumulate, caplog):
+    """Batch statistics and momentum included: weights are those of training on the other batches alone."""
+    data = Batches(6 * BATCH, {2 * BATCH + 3: float('nan')})
+    trainer = make_trainer(
+        make_accelerator(gradient_accumulation_steps=accumulate), tmp_path / 'run', data, epochs=1,
+        on_nonfinite='skip', grad_accum_steps=accumulate,
+    )  # fmt: skip
+    trainer.fit()
+    left_out = [2] if accumulate == 1 else [2, 3]
+    reference = plain_training(
+        make_student(), batches_of(data, [i for i in range(6) if i not in left_out]), accumulate
+    )
+    assert_equal(trainer.learners[0].student, reference)
+    line = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())
+    assert line['learner0']['skipped'] == 1
+    assert 'loss is nan at step 3 (epoch 1, training rows 16, 17' in caplog.text
+    assert all(value == value for value in line['learner0']['train'].values())
+
+
+def test_skipping_ends_when_nothing_else_is_left(make_accelerator, tmp_path):
+    data = Batches(30 * BATCH, dict.fromkeys(range(5 * BATCH, 30 * BATCH), float('nan')))
+    trainer = make_trainer(make_accelerator(), tmp_path / 'run', data, on_nonfinite='skip')
+    with pytest.raises(NonFiniteLossError, match='20 updates in a row were not finite, the last at step 25'):
+        trainer.fit()
+
+
+def test_an_epoch_of_which_nothing_is_left(make_accelerator, tmp_path):
+    data = Batches(2 * BATCH, dict.fromkeys(range(2 * BATCH), float('nan')))
+    trainer = make_trainer(make_accelerator(), tmp_path / 'run', data, on_nonfinite='skip')
+    with pytest.raises(NonFiniteLossError, match='not one update of epoch 1 was finite'):
+        trainer.fit()
+
+
+def test_accumulated_gradients_of_several_learners(make_accelerator, tmp_path):
+    """Each learner is updated after every second batch, however many there are."""
+    data = Batches(6 * BATCH)
+    trainer = make_trainer(
+        make_accelerator(gradient_accumulation_steps=2), tmp_path / 'run', data, count=2, epochs=1, grad_accum_steps=2
+    )
+    trainer.fit()
+    reference = plain_training(make_student(), batches_of(data, range(6)), 2)
+    for learner in trainer.learners:
+        assert_equal(learner.student, reference)
+    assert json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())['updates'] == 3
+
+
+def make_dual_task(seed=1):
+    torch.manual_seed(seed)
+    teacher = timm_dfpt.wrap(timm.create_model('resnet18', num_classes=CLASSES, **KWARGS).eval())
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in teacher.prompt_path.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    config = {'input_size': (3, SIZE, SIZE), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
+    return DFPTDistillationTask(
+        make_student(), teacher, temperature=2.0, weights=DFPTWeights(),
+        input_config=config, teacher_input_config=config, verbose=False,
+    )  # fmt: skip
+
+
+def dual_learner(accelerator, **options):
+    config = TrainConfig(**{**OPTIONS, 'method': 'dfpt', 'teacher': 'resnet18', 'prompt_lr': 1e-3, **options})
+    return Learner('dfpt', config, make_dual_task(), accelerator, 10)
+
+
+def steps(learner, count):
+    data = Batches(count * BATCH)
+    learner.train()
+    history = []
+    for i, (images, labels) in enumerate(batches_of(data, range(count))):
+        learner.set_update(i, 0)
+        with learner.accelerator.accumulate(learner.module):
+            history.append(learner.step(images, labels, i, {})[0])
+    return history
+
+
+def test_a_gradient_scaler_changes_nothing(make_accelerator):
+    """Scales are powers of two: with two optimizers, clipping and a scale that grows, every bit must be the same."""
+    plain = dual_learner(make_accelerator(), clip_grad=0.5)
+    scaled = dual_learner(make_accelerator(), clip_grad=0.5)
+    scaled.accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10, growth_interval=2)
+    scaled.accelerator.native_amp, scaled.accelerator.state._mixed_precision = True, 'fp16'
+    scaled.accelerator.autocast = plain.accelerator.autocast
+    a, b = steps(plain, 5), steps(scaled, 5)
+    assert [t['loss'] for t in a] == [t['loss'] for t in b]
+    assert_equal(plain.module, scaled.module)
+    assert scaled.accelerator.scaler.get_scale() == 2.0**12
+
+
+def test_bfloat16_follows_float32(make_accelerator):
+    """Every term of the first step within what 8 bits of mantissa leave, and training ends up at the same loss."""
+    single = steps(dual_learner(make_accelerator()), 12)
+    half = steps(dual_learner(make_accelerator(mixed_precision='bf16'), mixed_precision='bf16'), 12)
+    for key, value in single[0].items():
+        assert half[0][key].dtype == torch.float32
+        if key.endswith('loss'):
+            assert abs(float(half[0][key] - value)) < 0.02 * max(1.0, abs(float(value))), key
+    last = [float(sum(t['loss'] for t in history[-4:])) / 4 for history in (single, half)]
+    assert abs(last[0] - last[1]) < 0.05 * last[0]
+    # Not the same numbers: else nothing was computed in bfloat16.
+    assert float(half[0]['loss']) != float(single[0]['loss'])
+
+
+def test_only_what_is_trained_is_in_the_module(make_accelerator):
+    """What DistributedDataParallel would broadcast and wait for: student and prompt path, and no frozen weight."""
+    learner = dual_learner(make_accelerator())
+    assert all(parameter.requires_grad for parameter in learner.module.parameters())
+    steps(learner, 1)
+    teacher = {id(tensor) for tensor in (*learner.teacher.parameters(), *learner.teacher.buffers())}
+    assert not teacher & {id(tensor) for tensor in (*learner.module.parameters(), *learner.module.buffers())}
+    assert all(parameter.grad is None for parameter in learner.teacher.parameters())
+
+
+def test_evaluation_counts_every_sample_once(make_accelerator):
+    """19 samples in batches of 8: the last has 3."""
+    data = Batches(19)
+    student, other = make_student().eval(), make_student(seed=5).eval()
+    loader = torch.utils.data.DataLoader(data, batch_size=BATCH)
+    result = evaluate(lambda x: {'student': student(x), 'other': other(x)}, loader, make_accelerator())
+    with torch.no_grad():
+        logits = {'student': student(data.images).double(), 'other': other(data.images).double()}
+    for name, values in logits.items():
+        p = values.softmax(1)
+        expected = {
+            'top1': 100 * (values.argmax(1) == data.labels).double().mean(),
+            'loss': -p[torch.arange(19), data.labels].log().mean(),
+            'entropy': -(p * p.log()).sum(1).mean(),
+            'confidence': p.max(1).values.mean(),
+        }
+        if name == 'other':
+            expected['kl_to_student'] = (p * (p.log() - logits['student'].log_softmax(1))).sum(1).mean()
+        assert result[name] == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-5)
+
+
+def test_progress_names_are_those_of_the_checkpoint(make_accelerator, tmp_path):
+    """A trainer that has been restored knows what the one before it knew."""
+    data = Batches(3 * BATCH)
+    trainer = make_trainer(make_accelerator(), tmp_path / 'run', data, count=2)
+    trainer.fit()
+    (tmp_path / 'run').rename(tmp_path / 'first')
+    again = make_trainer(make_accelerator(), tmp_path / 'run', data, count=2)
+    (tmp_path / 'first' / 'checkpoints').rename(tmp_path / 'run' / 'checkpoints')
+    again._restore()
+    assert dataclasses.asdict(again.progress) == dataclasses.asdict(trainer.progress)
+    for a, b in zip(trainer.learners, again.learners, strict=True):
+        assert_equal(a.student, b.student)
