@@ -108,6 +108,11 @@ def _run(
     try:
         # Not the leaf itself: a model may change its input in place.
         output = model(leaf.clone())
+    except (AssertionError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f'{name_of(model)} does not run on a calibration input {tuple(x.shape)}: {error}. '
+            'Say which size it takes: input_size=(channels, height, width).'
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -229,5 +234,6 @@ def _random_input(model: nn.Module, size: tuple[int, ...]) -> torch.Tensor:
     if device.type == 'meta':
         return torch.empty(2, *size, device=device, dtype=dtype)
     # A generator of its own: wrapping a model must not move the user's random state.
-    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    return x.to(device=device, dtype=dtype)
+    with torch.inference_mode(False):
+        x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+        return x.to(device=device, dtype=dtype)

@@ -64,8 +64,8 @@ class Injection:
         prefix = feature.prefix_tokens
         tokens = h[:, prefix:] if prefix else h
         if self.state.patch_coord is not None:
-            x, index = to_patches(tokens, self.state.patch_coord, self.state.patch_valid)
-            x = from_patches(fusion(x + block(x)), index, tokens)
+            x, mask, index = to_patches(tokens, self.state.patch_coord, self.state.patch_valid)
+            x = from_patches(fusion(x + block(x, mask)), index, tokens)
         else:
             if isinstance(order, TokenOrder):
                 tokens = tokens[:, order.to_raster]

@@ -64,7 +64,7 @@ def token_grid(tokens: int, image_size: tuple[int, int], reduction: int | None) 
     if tokens < 1 or min(image_size) < 1:
         return None
     ideal = math.isqrt(max(1, tokens * image_size[0] // image_size[1]))
-    heights = [h for h in range(max(1, ideal - 1), ideal + 3) if tokens % h == 0]
+    heights = [h for h in range(max(1, ideal // 2), 2 * ideal + 2) if tokens % h == 0]
     errors = {h: abs(h * image_size[1] - tokens // h * image_size[0]) for h in heights}
     best = min(errors, key=lambda h: errors[h], default=None)
     if best is None or errors[best] >= max(image_size):
@@ -97,7 +97,7 @@ class TokenOrder(nn.Module):
 
 def to_patches(
     tokens: torch.Tensor, coord: torch.Tensor, valid: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Put patches at given coordinates (NaFlex: images of different sizes in a batch) into pictures.
 
     Args:
@@ -106,8 +106,8 @@ def to_patches(
         valid: Which patches are no padding `[B, L]`; `None` for all.
 
     Returns:
-        The pictures `[B, C, H, W]`, zero where an image has no patch, and each token's index in a picture `[B, L]`;
-        padding has index `H * W`.
+        The pictures `[B, C, H, W]`, zero where an image has no patch; where it has one `[B, 1, H, W]`; and each token's
+        index in a picture `[B, L]`, which for padding is `H * W`.
     """
     batch, _, channels = tokens.shape
     valid = torch.ones_like(coord[..., 0], dtype=torch.bool) if valid is None else valid.bool()
@@ -116,7 +116,9 @@ def to_patches(
     index = torch.where(valid, places[..., 0] * width + places[..., 1], height * width).long()
     canvas = tokens.new_zeros(batch, height * width + 1, channels)
     canvas = canvas.scatter(1, index.unsqueeze(-1).expand(-1, -1, channels), tokens)
-    return canvas[:, :-1].unflatten(1, (height, width)).permute(0, 3, 1, 2), index
+    mask = tokens.new_zeros(batch, height * width + 1).scatter(1, index, 1.0)
+    pictures = canvas[:, :-1].unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    return pictures, mask[:, :-1].view(batch, 1, height, width), index
 
 
 def from_patches(picture: torch.Tensor, index: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:

@@ -155,12 +155,18 @@ class PromptBlock(nn.Module):
         self.expand = nn.Conv2d(inner, channels, 1)
         _zero(self.expand)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map features `[B, C, H, W]` to what is added to them, `[B, C, H, W]`."""
-        x = self.act1(self.norm1(self.reduce(x)))
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Map features `[B, C, H, W]` to what is added to them, `[B, C, H, W]`.
+
+        Args:
+            x: Features `[B, C, H, W]`.
+            mask: Where the picture has pixels `[B, 1, H, W]`, for pictures of different sizes in a batch: what is
+                outside counts as padding.
+        """
+        x = _masked(self.act1(self.norm1(self.reduce(x))), mask)
         if self.sequential:
             for scale in self.scales:
-                x = scale(x)
+                x = _masked(scale(x), mask)
         else:
             # Not sum(): its start value 0 would cost one more pass over the tensor.
             y = self.scales[0](x)
@@ -196,6 +202,10 @@ def create_fusion(channels: int, config: PromptConfig) -> nn.Module:
     if config.fusion == 'none':
         return nn.Identity()
     return FusionBlock(channels, depthwise=config.fusion == 'depthwise')
+
+
+def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return x if mask is None else x * mask
 
 
 def _zero(conv: nn.Conv2d) -> None:

@@ -170,7 +170,7 @@ class PromptPath(nn.Module):
 class _NoBlock(nn.Module):
     """Stands for a prompt block that adds nothing (ablation)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return zeros `[B, C, H, W]`."""
         return torch.zeros_like(x)
 

@@ -22,6 +22,8 @@ _logger = logging.getLogger(__name__)
 
 # Relative difference of the logits that another kernel for another memory layout may cause.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+# What is trained is kept in float32, so the paths of a teacher in bfloat16 or float16 round differently.
+_LOW_PRECISION_TOLERANCE = 0.1
 
 
 def wrap(
@@ -74,7 +76,7 @@ def wrap(
         raise ValueError(f'num_classes must be None or a positive integer, got {num_classes!r}.')
     if train_bn and variant != 'dfpt+':
         raise ValueError("train_bn=True needs variant='dfpt+': the backbone of 'dfpt' is frozen.")
-    prompt = prompt or PromptConfig()
+    prompt = PromptConfig() if prompt is None else prompt
     if not isinstance(prompt, PromptConfig):
         raise TypeError(f'prompt must be a PromptConfig, got {type(prompt).__name__}.')
     heads = _head_names(model, head)
@@ -86,9 +88,11 @@ def wrap(
     if variant == 'dfpt':
         with evaluating(model):
             prefix = plan_prefix(model, open_stages[0].module, x)
-    path = PromptPath(
-        model, open_stages, prompt, variant=variant, head=heads, num_classes=num_classes, train_bn=train_bn
-    )
+    # Weights made under inference_mode could never be trained.
+    with torch.inference_mode(False):
+        path = PromptPath(
+            model, open_stages, prompt, variant=variant, head=heads, num_classes=num_classes, train_bn=train_bn
+        )
     opened = {stage.module for stage in open_stages}
     teacher = DualForwardPathTeacher(model, path, prefix, [name for name in found.bypassed if name in opened])
     try:
@@ -176,8 +180,8 @@ def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int |
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.device.type == 'meta':
         return a.shape == b.shape
-    tolerance = _TOLERANCE.get(a.dtype, 2e-2)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
+    tolerance = _TOLERANCE.get(a.dtype, _LOW_PRECISION_TOLERANCE)
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * a.abs().max())
 
 
 def _describe(value: object) -> str:

@@ -1,0 +1,151 @@
+"""Every family of timm, really run: one small architecture of each model class through all checks of the sweep."""
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_dfpt
+from benchmarks.coverage import architectures, build, check_real, create
+
+# The smallest architecture of each model class, made smaller still where a family has no small one.
+TEST_CASES: dict[str, dict[str, Any]] = {
+    'beit_base_patch16_224': {'embed_dim': 48, 'depth': 4, 'num_heads': 2},
+    'cait_xxs24_224': {'depth': 6},
+    'coat_lite_tiny': {},
+    'coat_tiny': {},
+    'convit_tiny': {'depth': 6, 'local_up_to_layer': 5},
+    'convmixer_768_32': {},
+    'cpubone_nano': {},
+    'crossvit_tiny_240': {},
+    'cs3darknet_focus_s': {},
+    'csatv2': {},
+    'cspnext_tiny': {},
+    'davit_tiny': {'embed_dims': (16, 32, 64, 128), 'depths': (1, 1, 1, 1), 'num_heads': (1, 2, 4, 8)},
+    'deepseek_vit_412m': {'embed_dim': 64, 'depth': 4, 'num_heads': 2},
+    'deit_tiny_distilled_patch16_224': {'depth': 4},
+    'densenet121': {},
+    'dla46x_c': {},
+    'dpn48b': {},
+    'edgenext_xx_small': {},
+    'efficientformer_l1': {},
+    'efficientformerv2_s0': {},
+    'efficientvim_m1': {},
+    'efficientvim_m1_dist': {},
+    'efficientvit_b0': {},
+    'efficientvit_l1': {'widths': (8, 16, 32, 64, 128), 'depths': (1, 1, 1, 1, 1)},
+    'efficientvit_m0': {},
+    'ese_vovnet19b_slim_dw': {},
+    'fasternet_t0': {},
+    'fastvit_t8': {},
+    'focalnet_tiny_srf': {},
+    'gcvit_xxtiny': {},
+    'gemma4_vit_167m': {'embed_dim': 96, 'depth': 4, 'num_heads': 2},
+    'ghostnet_050': {},
+    'gmlp_ti16_224': {},
+    'hgnetv2_b0': {},
+    'hiera_tiny_224': {'stages': (1, 1, 2, 1), 'embed_dim': 24},
+    'hrnet_w18_small': {},
+    'iformer_t': {},
+    'inception_next_atto': {},
+    'inception_resnet_v2': {},
+    'inception_v3': {},
+    'inception_v4': {},
+    'lcnetv2_small': {},
+    'legacy_seresnet18': {},
+    'legacy_xception': {},
+    'levit_128s': {},
+    'levit_256d': {},
+    'lowformer_b0': {},
+    'mobilenetv3_small_050': {},
+    'mobilenetv5_base': {},
+    'mvitv2_tiny': {},
+    'naflexvit_base_patch16_parfac_gap': {'embed_dim': 48, 'depth': 4, 'num_heads': 2},
+    'nasnetalarge': {},
+    'nest_tiny': {},
+    'nextvit_small': {'depths': (1, 1, 2, 1)},
+    'pit_ti_224': {},
+    'pnasnet5large': {},
+    'poolformerv2_s12': {},
+    'pvt_v2_b0': {},
+    'qwen3_vit_88m': {'embed_dim': 64, 'depth': 4, 'num_heads': 2},
+    'rdnet_tiny': {},
+    'regnetx_002': {},
+    'repghostnet_050': {},
+    'repvit_m1': {},
+    'resnetv2_18': {},
+    'rexnet_100': {},
+    'sam2_hiera_tiny': {'stages': (1, 1, 2, 1), 'embed_dim': 24},
+    'samvit_base_patch16_224': {'embed_dim': 48, 'depth': 4, 'num_heads': 2},
+    'selecsls42': {},
+    'sequencer2d_s': {'layers': (1, 1, 1, 1), 'embed_dims': (24, 48, 48, 48)},
+    'shvit_s1': {},
+    'starnet_s050': {},
+    'swiftformer_xs': {},
+    'swin_tiny_patch4_window7_224': {'embed_dim': 24, 'depths': (1, 1, 2, 1)},
+    'swinv2_cr_tiny_224': {'embed_dim': 24, 'depths': (1, 1, 2, 1)},
+    'swinv2_tiny_window8_256': {'embed_dim': 24, 'depths': (1, 1, 2, 1)},
+    'test_byobnet': {},
+    'test_coatnet': {},
+    'test_convnext': {},
+    'test_efficientnet': {},
+    'test_mambaout': {},
+    'test_nfnet': {},
+    'test_resnet': {},
+    'test_vit': {},
+    'test_vit_relpos': {},
+    'tiny_vit_5m_224': {},
+    'tnt_s_legacy_patch16_224': {'depth': 4},
+    'tresnet_m': {'layers': (1, 1, 1, 1)},
+    'twins_svt_small': {'depths': (1, 1, 2, 1)},
+    'vgg11': {'feature_window_size': 1, 'num_features': 64},
+    'visformer_tiny': {},
+    'vit_tiny_patch16_dinov3_qkvb': {'depth': 4},
+    'volo_d1_224': {'layers': (1, 1, 2, 1)},
+    'xception41p': {},
+    'xcit_nano_12_p8_224': {'depth': 4},
+}
+
+
+def make(name: str, **kwargs: Any) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return build(name, create(name, 'meta'), num_classes=5, **kwargs)
+
+
+@pytest.mark.parametrize('name', TEST_CASES)
+def test_family(name: str) -> None:
+    row = check_real(*make(name, **TEST_CASES[name]))
+    assert row['stages']
+
+
+def test_every_family_of_timm_is_here() -> None:
+    def family(name: str) -> str:
+        return timm.models.model_entrypoint(name).__module__
+
+    assert {family(name) for name in architectures()} == {family(name) for name in TEST_CASES}
+
+
+# One architecture for each layout and each kind of output.
+FINE_TUNED = ['test_resnet', 'test_mambaout', 'test_vit', 'test_convnext', 'mvitv2_tiny', 'hiera_tiny_224']
+
+
+@pytest.mark.parametrize('name', FINE_TUNED)
+def test_fine_tuning_a_step(name: str) -> None:
+    model, x = make(name, **TEST_CASES[name])
+    with torch.no_grad():
+        expected = model(x)
+    state = copy.deepcopy(model.state_dict())
+    teacher = timm_dfpt.wrap(model, variant='dfpt+', input_size=tuple(x.shape[1:])).train()
+    optimizer = torch.optim.SGD(teacher.trainable_parameters(), lr=0.1)
+    before = [p.clone() for p in teacher.prompt_path.backbone.parameters()]
+    nn.functional.cross_entropy(teacher(x).prompt, torch.tensor([0, 1])).backward()
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, teacher.prompt_path.backbone.parameters(), strict=True)]
+    assert sum(moved) > 0.8 * len(moved)
+    assert torch.equal(teacher.original(x), expected)
+    assert not torch.equal(teacher.prompt(x), expected)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
