@@ -25,11 +25,10 @@ def keep_less(model: nn.Module) -> None:
 
     Results and gradients stay the same to the last bit. Layers whose weights are trained are not affected.
     """
-    module: Any
     for module in model.modules():
         # What has a forward of its own is somebody else's already.
         if isinstance(module, (nn.Conv2d, _BatchNorm)) and 'forward' not in vars(module):
-            module.forward = _FrozenForward(module)
+            module.forward = _FrozenForward(module)  # type: ignore[method-assign]
 
 
 class _FrozenForward:
