@@ -319,7 +319,8 @@ def check_checkpointing(teacher: timm_dfpt.DualForwardPathTeacher, x: torch.Tens
 
 def check_meta(model: nn.Module) -> dict[str, Any]:
     """Wrap `model` on the meta device; `wrap` itself checks hooks, shapes, layouts and what the gradient reaches."""
-    input_size = model.pretrained_cfg['input_size']  # type: ignore[index]
+    cfg: Any = model.pretrained_cfg
+    input_size = cfg['input_size']
     teacher = timm_dfpt.wrap(model, num_classes=7, input_size=input_size)
     with torch.no_grad():
         out = teacher(torch.empty(2, *input_size, device='meta'))
