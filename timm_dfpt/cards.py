@@ -25,7 +25,7 @@ with small trainable blocks between them and a head of its own. While the studen
 path, the prompt path learns from labels, teacher and student: it stays accurate, but within the student's reach.
 The teacher's own path is not changed."""
 _DFPT_PLUS = _DFPT + ' In DFPT-KD+ the prompt path also tunes a copy of the teacher\'s backbone.'
-_ROLES = {'teacher': 'Teacher', 'prompt_path': 'Prompt path', 'student': 'Student', 'kd': 'KD baseline'}
+_ROLES = {'teacher': 'Teacher', 'prompt_path': 'Prompt path', 'student': 'Student'}
 _HUB_ID = re.compile(r'[\w.\-]+/[\w.\-]+')
 NOT_RECIPE = ('output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval')
 _VERSIONS = {'timm_dfpt': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
@@ -37,15 +37,15 @@ class ModelRow:
     """One model of a run.
 
     Args:
-        role: `'teacher'`, `'prompt_path'`, `'student'`, or the name of a baseline.
+        role: `'teacher'`, `'prompt_path'`, `'student'`, or what else it is.
         name: Architecture or id.
-        metrics: `top1` (and `top5`) in percent, and whatever else was measured.
+        splits: By split, `top1` (and `top5`) in percent and whatever else was measured on it.
         params: Number of parameters, if known.
     """
 
     role: str
     name: str
-    metrics: Mapping[str, float]
+    splits: Mapping[str, Mapping[str, float]]
     params: int | None = None
 
 
@@ -57,7 +57,7 @@ class RunFacts:
         method: As given to `train/distill.py --method`.
         teacher: Id or name of the teacher.
         dataset: Id or name of the data set.
-        eval_split: Split that the metrics are of.
+        eval_split: Split that the table is of.
         eval_size: Number of images in it.
         rows: The models that were measured.
         recipe: The resolved options.
@@ -211,7 +211,13 @@ def prompt_path_card(
         facts=_cells(facts),
         base_model=config.base_model,
         base_link=_link(base_link) if base_link else f'`{base}`',
-        teacher_argument=config.base_model or 'local-dir:teacher',
+        reuse=' '.join(
+            [
+                *(['--teacher local-dir:teacher'] if config.base_model is None else []),
+                f'--dataset {run.dataset if _is_hub_id(run.dataset) else "images"}',
+                f'--student {run.recipe.get("student", "resnet18")}',
+            ]
+        ),
         variant=config.variant,
         image_mode='L' if (config.data_config.get('input_size') or [3])[0] == 1 else 'RGB',
         method=_method_text(config.variant),
@@ -236,19 +242,20 @@ def _render(template: str, data: ModelCardData, run: RunFacts, **values: Any) ->
 
 
 def _card_data(repo_id: str, license: str | None, run: RunFacts, role: str, **values: Any) -> ModelCardData:
-    dataset = run.dataset if run.dataset and _HUB_ID.fullmatch(run.dataset) else None
-    metrics = next((row.metrics for row in run.rows if row.role == role), {})
+    dataset = run.dataset if _is_hub_id(run.dataset) else None
+    splits = next((row.splits for row in run.rows if row.role == role), {})
     results = [
         EvalResult(
             task_type='image-classification',
             task_name='Image Classification',
             dataset_type=dataset or _slug(run.dataset),
             dataset_name=public(run.dataset) or 'unknown',
-            dataset_split=run.eval_split,
+            dataset_split=split,
             metric_type=kind,
             metric_name=name,
             metric_value=value,
         )
+        for split, metrics in splits.items()
         for kind, name, value in map(_metric, metrics.items())
         if math.isfinite(value)
     ]
@@ -275,20 +282,17 @@ def _metric(item: tuple[str, float]) -> tuple[str, str, float]:
 def _table(run: RunFacts) -> str:
     if not run.rows:
         return ''
-    top5 = any('top5' in row.metrics for row in run.rows)
-    split = f'{run.eval_split} ' if run.eval_split else ''
-    lines = [f'| | model | {split}top-1 % |' + (f' {split}top-5 % |' if top5 else '') + ' parameters |']
-    lines.append('|---|---|--:|' + ('--:|' if top5 else '') + '--:|')
-    for row in run.rows:
-        cells = [_ROLES.get(row.role, row.role.replace('_', ' ')), _cell(public(row.name)), _percent(row, 'top1')]
-        cells += [_percent(row, 'top5')] if top5 else []
+    split = run.eval_split or next(iter(run.rows[0].splits), '')
+    metrics = [row.splits.get(split, {}) for row in run.rows]
+    shown = [key for key in ('top1', 'top5') if any(key in m for m in metrics)]
+    lines = ['| | model |' + ''.join(f' {split} top-{key[3:]} % |' for key in shown) + ' parameters |']
+    lines.append('|---|---|' + '--:|' * (len(shown) + 1))
+    for row, measured in zip(run.rows, metrics, strict=True):
+        cells = [_ROLES.get(row.role, row.role.replace('_', ' ')), _cell(public(row.name))]
+        cells += [f'{measured[key]:.2f}' if key in measured else '' for key in shown]
         cells.append(f'{row.params:,}' if row.params is not None else '')
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
-
-
-def _percent(row: ModelRow, key: str) -> str:
-    return f'{row.metrics[key]:.2f}' if key in row.metrics else ''
 
 
 def _results_note(run: RunFacts) -> str:
@@ -353,11 +357,15 @@ def _classes_text(names: Sequence[str] | None, most: int = 10) -> str:
     return shown + (f', and {len(names) - most} more' if len(names) > most else '')
 
 
+def _is_hub_id(name: str | None) -> bool:
+    return name is not None and _HUB_ID.fullmatch(name) is not None
+
+
 def _link(name: str | None) -> str | None:
     if name is None:
         return None
     repo = name.removeprefix('hf-hub:')
-    return f'[{repo}](https://huggingface.co/{repo})' if _HUB_ID.fullmatch(repo) else f'`{_cell(public(name))}`'
+    return f'[{repo}](https://huggingface.co/{repo})' if _is_hub_id(repo) else f'`{_cell(public(name))}`'
 
 
 def _cells(facts: Mapping[str, str | None]) -> list[tuple[str, str]]:

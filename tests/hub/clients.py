@@ -23,7 +23,7 @@ def make_model(name: str, seed: int = 0, num_classes: int = 5, **kwargs: Any) ->
     import timm
     import torch
 
-    if name.startswith(('dfpt_', 'cifar_')):
+    if name.startswith('cifar_'):
         import timm_dfpt.models  # noqa: F401
     torch.manual_seed(seed)
     model = timm.create_model(name, num_classes=num_classes, **kwargs)

@@ -7,6 +7,7 @@ own. They fork from a server process that has imported torch (which knows no Hub
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import multiprocessing
@@ -117,7 +118,8 @@ class Client:
     ) -> Pending:
         """Start `function(*args, **kwargs)` with the modules `without` not importable."""
         receiver, sender = _context.Pipe(duplex=False)
-        job = (function, args, kwargs, self.environment() | (env or {}), str(self.cwd), without, sender)
+        where = (function.__module__, function.__name__)
+        job = (where, args, kwargs, self.environment() | (env or {}), str(self.cwd), without, sender)
         process = _context.Process(target=_run, args=job, daemon=True)
         process.start()
         sender.close()
@@ -146,7 +148,7 @@ class _Records(logging.Handler):
 
 
 def _run(
-    function: Callable[..., Any],
+    where: tuple[str, str],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     env: dict[str, str],
@@ -169,6 +171,8 @@ def _run(
     value, errors, trace = None, [], ''
     with contextlib.redirect_stdout(stdout):
         try:
+            # Imported only now, since its module may import the client, for which the environment must be set.
+            function = getattr(importlib.import_module(where[0]), where[1])
             value = function(*args, **kwargs)
         except (Exception, SystemExit) as error:
             trace = traceback.format_exc()

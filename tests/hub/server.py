@@ -77,6 +77,7 @@ class Hub:
             self.requests.clear()
             self.allowed.clear()
             self.listed.clear()
+            self.pull_requests = itertools.count(1)
 
     def fault(self, pattern: str, kind: str, **kwargs: Any) -> None:
         self.faults.append(Fault(pattern, kind, **kwargs))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -295,3 +296,11 @@ def test_base_that_cannot_be_had(hub: Hub, client: Client, tmp_path: Path) -> No
     assert reader.run(clients.load_any, 'alice/prompt')['prompt'] == expected['prompt']
     assert reader.run(clients.load_any, 'alice/prompt', env=OFFLINE)['prompt'] == expected['prompt']
     assert reader.run(clients.load_any, 'alice/prompt', env=DOWN)['prompt'] == expected['prompt']
+
+
+def test_documentation_tells_what_was_tried() -> None:
+    text = (Path(__file__).parents[2] / 'docs' / 'HUB.md').read_text()
+    for name, _, _, words in FAULTS:
+        ends_in = re.search(rf'^\| {re.escape(name)} \| (loads|error)', text, re.MULTILINE)
+        assert ends_in is not None, name
+        assert (ends_in[1] == 'loads') == (words == OK), name

@@ -136,7 +136,7 @@ def _read_run(run_dir: Path, prompt_path_repo: str | None) -> tuple[RunFacts, di
     recipe = yaml.safe_load((run_dir / 'config.yaml').read_text(encoding='utf-8'))
     models = dict(summary.get('models', {}))
     models |= {f'{name} baseline': model for name, model in summary.get('baselines', {}).items()}
-    split = summary.get('eval_split')
+    split = str(summary.get('eval_split', 'val'))
     defaults = dataclasses.asdict(TrainConfig(student='x', dataset='x', method='supervised'))
     chosen = {key: value for key, value in recipe.items() if value != defaults.get(key)}
     facts = RunFacts(
@@ -145,7 +145,7 @@ def _read_run(run_dir: Path, prompt_path_repo: str | None) -> tuple[RunFacts, di
         dataset=_dataset_name(summary.get('dataset')),
         eval_split=split,
         eval_size=summary.get('dataset_sizes', {}).get(split),
-        rows=[_row(role, model) for role, model in models.items()],
+        rows=[_row(role, model, split) for role, model in models.items()],
         recipe={'method': summary.get('method'), **chosen},
         seed=summary.get('seed'),
         command=summary.get('command') or None,
@@ -156,9 +156,9 @@ def _read_run(run_dir: Path, prompt_path_repo: str | None) -> tuple[RunFacts, di
     return facts, recipe
 
 
-def _row(role: str, model: Mapping[str, Any]) -> ModelRow:
-    metrics = {key: value for key, value in model.get('metrics', {}).items() if isinstance(value, (int, float))}
-    return ModelRow(role, str(model.get('name', role)), metrics, model.get('cost', {}).get('params'))
+def _row(role: str, model: Mapping[str, Any], split: str) -> ModelRow:
+    splits = {'val': model.get('val_metrics', {}), split: model.get('metrics', {})}
+    return ModelRow(role, str(model.get('name', role)), splits, model.get('cost', {}).get('params'))
 
 
 def _dataset_name(dataset: str | None) -> str | None:
@@ -185,7 +185,7 @@ def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None)
         'prompt_path': run.prompt_path,
         'dataset': run.dataset,
         'eval_split': run.eval_split,
-        'metrics': {row.role: dict(row.metrics) for row in run.rows},
+        'metrics': {row.role: row.splits for row in run.rows},
         'recipe': public({key: value for key, value in recipe.items() if key not in NOT_RECIPE}),
         'seed': run.seed,
         'versions': dict(run.versions),
