@@ -104,7 +104,8 @@ def assert_equal(a, b):
 def test_stops_at_what_is_not_finite(make_accelerator, tmp_path, value, term):
     data = Batches(4 * BATCH, {2 * BATCH + 3: value})
     trainer = make_trainer(make_accelerator(), tmp_path / 'run', data)
-    with pytest.raises(NonFiniteLossError, match=rf'learner0: \w+ is {term} at step 3 \(epoch 1, training rows 16, .*23\)'):
+    found = rf'learner0: \w+ is {term} at step 3 \(epoch 1, training rows 16, .*23\)'
+    with pytest.raises(NonFiniteLossError, match=found):
         trainer.fit()
     assert not list((tmp_path / 'run' / 'checkpoints').glob('*'))
 
