@@ -23,7 +23,7 @@ from ..teacher import DualForwardPathTeacher
 from ..wrapping import wrap
 from .config import TrainConfig
 
-__all__ = ['create_student', 'create_task', 'create_teacher', 'resolve_input_config', 'wrap_teacher']
+__all__ = ['check_source', 'create_student', 'create_task', 'create_teacher', 'resolve_input_config', 'wrap_teacher']
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
     Returns:
         `input_size` `(C, H, W)`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
     """
-    _check_source('student', config.student)
+    check_source('student', config.student)
     pretrained_cfg = _pretrained_cfg('student', config.student)
     given: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
@@ -88,7 +88,7 @@ def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module
     Raises:
         ValueError: The teacher is unknown, its weights cannot be loaded, or its classes are others.
     """
-    _check_source('teacher', config.teacher)
+    check_source('teacher', config.teacher)
     if config.teacher_checkpoint is None:
         teacher = _create('teacher', config.teacher, True, None, None, config.teacher_kwargs)
     else:
@@ -251,8 +251,16 @@ def _check_kd_loss(config: TrainConfig) -> None:
         raise ValueError(f'kd_loss_kwargs={config.kd_loss_kwargs} do not fit {loss}: {error}') from error
 
 
-def _check_source(role: str, name: Any) -> None:
-    """Refuse a model that cannot be found, before anything is built."""
+def check_source(role: str, name: Any) -> None:
+    """Refuse a model that cannot be found, before anything is built.
+
+    Args:
+        role: The option that names it, for the message.
+        name: What should be a timm name, `hf-hub:user/name` or `local-dir:folder`.
+
+    Raises:
+        ValueError: It is no such name, or there is no such thing here.
+    """
     if not isinstance(name, str):
         raise ValueError(f'{role} must name a model, got {name!r}.')
     if name.startswith(_LOCAL):

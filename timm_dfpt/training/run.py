@@ -15,7 +15,7 @@ from .chain import assistant_configs, with_actual_teacher
 from .config import TrainConfig, parse_config
 from .evaluate import evaluate
 from .export import export, export_student
-from .factory import create_mixup
+from .factory import check_source, create_mixup
 from .folder import SUMMARY_FILE, claim_run_dir, open_run_dir
 from .learner import Learner
 from .loop import METRICS_FILE, NonFiniteLossError, Preempted, Trainer
@@ -126,6 +126,8 @@ def train_side_by_side(
     """
     config, accelerator = setup.config, setup.accelerator
     chain = [assistant for arm in arms.values() for assistant in assistant_configs(arm)]
+    for assistant in chain:
+        check_source('assistants', assistant.student)
     if chain:
         open_run_dir(config, run_dir, accelerator)
     for assistant in chain:
