@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -36,11 +37,13 @@ def _watch(phase: Any) -> None:
         time.sleep(0.001)
 
 
-def _work(argv: Sequence[str], environment: Mapping[str, str], log: str, phase: Any) -> None:
+def _work(argv: Sequence[str], environment: Mapping[str, str], log: str, phase: Any, file_bytes: int | None) -> None:
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     import torch
 
     from timm_dfpt.training.run import main
@@ -64,9 +67,12 @@ class Job:
         argv: Arguments of the job.
         log: Where to write what it prints.
         processes: Number of processes.
+        file_bytes: Size beyond which no file can be written, as on a full disk.
     """
 
-    def __init__(self, argv: Sequence[str], log: Path, processes: int = 1) -> None:
+    def __init__(
+        self, argv: Sequence[str], log: Path, processes: int = 1, file_bytes: int | None = None
+    ) -> None:
         self.log = log
         port, common = str(free_port()), {'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}
         self.workers = []
@@ -79,7 +85,7 @@ class Job:
                     'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes),
                     'LOCAL_WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port,
                 }  # fmt: skip
-            worker = _CONTEXT.Process(target=_work, args=(list(argv), environment, str(log), self._phase))
+            worker = _CONTEXT.Process(target=_work, args=(list(argv), environment, str(log), self._phase, file_bytes))
             worker.start()
             self.workers.append(worker)
 

@@ -20,6 +20,9 @@ _DUAL = ('dfpt', 'dfpt+')
 _NOT_NEGATIVE = ('momentum', 'warmup_epochs', 'distill_warmup_epochs', 'workers')
 _PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'early_teacher', 'student', 'prompt_path', 'output')
 _BASE_KEY = 'base'
+# timm's, but for plateau: what a learning rate is must follow from the number of the update alone.
+_SCHEDULES = ('cosine', 'tanh', 'step', 'constant', 'multistep', 'poly', 'wsd', 'rsqrt', 'none')
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _LOCAL_PREFIX = 'local-dir:'
 
 
@@ -105,7 +108,9 @@ class TrainConfig:
     input_size: list[int] = _opt([], 'C H W of the images (default: of the student)', 'data')
     mean: list[float] = _opt([], 'mean of the images a channel (default: of the student)', 'data')
     std: list[float] = _opt([], 'standard deviation of the images a channel (default: of the student)', 'data')
-    interpolation: str = _opt('', 'resize interpolation (default: of the student)', 'data')
+    interpolation: str = _opt(
+        '', 'resize interpolation (default: of the student)', 'data', choices=('', *_INTERPOLATIONS)
+    )
     crop_pct: float | None = _opt(None, 'share of the image that is evaluated (default: of the student)', 'data')
     batch_size: int = _opt(128, 'images a step, over all processes', 'data')
     validation_batch_size: int | None = _opt(None, 'images an evaluation step (default: batch_size)', 'data')
@@ -135,7 +140,7 @@ class TrainConfig:
     weight_decay: float = _opt(5e-4, 'weight decay of the student', 'optimisation')
     clip_grad: float | None = _opt(None, 'clip the gradient norm of each optimizer', 'optimisation')
     grad_accum_steps: int = _opt(1, 'steps whose gradients are added up before an update', 'optimisation')
-    sched: str = _opt('cosine', 'learning rate schedule (timm)', 'optimisation')
+    sched: str = _opt('cosine', 'learning rate schedule (timm)', 'optimisation', choices=_SCHEDULES)
     warmup_epochs: int = _opt(0, 'epochs of linear warm-up', 'optimisation')
     warmup_lr: float = _opt(1e-5, 'learning rate at the start of the warm-up', 'optimisation')
     min_lr: float = _opt(0.0, 'learning rate at the end', 'optimisation')
@@ -217,6 +222,12 @@ class TrainConfig:
             raise ValueError(f'prompt_path options need method dfpt or dfpt+, got method={self.method}.')
         if self.method in self.baselines or len(set(self.baselines)) != len(self.baselines):
             raise ValueError(f'baselines={self.baselines} names a method twice (method={self.method}).')
+        untrained = not (self.prompt_block or self.prompt_head or self.prompt_path) and self.prompt_fusion == 'none'
+        if self.method == 'dfpt' and untrained:
+            raise ValueError(
+                'prompt_block and prompt_head are off and prompt_fusion is none: the prompt path has nothing to train. '
+                'Turn one of them on, or use --method kd.'
+            )
         if self.freeze_prompt_path and not self.prompt_path:
             raise ValueError('freeze_prompt_path needs a tuned one to start from: name it with --prompt-path.')
         if (self.mixup or self.cutmix) and 'dkd' in (self.method, *self.baselines, self.kd_loss if dual else None):
@@ -322,7 +333,9 @@ def _resolved_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         prefix = _LOCAL_PREFIX if value.startswith(_LOCAL_PREFIX) else ''
         relative = value.removeprefix(prefix)
         if relative.startswith(('./', '../')):
-            resolved[key] = prefix + _from_here(folder / relative)
+            # What is not there keeps its full name: without the dots it could be the name of something on the Hub.
+            found = folder / relative
+            resolved[key] = prefix + (_from_here(found) if found.exists() or key == 'output' else str(found.resolve()))
     return resolved
 
 

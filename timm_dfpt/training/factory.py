@@ -1,6 +1,7 @@
 """From the options of a run to its student, its teacher and its task."""
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,12 +46,13 @@ def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
         for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
         if (value := getattr(config, key)) not in ([], '', None)
     }
-    resolved = dict(resolve_data_config(given, pretrained_cfg=pretrained_cfg))
+    statistics = {key: given.pop(key) for key in ('mean', 'std') if key in given}
+    resolved = {**resolve_data_config(given, pretrained_cfg=pretrained_cfg), **statistics}
     channels = resolved['input_size'][0]
     for key in ('mean', 'std'):
         values = tuple(resolved[key])
         if len(values) not in (1, channels):
-            if key in given:
+            if key in statistics:
                 raise ValueError(f'{key}={values} must have {channels} values, one a channel of input_size.')
             # ImageNet's three values for a grey image: their average keeps the range.
             values = (sum(values) / len(values),)
@@ -72,6 +74,7 @@ def create_student(
     if config.drop_path is not None:
         kwargs['drop_path_rate'] = config.drop_path
     student = _create('student', config.student, config.student_pretrained, num_classes, input_config, kwargs)
+    _check_takes('student', config.student, student, input_config)
     recorded = {key: input_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     student.pretrained_cfg = {
         **student.pretrained_cfg,
@@ -269,7 +272,7 @@ def check_source(role: str, name: Any) -> None:
         if missing:
             raise ValueError(f'{role}={name!r}: the folder {str(folder)!r} has no {missing[0]}.')
     elif ':' not in name and not timm.is_model(name.split('.')[0]):
-        close = timm.list_models(f'*{name}*')[:3]
+        close = timm.list_models(f'*{name}*')[:3] or difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f' Did you mean {", ".join(close)}?' if close else ' See timm.list_models().'
         raise ValueError(f'{role}={name!r} is no timm model.{hint}')
 
@@ -291,6 +294,21 @@ def _size_kwargs(name: str | None, input_config: Mapping[str, Any]) -> dict[str,
     cfg = _pretrained_cfg('student', name)
     size = tuple(input_config['input_size'][1:])
     return {'img_size': size} if cfg.get('fixed_input_size') and tuple(cfg['input_size'][1:]) != size else {}
+
+
+def _check_takes(role: str, name: Any, model: nn.Module, input_config: Mapping[str, Any]) -> None:
+    """Prove that a model takes images of the size of this run, before anything is written."""
+    size = tuple(input_config['input_size'])
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *size))
+    except Exception as error:
+        raise ValueError(
+            f'{role}={name!r} cannot take images of input_size={size}: {str(error) or type(error).__name__}. '
+            'Give another --input-size, or the arguments of the architecture that fit it.'
+        ) from error
+    model.train()
 
 
 def _create(

@@ -56,6 +56,9 @@ class RunSetup:
             # Learners share their batch statistics after each update, evaluation and EMA included.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        if config.mixed_precision == 'fp16' and self.accelerator.device.type == 'cpu':
+            # accelerate would compute in float32 and say nothing.
+            raise ValueError('mixed_precision=fp16 needs a GPU, and this runs on the CPU: use bf16 or no.')
         if self.accelerator.num_processes == 1 and 'MASTER_PORT' in os.environ:
             # accelerate sets a port for several processes, and leaves it to MPI to start them where there is no GPU.
             _logger.warning(

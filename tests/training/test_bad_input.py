@@ -1,0 +1,298 @@
+"""What cannot work is refused: one error that names the option and the remedy, a code that is not 0, nothing written.
+
+Images, labels and splits that are refused, or trained on where that is sensible, are in test_data_*.py.
+"""
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import timm
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import save_file
+from training_jobs import Job
+
+from timm_dfpt.hub.student import save_student
+from timm_dfpt.training.run import main
+
+NAMES = ('ash', 'birch', 'cedar')
+RESNET = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16], 'stem_type': 'deep', 'stem_width': 4}
+
+
+def teacher(folder, names=NAMES, classes=3, **kwargs):
+    model = timm.create_model('resnet18', num_classes=classes, **RESNET, **kwargs)
+    config = {'input_size': (kwargs.get('in_chans', 3), 16, 16), 'mean': (0.5,), 'std': (0.25,)}
+    save_student(model, folder, label_names=names, data_config=config)
+    return ['--teacher', f'local-dir:{folder}']
+
+
+def recipe(folder, text):
+    (folder / 'recipe.yaml').write_text(text)
+    return ['--config', str(folder / 'recipe.yaml')]
+
+
+def weights(folder, name, content=None):
+    path = folder / name
+    if content is None:
+        save_file(timm.create_model('resnet18', num_classes=3, **RESNET).state_dict(), path)
+    else:
+        path.write_bytes(content)
+    return ['--teacher', 'resnet18', '--teacher-kwargs', *(f'{k}={v}' for k, v in RESNET.items()),
+            '--teacher-checkpoint', str(path)]  # fmt: skip
+
+
+def other_weights(folder):
+    arguments = weights(folder, 'other.safetensors')
+    save_file(timm.create_model('test_resnet', num_classes=3).state_dict(), folder / 'other.safetensors')
+    return arguments
+
+
+def damaged_folder(folder):
+    teacher(folder / 'damaged')
+    with open(folder / 'damaged' / 'model.safetensors', 'r+b') as file:
+        file.truncate(1000)
+    return ['--teacher', f'local-dir:{folder / "damaged"}']
+
+
+def without_weights(folder):
+    teacher(folder / 'empty')
+    (folder / 'empty' / 'model.safetensors').unlink()
+    return ['--teacher', f'local-dir:{folder / "empty"}']
+
+
+def grey(folder):
+    for name in NAMES:
+        (folder / 'one' / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / 'one' / name / 'a.png')
+    return ['--dataset', str(folder / 'one')]
+
+
+def file(path):
+    path.write_text('no folder')
+    return path
+
+
+def in_use(folder):
+    (folder / 'run').mkdir()
+    (folder / 'run' / 'thesis.tex').write_text('last copy')
+    return []
+
+
+# Name: arguments, or a function of a folder that makes them; and what the error must say.
+CASES = {
+    # options
+    'flag that is none': (['--temprature', '3'], 'unrecognized arguments: --temprature'),
+    'flag abbreviated': (['--temp', '3'], 'unrecognized arguments: --temp'),
+    'flag without value': (['--lr'], '--lr: expected one argument'),
+    'word for a number': (['--lr', 'high'], "--lr: invalid float value: 'high'"),
+    'method unknown': (['--method', 'dfkd'], "--method: invalid choice: 'dfkd'"),
+    'loss unknown': (['--kd-loss', 'mse'], "--kd-loss: invalid choice: 'mse'"),
+    'baseline unknown': (['--baselines', 'crd'], "--baselines: invalid choice: 'crd'"),
+    'recipe with unknown key': (lambda f: recipe(f, 'temprature: 3'), "'temprature'. Did you mean 'temperature'"),
+    'recipe with another unknown key': (lambda f: recipe(f, 'learning_rate: 3'), "unknown option 'learning_rate'"),
+    'recipe that is a list': (lambda f: recipe(f, '- epochs'), 'must hold a mapping'),
+    'recipe that is empty': (lambda f: recipe(f, ''), 'must hold a mapping'),
+    'recipe that is no YAML': (lambda f: recipe(f, 'a: [1'), 'no valid YAML'),
+    'recipe that is not there': (['--config', 'nowhere.yaml'], "no file 'nowhere.yaml'"),
+    'recipe with a word for a number': (lambda f: recipe(f, 'workers: many'), "workers must be int, got 'many'"),
+    'recipe with yes for a number': (lambda f: recipe(f, 'workers: yes'), 'workers must be int, got True'),
+    'recipe with an unknown choice': (lambda f: recipe(f, 'kd_loss: dkdd'), "Did you mean 'dkd'"),
+    'recipe with code': (lambda f: recipe(f, 'epochs: !!python/object/apply:os.getcwd []'), 'no valid YAML'),
+    # ranges
+    'temperature 0': (['--temperature', '0'], 'temperature must be greater than 0, got 0.0'),
+    'temperature below 0': (['--temperature=-2'], 'temperature must be greater than 0, got -2.0'),
+    'temperature nan': (['--temperature', 'nan'], 'temperature must be a finite number'),
+    'temperature inf': (['--temperature', 'inf'], 'temperature must be a finite number'),
+    **{
+        f'{name} below 0': ([f'--{name}=-1'], f'{name.replace("-", "_")} must be 0 or greater')
+        for name in (
+            'student-task-weight', 'prompt-task-weight', 'prompt-teacher-weight', 'prompt-student-weight',
+            'student-teacher-weight', 'student-prompt-weight', 'task-loss-weight', 'distill-loss-weight',
+            'weight-decay', 'prompt-lr', 'mixup', 'cutmix', 'workers', 'warmup-epochs', 'checkpoint-steps',
+        )  # fmt: skip
+    },
+    'lr 0': (['--lr', '0'], 'lr must be greater than 0'),
+    **{
+        f'{name} 0': ([f'--{name}', '0'], f'{name.replace("-", "_")} must be at least 1')
+        for name in ('batch-size', 'epochs', 'grad-accum-steps', 'checkpoint-hist', 'log-interval')
+    },
+    'flip above 1': (['--hflip', '1.5'], 'hflip must be between 0 and 1'),
+    'smoothing 1': (['--smoothing', '1'], 'smoothing must be less than 1'),
+    'validation share 1': (['--val-fraction', '1'], 'val_fraction must be between 0 and 1'),
+    'seed below 0': (['--seed=-1'], 'seed must be between 0'),
+    'clipping to 0': (['--clip-grad', '0'], 'clip_grad must be greater than 0'),
+    'input of two numbers': (['--input-size', '16', '16'], 'input_size must be C H W'),
+    'input of 0': (['--input-size', '3', '0', '16'], 'input_size must be C H W'),
+    'input of 2 channels': (['--input-size', '2', '16', '16'], '2'),
+    'two means': (['--mean', '0.5', '0.5'], 'mean=.* must have 3 values'),
+    # contradictions
+    'supervised with a teacher': (['--method', 'supervised'], 'supervised trains without a teacher'),
+    'method twice': (['--baselines', 'dfpt'], 'names a method twice'),
+    'frozen without prompt path': (['--freeze-prompt-path'], 'freeze_prompt_path needs a tuned one'),
+    'prompt path without dfpt': (['--method', 'kd', '--prompt-path', 'x'], 'prompt_path options need method dfpt'),
+    'dkd with mixup': (['--kd-loss', 'dkd', '--mixup', '0.2'], 'dkd needs class indices'),
+    'two crops': (['--train-crop-mode', 'rrc'], 'contradict each other'),
+    'cache with augmentation': (['--cache-images', 'on', '--aa', 'rand-m9'], "cache_images='on' is not possible"),
+    'frozen and nothing else': (
+        ['--no-prompt-block', '--no-prompt-head', '--prompt-fusion', 'none'], 'has nothing to train'
+    ),
+    'fp16 without a GPU': (['--mixed-precision', 'fp16'], 'mixed_precision=fp16 needs a GPU'),
+    # models
+    'student unknown': (['--student', 'resnet81'], "student='resnet81' is no timm model.*list_models|Did you mean"),
+    'student nearly right': (['--student', 'restnet18'], "='restnet18' is no timm model. Did you mean.*resnet18"),
+    'student of a folder that is not there': (['--student', 'local-dir:nowhere'], 'student=.* has no config.json'),
+    'student argument unknown': (['--student-kwargs', 'depht=3'], "student='resnet18' cannot be created.*depht"),
+    'student argument without value': (['--student-kwargs', 'depth'], 'not of the form key=value'),
+    'ViT of another input size': (
+        ['--student', 'test_vit', '--student-kwargs', 'patch_size=5', '--input-size', '3', '16', '17'],
+        "student='test_vit' cannot take images of input_size=.*divisible by patch size",
+    ),
+    'teacher unknown': (['--teacher', 'resnet81'], "teacher='resnet81' is no timm model"),
+    'teacher of a folder that is not there': (['--teacher', 'local-dir:nowhere'], 'teacher=.* has no config.json'),
+    'teacher without weights': (without_weights, 'has no model.safetensors'),
+    'teacher damaged': (damaged_folder, 'cannot be created'),
+    'teacher of other classes': (
+        lambda f: teacher(f / 't', ('a', 'b', 'c', 'd'), 4), 'knows 4 classes, the data have 3.*--method supervised'
+    ),
+    'teacher of another class order': (
+        lambda f: teacher(f / 't', ('birch', 'ash', 'cedar')), "class 0 is 'birch' for the teacher and 'ash' in the"
+    ),
+    'teacher of other names': (lambda f: teacher(f / 't', ('ash', 'birch', 'oak')), "class 2 is 'oak' for the teacher"),
+    'teacher of grey images': (lambda f: teacher(f / 't', in_chans=1), 'with 3 channels, but the teacher takes 1'),
+    'checkpoint not there': (
+        ['--teacher', 'resnet18', '--teacher-checkpoint', 'nowhere.safetensors'], 'existing .safetensors file'
+    ),
+    'checkpoint pickled': (lambda f: weights(f, 'w.pth', b'x'), 'Pickled checkpoints are never loaded'),
+    'checkpoint damaged': (lambda f: weights(f, 'w.safetensors', b'\xff' * 99), 'does not fit'),
+    'checkpoint of another model': (other_weights, 'does not fit'),
+    'prompt path not there': (['--prompt-path', './nowhere'], 'nowhere'),
+    'stages unknown': (['--prompt-stages', 'layer1', 'layer9'], 'layer9'),
+    'too many stages': (['--prompt-stages', '99'], '99'),
+    'even kernel': (['--prompt-kernel-sizes', '2'], 'kernel'),
+    'norm unknown': (['--prompt-norm', 'group'], 'norm'),
+    'activation unknown': (['--prompt-act', 'rleu'], 'rleu'),
+    'fusion unknown': (['--prompt-fusion', 'add'], 'fusion'),
+    'reduction 0': (['--prompt-reduction', '0'], 'reduction'),
+    # optimisation
+    'optimizer unknown': (['--opt', 'adamww'], 'adamww'),
+    'prompt optimizer unknown': (['--prompt-opt', 'adamww'], 'adamww'),
+    'schedule unknown': (['--sched', 'cosin'], 'cosin'),
+    'schedule that needs metrics': (['--sched', 'plateau'], 'plateau'),
+    'policy unknown': (['--aa', 'wild-m9', '--crop-padding', '0'], 'wild'),
+    'interpolation unknown': (['--interpolation', 'cubical'], 'cubical'),
+    # data
+    'data not there': (['--dataset', './nowhere'], "dataset='.*/nowhere': no such file or folder"),
+    'batch larger than the data': (['--batch-size', '5000'], 'fewer than batch_size=5000'),
+    'one image a class': (grey, 'has a single image'),
+    # the run folder
+    'folder in use': (in_use, 'exists and is not empty'),
+    'resumed folder is something else': (lambda f: [*in_use(f), '--resume'], 'is not empty and holds no run'),
+    'folder is a file': (lambda f: ['--output', str(file(f / 'notes'))], 'notes'),
+    'folder in a file': (lambda f: ['--output', str(file(f / 'notes') / 'run')], 'notes'),
+    'folder of too long a name': (lambda f: ['--output', str(f / ('x' * 300))], 'too long'),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def refuse(argv, capsys):
+    """Run the job; return the one error that it must end in."""
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    shown = capsys.readouterr().err
+    assert isinstance(code, int)
+    assert code != 0
+    assert 'Traceback' not in shown
+    errors = [line for line in shown.splitlines() if line.startswith('error: ') or ': error: ' in line]
+    assert len(errors) == 1, shown
+    return shown[shown.index(errors[0]) :]
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_refused(tiny, tmp_path, capsys, name):
+    arguments, message = CASES[name]
+    arguments = arguments(tmp_path) if callable(arguments) else arguments
+    before = set(tmp_path.rglob('*'))
+    error = refuse([*tiny.argv(tmp_path / 'run', '--mixup', '0'), *arguments], capsys)
+    assert re.search(message, error, re.DOTALL), error
+    assert set(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
+def test_folder_that_may_not_be_written(tiny, tmp_path, capsys):
+    tmp_path.chmod(0o555)
+    assert 'is no folder to write in' in refuse(tiny.argv(tmp_path / 'run'), capsys)
+
+
+@pytest.fixture(scope='module')
+def finished(tiny, tmp_path_factory):
+    """Two short runs, of students of different width."""
+    root = tmp_path_factory.mktemp('finished')
+    for name, width in (('run', 4), ('other', 8)):
+        kwargs = [f'{key}={value}' for key, value in {**RESNET, 'stem_width': width}.items()]
+        job = Job(tiny.argv(root / name, *SHORT, '--student-kwargs', *kwargs), root / f'{name}.log')
+        assert job.wait() == [0], job.output()
+    return root
+
+
+SHORT = ('--epochs', '1', '--method', 'kd')
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], 'exists and is not empty. Continue it with --resume'),
+        (['--resume', '--lr', '0.3'], r'started with other options: lr=0.3 \(was 0.05\)'),
+        (['--resume', '--epochs', '2', '--seed', '1'], r'epochs=2 \(was 1\), seed=1 \(was 42\)'),
+        (['--resume', '--teacher', 'resnet18'], "teacher='resnet18'"),
+    ],
+)
+def test_run_of_other_options(tiny, finished, capsys, arguments, message):
+    before = content(finished)
+    error = refuse(tiny.argv(finished / 'run', *SHORT, *arguments), capsys)
+    assert re.search(message, error), error
+    assert content(finished) == before
+
+
+def test_checkpoint_of_another_model(tiny, finished, tmp_path, capsys):
+    shutil.copytree(finished / 'run', tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+    shutil.copytree(finished / 'other' / 'checkpoints', tmp_path / 'run' / 'checkpoints')
+    before = content(tmp_path)
+    error = refuse(tiny.argv(tmp_path / 'run', *SHORT, '--resume'), capsys)
+    assert 'does not fit the models of this run' in error
+    assert content(tmp_path) == before
+
+
+def test_loss_that_is_not_finite(tiny, tmp_path, capsys):
+    """The only error that may come after training has begun; there is no student to be mistaken for one."""
+    error = refuse(tiny.argv(tmp_path / 'run', '--lr', '1e30', '--log-interval', '1', '--mixup', '0'), capsys)
+    assert re.search(r'dfpt: \w+ is (nan|inf) at step [23] \(epoch 1, training rows \d+, .*--lr', error), error
+    assert {path.name for path in (tmp_path / 'run').iterdir()} == {'config.yaml', 'metrics.jsonl'}
+
+
+def test_full_disk(tiny, tmp_path):
+    """A checkpoint that finds no room: one error, nothing left of it; with room made, the run goes on."""
+    argv = tiny.argv(tmp_path / 'run', *SHORT)
+    job = Job(argv, tmp_path / 'full.log', file_bytes=30_000)
+    assert job.wait() == [1], job.output()
+    assert 'cannot be written' in job.output()
+    assert 'Make room' in job.output()
+    assert 'Traceback' not in job.output()
+    assert not list((tmp_path / 'run').rglob('*.incomplete'))
+    assert not list((tmp_path / 'run' / 'checkpoints').iterdir())
+    job = Job([*argv, '--resume'], tmp_path / 'room.log')
+    assert job.wait() == [0], job.output()
