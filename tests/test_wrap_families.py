@@ -67,7 +67,7 @@ TEST_CASES: dict[str, dict[str, Any]] = {
     'naflexvit_base_patch16_parfac_gap': {'embed_dim': 48, 'depth': 4, 'num_heads': 2},
     'nasnetalarge': {},
     'nest_tiny': {},
-    'nextvit_small': {'depths': (1, 1, 2, 1)},
+    'nextvit_small': {},
     'pit_ti_224': {},
     'pnasnet5large': {},
     'poolformerv2_s12': {},
