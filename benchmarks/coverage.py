@@ -353,11 +353,11 @@ def describe(teacher: timm_dfpt.DualForwardPathTeacher) -> dict[str, Any]:
 def check(name: str) -> dict[str, Any]:
     """Check one architecture and return its row."""
     start = time.perf_counter()
-    row: dict[str, Any] = {'name': name}
+    row: dict[str, Any] = {'name': name, 'family': family(name)}
     try:
         model = create(name, 'meta')
         params = sum(p.numel() for p in model.parameters())
-        row |= {'family': _family(model), 'class': type(model).__name__, 'params': params}
+        row |= {'class': type(model).__name__, 'params': params}
         if not hasattr(model, 'get_classifier'):
             row['status'] = 'encoder'
             try:
@@ -378,14 +378,17 @@ def check(name: str) -> dict[str, Any]:
     return row
 
 
-def _family(model: nn.Module) -> str:
-    return type(model).__module__.rsplit('.', 1)[-1]
+def family(name: str) -> str:
+    """Return the module of timm that defines an architecture."""
+    return timm.models.model_entrypoint(name).__module__.rsplit('.', 1)[-1]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as Markdown, sorted by family."""
     counts = {status: sum(r['status'] == status for r in rows) for status in ('run', 'shapes', 'refused', 'failed')}
-    families = len({r.get('family') for r in rows})
+    for row in rows:
+        row['family'] = family(row['name'])
+    families = len({row['family'] for row in rows})
     seconds = sum(r['seconds'] for r in rows)
     same = sum(r.get('checkpointing') == 'same' for r in rows)
     shared = sum(bool(r.get('shares_prefix')) for r in rows)
@@ -402,7 +405,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f'- {shared} share the computation before the first block between the paths, bit for bit.',
         f'- Of those that ran, gradient checkpointing gives bit-equal gradients in {same} and is refused by timm in '
         f'{sum(r.get("checkpointing") == "refused" for r in rows)}.',
-        f'- {seconds / 60:.0f} minutes of one thread on one shared CPU core in all.',
+        f'- {seconds / 60:.0f} minutes in all, added up over single-threaded processes on a machine shared with other '
+        'work.',
         '',
         'Prompt path: trainable parameters (default `PromptConfig`) as a share of the teacher. Status: `run` '
         'with values, `shapes` on the meta device, `refused` in words. Notes: `no shared prefix`; `bypassed`: later '
@@ -412,9 +416,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         '| architecture | family | blocks after | channels | layout | prompt path | status | notes |',
         '|---|---|---|---|---|---:|---|---|',
     ]
-    for row in sorted(rows, key=lambda r: (r.get('family', ''), r['name'])):
+    for row in sorted(rows, key=lambda r: (r['family'], r['name'])):
         if 'stages' not in row:
-            lines.append(f'| {row["name"]} | {row.get("family", "")} | | | | | {row["status"]} | {row["reason"]} |')
+            lines.append(f'| {row["name"]} | {row["family"]} | | | | | {row["status"]} | {row["reason"]} |')
             continue
         notes = []
         if not row['shares_prefix']:
