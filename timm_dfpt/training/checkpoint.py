@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -165,7 +166,7 @@ def restore_checkpoint(
             accelerator.load_state(str(path))
         for name, module in modules.items():
             load_model(module, str(path / f'{name}.safetensors'))
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(
             f'The checkpoint {str(path)!r} does not fit the models of this run: {error}. Was it copied from another '
             'run? Remove it, or continue the run that it belongs to.'
