@@ -1,0 +1,254 @@
+"""Every recipe: its numbers are the literature's, and it trains on images of the right shape and class count."""
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+from PIL import Image as PILImage
+
+from timm_dfpt.hub.student import save_student
+from timm_dfpt.training.config import METHODS, build_parser, load_recipe, resolve_config
+from timm_dfpt.training.run import main
+from timm_dfpt.training.setup import RunSetup
+
+RECIPES = Path(__file__).parents[2] / 'train' / 'recipes'
+# RepDistiller's and MDistiller's tables: teacher, student, learning rate, and DKD's beta.
+CIFAR_PAIRS = {
+    'resnet56_resnet20': ('cifar_resnet56', 'cifar_resnet20', 0.05, 2.0),
+    'resnet110_resnet20': ('cifar_resnet110', 'cifar_resnet20', 0.05, 8.0),
+    'resnet110_resnet32': ('cifar_resnet110', 'cifar_resnet32', 0.05, 2.0),
+    'resnet32x4_resnet8x4': ('cifar_resnet32x4', 'cifar_resnet8x4', 0.05, 8.0),
+    'wrn_40_2_wrn_16_2': ('cifar_wrn_40_2', 'cifar_wrn_16_2', 0.05, 6.0),
+    'wrn_40_2_wrn_40_1': ('cifar_wrn_40_2', 'cifar_wrn_40_1', 0.05, 6.0),
+    'vgg13_vgg8': ('cifar_vgg13', 'cifar_vgg8', 0.05, 6.0),
+    'resnet32x4_shufflenetv1': ('cifar_resnet32x4', 'cifar_shufflenetv1', 0.01, 8.0),
+    'resnet32x4_shufflenetv2': ('cifar_resnet32x4', 'cifar_shufflenetv2', 0.01, 8.0),
+    'wrn_40_2_shufflenetv1': ('cifar_wrn_40_2', 'cifar_shufflenetv1', 0.01, 8.0),
+    'vgg13_mobilenetv2': ('cifar_vgg13', 'cifar_mobilenetv2_050', 0.01, 6.0),
+    'resnet50_mobilenetv2': ('cifar_resnet50', 'cifar_mobilenetv2_050', 0.01, 8.0),
+    'resnet50_vgg8': ('cifar_resnet50', 'cifar_vgg8', 0.05, 8.0),
+}
+CIFAR_TEACHERS = sorted({pair[0].removeprefix('cifar_') for pair in CIFAR_PAIRS.values()})
+OTHER_PAIRS = {
+    'imagenet_resnet34_resnet18': ('resnet34', 'resnet18'),
+    'imagenet_resnet50_mobilenetv1_100': ('resnet50', 'mobilenetv1_100'),
+    'cub200_resnet34_resnet18': ('resnet34', 'resnet18'),
+}
+TEACHER_RECIPES = [*(f'cifar100_{name}' for name in CIFAR_TEACHERS), 'cub200_resnet34']
+PAIR_RECIPES = [*(f'cifar100_{name}' for name in CIFAR_PAIRS), *OTHER_PAIRS]
+ALL = [*TEACHER_RECIPES, *PAIR_RECIPES]
+CLASSES = {'cifar100': 100, 'imagenet': 1000, 'cub200': 200}
+
+
+def config_of(recipe, *arguments):
+    values = vars(build_parser('').parse_args(list(arguments)))
+    values.pop('config')
+    return resolve_config(values, str(RECIPES / f'{recipe}.yaml'), None)
+
+
+def test_every_recipe_is_in_the_tables():
+    assert {path.stem for path in RECIPES.glob('*.yaml')} == {*ALL, 'quickstart', 'quickstart_teacher'}
+
+
+@pytest.mark.parametrize('name', CIFAR_PAIRS)
+def test_cifar_pairs_have_the_numbers_of_the_literature(name):
+    teacher, student, lr, beta = CIFAR_PAIRS[name]
+    config = config_of(f'cifar100_{name}', '--method', 'kd')
+    assert config.student == student
+    assert Path(config.teacher).parts[-2] == teacher.replace('cifar_', 'cifar100_')
+    assert (config.epochs, config.batch_size, config.opt, config.momentum, config.weight_decay) == (
+        240, 64, 'sgd', 0.9, 5e-4,
+    )  # fmt: skip
+    assert (config.lr, config.sched, config.decay_rate) == (lr, 'multistep', 0.1)
+    assert config.decay_milestones == [150, 180, 210]
+    assert (config.mean, config.std) == ([0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761])
+    assert (config.crop_padding, config.hflip) == (4, 0.5)
+    assert (config.smoothing, config.mixup, config.cutmix, config.warmup_epochs) == (0, 0, 0, 0)
+    assert (config.task_loss_weight, config.distill_loss_weight, config.temperature) == (0.1, 0.9, 4.0)
+    dkd = config_of(f'cifar100_{name}', '--method', 'dkd')
+    # 8 is the default of the loss.
+    assert dkd.kd_loss_kwargs.get('beta', 8.0) == beta
+    assert (dkd.task_loss_weight, dkd.distill_loss_weight, dkd.distill_warmup_epochs) == (1.0, 1.0, 20)
+    assert dkd.temperature == 4.0
+
+
+@pytest.mark.parametrize('name', PAIR_RECIPES)
+@pytest.mark.parametrize('variant', ['dfpt', 'dfpt+'])
+def test_dfpt_starts_as_the_kd_beside_it(name, variant):
+    kd, dual = config_of(name, '--method', 'kd'), config_of(name, '--method', variant)
+    assert dual.student_task_weight == kd.task_loss_weight
+    assert dual.student_teacher_weight + dual.student_prompt_weight == pytest.approx(kd.distill_loss_weight)
+    assert dual.temperature == kd.temperature
+
+
+@pytest.mark.parametrize('name', CIFAR_TEACHERS)
+def test_teachers_are_where_the_pairs_look_for_them(name):
+    config = config_of(f'cifar100_{name}')
+    assert (config.method, config.teacher, config.student) == ('supervised', None, f'cifar_{name}')
+    assert (config.epochs, config.lr, config.batch_size, config.weight_decay) == (240, 0.05, 64, 5e-4)
+    output = Path(config.output).resolve()
+    pairs = [p for p, values in CIFAR_PAIRS.items() if values[0] == f'cifar_{name}']
+    for pair in pairs:
+        recipe = load_recipe(RECIPES / f'cifar100_{pair}.yaml')
+        assert Path(recipe['teacher'].removeprefix('local-dir:')).resolve() == output / 'student'
+        folder, epoch = recipe['early_teacher'].removeprefix('local-dir:').rsplit('/student-epoch', 1)
+        assert Path(folder).resolve() == output
+        assert int(epoch) in config.export_epochs
+
+
+@pytest.mark.parametrize('name', ['imagenet_resnet34_resnet18', 'imagenet_resnet50_mobilenetv1_100'])
+def test_imagenet_recipes_have_mdistillers_numbers(name):
+    config = config_of(name, '--method', 'kd')
+    assert (config.epochs, config.batch_size, config.lr, config.weight_decay) == (100, 512, 0.2, 1e-4)
+    assert (config.decay_milestones, config.temperature) == ([30, 60, 90], 1.0)
+    assert (config.task_loss_weight, config.distill_loss_weight) == (0.5, 0.5)
+    # The teachers are torchvision's first weights.
+    assert timm.get_pretrained_cfg(config.teacher).tag == 'tv_in1k'
+    dkd = config_of(name, '--method', 'dkd')
+    assert dkd.kd_loss_kwargs['beta'] == {'resnet18': 0.5, 'mobilenetv1_100': 2.0}[config.student]
+
+
+def test_assistants_lie_between_teacher_and_student():
+    count = {name: sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+             for name in timm.list_models('cifar_*')}  # fmt: skip
+    chains = 0
+    for name, (teacher, student, _, _) in CIFAR_PAIRS.items():
+        recipe = load_recipe(RECIPES / f'cifar100_{name}.yaml')
+        chain = [count[n] for n in (teacher, *recipe.get('assistants', []), student)]
+        assert chain == sorted(chain, reverse=True)
+        chains += len(chain) > 2
+    assert chains == 4
+
+
+# --- dry runs
+
+
+def images(count, side, seed):
+    rng = np.random.default_rng(seed)
+    encoded = []
+    for _ in range(count):
+        buffer = io.BytesIO()
+        PILImage.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, 'PNG')
+        encoded.append({'bytes': buffer.getvalue(), 'path': None})
+    return encoded
+
+
+def write_split(folder, split, columns, features):
+    Dataset.from_dict(columns, features=Features(features)).to_parquet(folder / f'{split}-00000-of-00001.parquet')
+
+
+@pytest.fixture(scope='module')
+def stand_ins(tmp_path_factory):
+    """Few images in the columns, splits and classes of the data sets on the Hub, whose names lead here."""
+    root = tmp_path_factory.mktemp('data')
+    for family, classes in CLASSES.items():
+        (root / family).mkdir()
+        label = ClassLabel(names=[f'class {i}' for i in range(classes)])
+        for number, (split, count) in enumerate({'train': 20, 'validation': 8, 'test': 8}.items()):
+            if split == 'validation' and family != 'imagenet':
+                continue
+            # Not square, as photographs are.
+            encoded = images(count, 32 if family == 'cifar100' else 72, number)
+            labels = [i % 2 for i in range(count)]
+            if family == 'cifar100':
+                columns = {'img': encoded, 'fine_label': labels, 'coarse_label': labels}
+                features = {'img': Image(), 'fine_label': label, 'coarse_label': ClassLabel(num_classes=20)}
+            else:
+                hidden = [-1] * count if family == 'imagenet' and split == 'test' else labels
+                columns, features = {'image': encoded, 'label': hidden}, {'image': Image(), 'label': label}
+            if family == 'cub200':
+                columns['bbox'], features['bbox'] = [[0.0] * 4] * count, Sequence(Value('float32'))
+            write_split(root / family, split, columns, features)
+    return root
+
+
+@pytest.fixture(scope='module')
+def teacher_of(tmp_path_factory):
+    root, made = tmp_path_factory.mktemp('teachers'), {}
+
+    def make(architecture, family):
+        folder = root / family / architecture
+        if folder not in made:
+            torch.manual_seed(0)
+            model = timm.create_model(architecture, num_classes=CLASSES[family])
+            data = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
+            save_student(model, folder, label_names=[f'class {i}' for i in range(CLASSES[family])], data_config=data)
+            made[folder] = True
+        return f'local-dir:{folder}'
+
+    return make
+
+
+def dry_run(recipe, stand_ins, teacher_of, tmp_path, side, batch_size, *more):
+    """Two steps of the recipe with its own models, data columns, augmentation and optimizers."""
+    family = recipe.split('_')[0]
+    arguments = [
+        '--dataset', str(stand_ins / family), '--batch-size', str(batch_size), '--workers', '0', '--cpu',
+        '--no-student-pretrained', *more,
+    ]  # fmt: skip
+    if family != 'cifar100':
+        arguments += ['--input-size', '3', str(side), str(side)]
+    pairs = {**{f'cifar100_{name}': pair for name, pair in CIFAR_PAIRS.items()}, **OTHER_PAIRS}
+    if recipe in pairs:
+        arguments += ['--teacher', teacher_of(pairs[recipe][0], family)]
+    config = dataclasses.replace(config_of(recipe, *arguments), output=str(tmp_path))
+    setup = RunSetup(config, str(tmp_path))
+    assert setup.data.num_classes == CLASSES[family]
+    learner = setup.create_learner(config.method, config)
+    if family == 'cifar100':
+        # Named by the recipe, not by chance: the data set has 20 coarse labels too, and no column called image.
+        assert (config.input_key, config.target_key) == ('img', 'fine_label')
+    before = [p.detach().clone() for p in learner.student.parameters()]
+    learner.train()
+    losses = []
+    for step, (input, target, _) in zip(range(2), setup.loaders['train'], strict=False):
+        assert input.shape == (batch_size, 3, side, side)
+        learner.set_update(step, 0)
+        terms, _ = learner.step(input, target, step, {})
+        losses.append(float(terms['loss']))
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert any(not torch.equal(a, b) for a, b in zip(before, learner.student.parameters(), strict=True))
+    learner.eval()
+    with torch.no_grad():
+        outputs = learner.outputs(input)
+    assert {logits.shape for logits in outputs.values()} == {(batch_size, CLASSES[family])}
+    assert set(outputs) == {'supervised': {'student'}}.get(config.method, {'student', 'prompt_path', 'teacher'})
+
+
+@pytest.mark.parametrize('recipe', ALL)
+def test_dry_run(recipe, stand_ins, teacher_of, tmp_path):
+    # Photographs are 64 pixels wide here instead of 224, for time; the full size is among the slow tests.
+    dry_run(recipe, stand_ins, teacher_of, tmp_path, 32 if recipe.startswith('cifar100') else 64, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', PAIR_RECIPES)
+def test_dry_run_at_full_size(recipe, stand_ins, teacher_of, tmp_path):
+    side = config_of(recipe).input_size[1]
+    dry_run(recipe, stand_ins, teacher_of, tmp_path, side, 8, '--method', 'dfpt+')
+
+
+@pytest.mark.parametrize('method', [m for m in METHODS if m != 'eskd'])
+def test_one_command_a_row(method, stand_ins, teacher_of, tmp_path):
+    """The whole job, from the command line to the summary, for the smallest pair."""
+    output = tmp_path / 'run'
+    arguments = [
+        '--config', str(RECIPES / 'cifar100_resnet56_resnet20.yaml'), '--method', method, '--output', str(output),
+        '--dataset', str(stand_ins / 'cifar100'), '--batch-size', '4', '--epochs', '1', '--cpu',
+    ]  # fmt: skip
+    if method != 'supervised':
+        # A small teacher: what is tested are the options of the recipe.
+        arguments += ['--teacher', teacher_of('cifar_resnet8', 'cifar100')]
+    if method == 'takd':
+        arguments += ['--assistants', 'cifar_resnet14']
+    assert main(arguments) == 0
+    summary = json.loads((output / 'summary.json').read_text())
+    assert summary['models']['student']['cost']['params'] == 278_324
+    # As in the literature: all training images, and the test images for the curve.
+    assert summary['dataset_sizes'] == {'train': 20, 'val': 8, 'test': 0}
