@@ -14,6 +14,8 @@ from timm.data import resolve_model_data_config
 from timm.models._input import get_model_args
 from torch import nn
 
+from ..prompt_path import PromptPath
+from ..stages import Stage, find_stages
 from ..teacher import DualForwardPathTeacher
 from ..version import __version__
 from ..wrapping import wrap
@@ -170,21 +172,44 @@ def load_prompt_path(source: Source, model: nn.Module | None = None) -> DualForw
     return teacher.eval()
 
 
-def _expected(twin: nn.Module, config: PromptPathConfig, own_head: bool) -> dict[str, TensorSpec]:
+def _expected(twin: Any, config: PromptPathConfig, own_head: bool) -> dict[str, TensorSpec]:
+    """Return the tensors that a prompt path has on a base without memory.
+
+    Raises:
+        ValueError: The base cannot be opened as the config says.
+    """
     try:
         with torch.device('meta'):
-            return specs_of(_wrap(twin, config, own_head).prompt_path)
+            _check_stages(find_stages(twin, _modules(config), _input_size(twin, config)), config)
+            path = PromptPath(
+                twin,
+                config.stages,
+                config.prompt,
+                variant=config.variant,
+                head=config.head,
+                num_classes=_new_classes(twin, config, own_head),
+            )
     except BUILD_ERRORS as error:
         raise ValueError(f'The base model cannot be opened as the prompt path asks: {error}') from error
+    return specs_of(path)
+
+
+def _check_stages(found: Sequence[Stage], config: PromptPathConfig) -> None:
+    """Compare the stages of a base with the recorded ones in what decides about shapes."""
+    for stage, recorded in zip(found, config.stages, strict=True):
+        features, known = ([(f.index, f.channels, f.layout) for f in s.features] for s in (stage, recorded))
+        if features != known:
+            raise ValueError(
+                f'{PROMPT_CONFIG} says that {recorded.module!r} has the features {known}, but it has {features}.'
+            )
 
 
 def _wrap(base: Any, config: PromptPathConfig, own_head: bool) -> DualForwardPathTeacher:
-    new_head = config.num_classes != getattr(base, 'num_classes', config.num_classes)
     # The recorded stages are those that have a block, so that none is left out a second time.
     teacher = wrap(
         base,
-        stages=[stage.module for stage in config.stages],
-        num_classes=config.num_classes if new_head or (own_head and not config.prompt.head) else None,
+        stages=_modules(config),
+        num_classes=_new_classes(base, config, own_head),
         prompt=dataclasses.replace(config.prompt, after_last=True),
         variant=config.variant,
         head=config.head,
@@ -193,6 +218,16 @@ def _wrap(base: Any, config: PromptPathConfig, own_head: bool) -> DualForwardPat
     )
     teacher.prompt_path.config = config.prompt
     return teacher
+
+
+def _modules(config: PromptPathConfig) -> list[str]:
+    return [stage.module for stage in config.stages]
+
+
+def _new_classes(base: Any, config: PromptPathConfig, own_head: bool) -> int | None:
+    """Return the number of classes where the prompt path has a head that is no copy of the base's."""
+    differs = config.num_classes != getattr(base, 'num_classes', config.num_classes)
+    return config.num_classes if differs or (own_head and not config.prompt.head) else None
 
 
 def _input_size(base: Any, config: PromptPathConfig) -> tuple[int, int, int] | None:
