@@ -49,7 +49,7 @@ def test_students_of_given_epochs_are_kept(early):
 
 def test_early_stopped_teacher_teaches_by_plain_distillation(tiny, early, tmp_path):
     source = f'local-dir:{early / "student-epoch1"}'
-    assert main(argv(tiny, tmp_path / 'eskd', '--method', 'eskd', *teacher(tiny), '--early-teacher', source)) == 0
+    assert main(argv(tiny, tmp_path / 'eskd', '--method', 'eskd', '--early-teacher', source)) == 0
     assert main(argv(tiny, tmp_path / 'kd', '--method', 'kd', '--teacher', source)) == 0
     assert main(argv(tiny, tmp_path / 'full', '--method', 'kd', *teacher(tiny))) == 0
     assert weights(tmp_path / 'eskd' / 'student') == weights(tmp_path / 'kd' / 'student')

@@ -157,12 +157,14 @@ def compare(
             'use --mixed-precision bf16.'
         )
     folder = Path(config.output)
-    _open_folder(folder, arms, config.resume)
+    # As the accelerator of a seed will ask for it: what is asked for first counts for the whole process.
+    state = PartialState(cpu=config.cpu)
+    _open_folder(folder, arms, config.resume, state)
     result: dict[str, Any] = {}
     for number, seed in enumerate(seeds, start=1):
         output = folder / f'seed-{seed}'
         if not (output / SUMMARY_FILE).is_file():
-            if PartialState().is_main_process:
+            if state.is_main_process:
                 print(f'seed {seed} ({number} of {len(seeds)})')
             resume = (output / CONFIG_FILE).is_file()
             common = dataclasses.replace(config, seed=seed, baselines=[], output=str(output), resume=resume)
@@ -171,14 +173,14 @@ def compare(
             except Preempted as stop:
                 raise Preempted(f'stopped by SIGTERM; continue with --output {folder} --resume') from stop
         result = _collect(folder, names, seeds[:number], reference, command)
-        if PartialState().is_main_process:
+        if state.is_main_process:
             _write(folder, result)
-    if PartialState().is_main_process:
+    if state.is_main_process:
         print(markdown_table(result))
     return result
 
 
-def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool) -> None:
+def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool, state: PartialState) -> None:
     """Make the folder, or make sure that it holds a comparison of the same arms."""
     given = {arm.name: {'method': arm.method, **arm.changes} for arm in arms}
     path = folder / ARMS_FILE
@@ -195,11 +197,11 @@ def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool) -> None:
         raise ValueError(
             f'output: {str(folder)!r} exists and is not empty. Continue it with --resume, or name another folder.'
         )
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process and not resume:
+    state.wait_for_everyone()
+    if state.is_main_process and not resume:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps(given, indent=2) + '\n').encode())
-    PartialState().wait_for_everyone()
+    state.wait_for_everyone()
 
 
 def _in_training_order(arm: Arm) -> int:

@@ -215,7 +215,7 @@ class TrainConfig:
                 raise ValueError('method=supervised trains without a teacher: leave --teacher out, or choose a method.')
             if self.baselines:
                 raise ValueError('baselines need a teacher beside them: choose another method than supervised.')
-        elif self.teacher is None and self.prompt_path is None:
+        elif self.teacher is None and self.prompt_path is None and self.method != 'eskd':
             raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
         dual = self.method in _DUAL
         if not dual and (self.prompt_path or self.push_prompt_path or self.freeze_prompt_path):
