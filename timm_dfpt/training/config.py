@@ -71,6 +71,8 @@ class TrainConfig:
     teacher_dtype: str = _opt('float32', 'dtype of the frozen weights', 'models', choices=('float32', 'bfloat16'))
     assistants: list[str] = _opt([], 'takd: timm names of the teacher assistants, the largest first', 'models')
     early_teacher: str | None = _opt(None, 'eskd: local-dir:folder of the early-stopped teacher', 'models')
+    cache_teacher: bool = _opt(False, 'compute the teacher logits once; needs aug_cycle or no_aug', 'models')
+    teacher_cache_dir: str = _opt('output/teacher-cache', 'where these logits are kept, for later runs too', 'models')
     student: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the student', 'models')
     student_pretrained: bool = _opt(False, 'start the student from its pretrained weights', 'models')
     student_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the student architecture', 'models')
@@ -128,6 +130,7 @@ class TrainConfig:
     color_jitter: float | None = _opt(None, 'colour jitter factor', 'augmentation')
     aa: str | None = _opt(None, "AutoAugment policy, such as 'rand-m9-mstd0.5'", 'augmentation')
     reprob: float = _opt(0.0, 'random erase probability', 'augmentation')
+    aug_cycle: int = _opt(0, 'repeat the augmentation of the first N epochs (0: never)', 'augmentation')
     mixup: float = _opt(0.0, 'mixup alpha, on when > 0', 'augmentation')
     cutmix: float = _opt(0.0, 'cutmix alpha, on when > 0', 'augmentation')
     mixup_prob: float = _opt(1.0, 'probability of mixup or cutmix a batch', 'augmentation')
@@ -197,6 +200,7 @@ class TrainConfig:
         check('mixup', self.mixup >= 0, '0 or greater')
         check('cutmix', self.cutmix >= 0, '0 or greater')
         check('crop_padding', self.crop_padding >= 0, '0 or greater')
+        check('aug_cycle', self.aug_cycle >= 0, '0 or greater')
         check('checkpoint_steps', self.checkpoint_steps >= 0, '0 or greater')
         check('seed', 0 <= self.seed < 2**31, 'between 0 and 2^31 - 1')
         check('clip_grad', self.clip_grad is None or self.clip_grad > 0, 'greater than 0')
@@ -246,8 +250,21 @@ class TrainConfig:
                     f'method_options: {method}={options!r} must be a method of {", ".join(METHODS)} with a mapping of '
                     'options, such as {dkd: {temperature: 4.0}}.'
                 )
+        if self.cache_teacher:
+            self._check_cache()
         if self.train_crop_mode and self.crop_padding:
             raise ValueError('train_crop_mode and crop_padding contradict each other: give one of them.')
+
+    def _check_cache(self) -> None:
+        if self.method == 'supervised':
+            raise ValueError('cache_teacher needs a teacher: choose another method than supervised.')
+        if self.mixup or self.cutmix:
+            raise ValueError('cache_teacher knows single images, which mixup and cutmix blend: set both to 0.')
+        if not (self.no_aug or self.aug_cycle):
+            raise ValueError(
+                'cache_teacher needs images that come again, but each epoch is augmented anew. Let the augmentation '
+                'repeat after N epochs with --aug-cycle N, or switch it off with --no-aug.'
+            )
 
     def for_method(self, method: str, **changes: Any) -> TrainConfig:
         """Return these options for another method: with that method's own, and without what it has no use for.

@@ -21,6 +21,7 @@ _logger = logging.getLogger(__name__)
 # What may differ when a run is resumed, since it says nothing about what is computed.
 _MAY_DIFFER = (
     'output', 'resume', 'log_with', 'log_interval', 'checkpoint_hist', 'checkpoint_steps', 'workers', 'cache_images',
+    'cache_teacher', 'teacher_cache_dir',
     'push_to_hub', 'push_prompt_path', 'private', 'license',
 )  # fmt: skip
 

@@ -36,6 +36,7 @@ class ImageDataset(Dataset):
         augment: Augmentation, `None` for evaluation.
         seed: Seed of the augmentation.
         cache: Decode all images now and keep them as uint8.
+        aug_cycle: Augment epoch `e` as epoch `e % aug_cycle`; 0 for every epoch anew.
 
     Raises:
         ValueError: If `cache` is asked for and the augmentation works image by image.
@@ -48,8 +49,10 @@ class ImageDataset(Dataset):
         augment: AugmentConfig | None,
         seed: int,
         cache: bool,
+        aug_cycle: int = 0,
     ) -> None:
         self.split = split
+        self.aug_cycle = aug_cycle
         self.seed = seed
         self.epoch = 0
         self.channels = int(data_config['input_size'][0])
@@ -88,6 +91,8 @@ class ImageDataset(Dataset):
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Batch:
         """Get a batch: input float32 `[B, C, H, W]`, target int64 `[B]`, index (row in the split) int64 `[B]`."""
         pairs = [key if isinstance(key, tuple) else (self.epoch, key) for key in keys]
+        if self.aug_cycle:
+            pairs = [(epoch % self.aug_cycle, row) for epoch, row in pairs]
         epoch, rows = pairs[0][0], [row for _, row in pairs]
         index = torch.tensor(rows)
         if self.batch_transform is None:
@@ -165,6 +170,7 @@ def create_loader(
     augmentation: AugmentConfig | None = None,
     cache_images: str = 'auto',
     pin_memory: bool = False,
+    aug_cycle: int = 0,
 ) -> DataLoader:
     """Create a loader of `(input, target, index)` batches.
 
@@ -189,6 +195,7 @@ def create_loader(
         cache_images: `'on'`: decode images once and keep them in memory, `'off'`: at each access, `'auto'`: once if
             the augmentation allows it and they take no more than 512 MiB.
         pin_memory: Return batches in pinned memory, for faster copies to an accelerator.
+        aug_cycle: Augment epoch `e` as epoch `e % aug_cycle`, in an order of its own; 0 for every epoch anew.
 
     Returns:
         The loader. accelerate's `prepare` and `skip_first_batches` work on it.
@@ -200,8 +207,8 @@ def create_loader(
     _check_data_config(data_config)
     if batch_size < 1:
         raise ValueError(f'batch_size={batch_size} must be 1 at least')
-    if seed < 0 or num_workers < 0:
-        raise ValueError(f'seed={seed} and num_workers={num_workers} must not be negative')
+    if seed < 0 or num_workers < 0 or aug_cycle < 0:
+        raise ValueError(f'seed={seed}, num_workers={num_workers} and aug_cycle={aug_cycle} must not be negative')
     if drop_last and len(dataset) < batch_size:
         raise ValueError(
             f'split {dataset.name!r} has {len(dataset)} images, fewer than batch_size={batch_size}: '
@@ -220,7 +227,7 @@ def create_loader(
         dataset.name,
         f'decoded once ({num_bytes / 2**20:.0f} MiB)' if cache else f'decoded at each access ({obstacle or "size"})',
     )
-    images = ImageDataset(dataset, data_config, augment, seed, cache)
+    images = ImageDataset(dataset, data_config, augment, seed, cache, aug_cycle)
     return DataLoader(
         images,
         batch_size=batch_size,

@@ -29,6 +29,7 @@ from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint, w
 from .config import TrainConfig
 from .evaluate import evaluate
 from .learner import Learner
+from .teacher_cache import TeacherCache
 
 __all__ = ['METRICS_FILE', 'NonFiniteLossError', 'Preempted', 'Trainer']
 
@@ -99,6 +100,7 @@ class Trainer:
         mixup: timm's mixup, if any.
         after_epoch: Called with each epoch's line of `metrics.jsonl`, before its checkpoint: again, if a run is stopped
             between the two.
+        teacher_cache: Logits of the first learner's teacher that are kept for later epochs and runs.
     """
 
     def __init__(
@@ -111,9 +113,11 @@ class Trainer:
         run_dir: Path,
         mixup: Mixup | None = None,
         after_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         self.config, self.accelerator, self.learners = config, accelerator, list(learners)
         self.train_loader, self.val_loader, self.run_dir, self.mixup = train_loader, val_loader, run_dir, mixup
+        self.teacher_cache = teacher_cache
         self.steps = len(train_loader)
         self.after_epoch = after_epoch
         self.progress = _Progress()
@@ -218,7 +222,8 @@ class Trainer:
             random.seed(seed)
             np.random.seed(seed % 2**32)
             input, target = self.mixup(input, target)
-        known: dict[int, torch.Tensor] = {}
+        known = self._known_logits(index)
+        cached = set(known)
         for learner in self.learners:
             learner.set_update(progress.updates, progress.epoch)
             terms, kept = learner.step(input, target, step, known)
@@ -229,8 +234,16 @@ class Trainer:
                 learner.task.update_ema(step=progress.updates + 1)
             if self.config.on_nonfinite == 'skip':
                 self._count_skipped(learner.name, step, kept)
+        if self.teacher_cache is not None and id(self.learners[0].teacher) not in cached:
+            self.teacher_cache.put(progress.epoch, index, known[id(self.learners[0].teacher)])
         if self.accelerator.sync_gradients:
             progress.updates += 1
+
+    def _known_logits(self, index: torch.Tensor) -> dict[int, torch.Tensor]:
+        if self.teacher_cache is None:
+            return {}
+        logits = self.teacher_cache.get(self.progress.epoch, index, self.accelerator.device)
+        return {} if logits is None else {id(self.learners[0].teacher): logits}
 
     def _count_skipped(self, learner: str, step: int, kept: bool) -> None:
         skipped, in_a_row = self.progress.skipped, self.progress.skipped_in_a_row
@@ -346,6 +359,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._look()
+        if self.teacher_cache is not None:
+            self.teacher_cache.flush()
         progress, now = self.progress, time.monotonic()
         progress.seconds += now - self._clock
         self._clock = now

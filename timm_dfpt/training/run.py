@@ -145,6 +145,7 @@ def train_side_by_side(
         before = evaluate(lambda x: {'teacher': first.teacher_logits(x)}, setup.loaders['val'], accelerator)
         name, top1 = with_actual_teacher(first.config).teacher, before['teacher']['top1']
         accelerator.print(f'teacher {name}: {top1:.2f}% top-1 on the validation data')
+    teacher_cache = setup.open_teacher_cache(first)
     open_run_dir(config, run_dir, accelerator)
     accelerator.print(f'run folder: {run_dir}')
     if config.log_with:
@@ -158,9 +159,8 @@ def train_side_by_side(
                 metrics = {'val': line[learner.name]['val']['student']}
                 export_student(learner, metrics, folder, setup.facts(command), epoch=line['epoch'])
 
-    trainer = Trainer(
-        config, accelerator, learners, setup.loaders['train'], setup.loaders['val'], run_dir, mixup, keep_students
-    )
+    train, val = setup.loaders['train'], setup.loaders['val']
+    trainer = Trainer(config, accelerator, learners, train, val, run_dir, mixup, keep_students, teacher_cache)
     return learners, trainer.fit()
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,11 +21,12 @@ from ..version import __version__
 from .augment import AugmentConfig
 from .chain import with_actual_teacher
 from .config import TrainConfig
-from .data import DataSplits, load_splits
+from .data import DataSplits, dataset_fingerprint, load_splits
 from .evaluate import evaluate
 from .factory import create_student, create_task, create_teacher, resolve_input_config, wrap_teacher
 from .learner import Learner
 from .loader import create_loader
+from .teacher_cache import TeacherCache, cache_key, check_exact
 
 __all__ = ['RunSetup']
 
@@ -108,6 +110,30 @@ class RunSetup:
             else:
                 self._teachers[key] = create_teacher(actual, self.data.class_names)
         return self._teachers[key]
+
+    def open_teacher_cache(self, learner: Learner) -> TeacherCache | None:
+        """Open the logits that are kept of the learner's teacher, if the options ask for that.
+
+        Raises:
+            ValueError: They would not be those that the teacher gives in training.
+        """
+        config, device = self.config, self.accelerator.device
+        if not config.cache_teacher:
+            return None
+        if self.accelerator.num_processes > 1:
+            raise ValueError('cache_teacher works in one process only: leave it out, or start a single one.')
+        if learner.teacher is None:
+            raise ValueError(f'cache_teacher needs a teacher, and {learner.name} has none: name another method first.')
+        size = tuple(self.input_config['input_size'])
+        images = torch.randn(config.batch_size, *size, generator=torch.Generator().manual_seed(config.seed)).to(device)
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.accelerator.autocast():
+            check_exact(learner.teacher_logits, images)
+        key = cache_key(config, learner.teacher, dataset_fingerprint(self.data.train), self.input_config, device)
+        return TeacherCache(
+            Path(config.teacher_cache_dir), key, len(self.data.train), self.data.num_classes, config.aug_cycle or 1
+        )
 
     def measure(self, learner: Learner) -> dict[str, dict[str, dict[str, float]]]:
         """Evaluate a learner at the end of its training.
@@ -205,7 +231,12 @@ def _create_loaders(
     }
     loaders = {
         'train': create_loader(
-            data.train, batch_size=config.batch_size, is_training=True, augmentation=augmentation, **common
+            data.train,
+            batch_size=config.batch_size,
+            is_training=True,
+            augmentation=augmentation,
+            aug_cycle=config.aug_cycle,
+            **common,
         ),
         'val': create_loader(data.val, **evaluation),
     }
