@@ -12,6 +12,8 @@ import timm_dfpt
 from benchmarks.measure import count_flops, saved_bytes
 from benchmarks.step import Steps, count_floor, imagenet_pair
 from timm_dfpt._frozen_ops import keep_less
+from timm_dfpt.rivals import AdaptedTeacher
+from timm_dfpt.task import DFPTDistillationTask
 
 # How far above the floor a step may be: attention computes its scores again in the backward pass.
 PAIRS = [('resnet26', 1.0), ('convnext_atto', 1.0), ('vit_tiny_patch16_224', 1.03)]
@@ -155,3 +157,20 @@ def test_frozen_weights_get_no_gradient_in_the_backward():
     for param in path.model.parameters():
         param.requires_grad_(True)
     assert both < 0.85 * count_flops(lambda: teacher.prompt(x).sum().backward())
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_teacher_in_half_precision_trains_in_full(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).to(torch.bfloat16)
+    size = model.pretrained_cfg['input_size']
+    student = timm.create_model('test_resnet', num_classes=5)
+    task = DFPTDistillationTask(student, timm_dfpt.wrap(model), verbose=False)
+    result = task(torch.randn(2, *size), torch.tensor([0, 1]))
+    result['loss'].backward()
+    assert result['teacher_output'].dtype == torch.bfloat16
+    trained = [p for group in task.teacher.trainable_parameters() for p in group['params']]
+    assert {p.dtype for p in (*trained, *student.parameters())} == {torch.float32}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    config = {'input_size': size, 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+    assert AdaptedTeacher(model, config, config)(torch.randn(2, *size)).dtype == torch.float32

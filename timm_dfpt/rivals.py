@@ -13,6 +13,8 @@ from torch import nn
 
 from .inputs import InputAdapter, input_config_of
 from .losses import KD_LOSSES, kd_loss
+from .losses._common import upcast
+from .prompt_path import match_dtype
 from .temperature import GlobalTemperature
 
 __all__ = ['AdaptedTeacher', 'CTKDTask', 'LogitLossTask']
@@ -58,8 +60,9 @@ class AdaptedTeacher(nn.Module):
         shared, key = self._shared or ({}, 0)
         if key not in shared:
             with torch.no_grad():
-                shared[key] = self.model(self.adapter(x))
-        return shared[key]
+                shared[key] = self.model(match_dtype(self.adapter(x), self.model))
+        # timm's loss computes in the precision of what it gets.
+        return upcast(shared[key])
 
 
 class LogitLossTask(LogitDistillationTask):

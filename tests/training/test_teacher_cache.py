@@ -30,7 +30,7 @@ def train(tiny, tmp_path):
         GradientState._reset_state()
         folder = tmp_path / name
         cache = ['--teacher-cache-dir', str(tmp_path / 'cache')]
-        run(parse_config(tiny.argv(folder, '--mixup', '0', '--epochs', '4', *cache, *more)))
+        run(parse_config(tiny.argv(folder, '--mixup', '0', '--epochs', '3', *cache, *more)))
         return hashlib.sha256((folder / 'student' / 'model.safetensors').read_bytes()).hexdigest()
 
     yield train

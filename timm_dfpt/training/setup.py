@@ -108,7 +108,9 @@ class RunSetup:
                 # The prompt path knows its teacher.
                 self._teachers[key] = DualForwardPathTeacher.from_pretrained(str(actual.prompt_path)).unwrap()
             else:
-                self._teachers[key] = create_teacher(actual, self.data.class_names)
+                teacher = create_teacher(actual, self.data.class_names)
+                # Blocks, heads and students stay in float32: only what is frozen is converted.
+                self._teachers[key] = teacher.to(getattr(torch, actual.teacher_dtype))
         return self._teachers[key]
 
     def open_teacher_cache(self, learner: Learner) -> TeacherCache | None:
