@@ -1,0 +1,80 @@
+"""The default job needs no network, and tells nobody about itself."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Loaded by Python before anything else: whatever is not this machine cannot be looked up or connected to.
+BLOCK = """
+import os, socket
+_connect, _connect_ex, _lookup = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+
+def _check(address):
+    host = address[0] if isinstance(address, tuple) else 'localhost'
+    if host not in ('localhost', '127.0.0.1', '::1', None):
+        with open(os.environ['TRIED'], 'a') as file:
+            file.write(f'{address}\\n')
+        raise OSError(f'the network is blocked: {address}')
+
+def connect(self, address):
+    _check(address)
+    return _connect(self, address)
+
+def connect_ex(self, address):
+    _check(address)
+    return _connect_ex(self, address)
+
+def getaddrinfo(host, *args, **kwargs):
+    _check((host, 0))
+    return _lookup(host, *args, **kwargs)
+
+socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = connect, connect_ex, getaddrinfo
+"""
+OFFLINE = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HF_HUB_DISABLE_TELEMETRY', 'DO_NOT_TRACK')
+
+
+@pytest.fixture
+def default_job(tmp_path):
+    """What `train/` has for the default job, with the first 200 images of each split."""
+    for name in ('distill.py', 'recipes/quickstart.yaml'):
+        (tmp_path / 'train' / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / 'train' / name, tmp_path / 'train' / name)
+    quickstart = tmp_path / 'train' / 'quickstart'
+    shutil.copytree(ROOT / 'train' / 'quickstart' / 'teacher', quickstart / 'teacher')
+    (quickstart / 'data').mkdir()
+    for file in (ROOT / 'train' / 'quickstart' / 'data').glob('*.parquet'):
+        pq.write_table(pq.read_table(file).slice(0, 200), quickstart / 'data' / file.name)
+    return tmp_path / 'train' / 'distill.py'
+
+
+def test_default_job_without_network(default_job, tmp_path):
+    (tmp_path / 'block').mkdir()
+    (tmp_path / 'block' / 'sitecustomize.py').write_text(BLOCK)
+    environment = {key: value for key, value in os.environ.items() if key not in OFFLINE}
+    environment |= {
+        'PYTHONPATH': f'{tmp_path / "block"}{os.pathsep}{ROOT}',
+        'TRIED': str(tmp_path / 'tried'),
+        # Nothing that an earlier run has left in a cache.
+        'HF_HOME': str(tmp_path / 'cache'),
+    }
+    job = [sys.executable, str(default_job), '--epochs', '2']
+    process = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr
+    assert list(tmp_path.glob('output/*/student/model.safetensors'))
+    assert list(tmp_path.glob('output/*/baselines/kd/student/model.safetensors'))
+    assert not (tmp_path / 'tried').exists(), (tmp_path / 'tried').read_text()
+
+
+def test_the_block_works(tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text(BLOCK)
+    code = "import urllib.request; urllib.request.urlopen('http://example.org')"
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path), 'TRIED': str(tmp_path / 'tried')}
+    process = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, timeout=60)
+    assert 'the network is blocked' in process.stderr
+    assert (tmp_path / 'tried').exists()
