@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
 
 from ..teacher import DualForwardPathTeacher
@@ -58,6 +58,11 @@ class RunSetup:
             # Learners share their batch statistics after each update, evaluation and EMA included.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f'{self.accelerator.distributed_type.value} is not supported: evaluation, moving average and export '
+                'expect whole weights. Use DistributedDataParallel (train/accelerate/multi_gpu.yaml).'
+            )
         if config.mixed_precision == 'fp16' and self.accelerator.device.type == 'cpu':
             # accelerate would compute in float32 and say nothing.
             raise ValueError('mixed_precision=fp16 needs a GPU, and this runs on the CPU: use bf16 or no.')
