@@ -39,7 +39,7 @@ _MAX_THOROUGH = 30e6
 _MAX_COPIED = 8e6
 _SIDES = (32, 48, 56, 64, 84, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)
 _NOISE = 1 << 20
-_LARGE_LOGITS = 1e3
+_LARGE = 1e3
 
 
 class _FastInit(TorchFunctionMode):
@@ -59,13 +59,16 @@ def randomize(model: nn.Module, x: torch.Tensor) -> None:
     """Give every weight, scale, bias and BatchNorm statistic a value that is not trivial.
 
     Freshly made networks hide mistakes: layer scales near 0 switch blocks off, running statistics are those of the
-    identity. Where many branches add up the logits for `x` `[2, C, H, W]` would explode; the weights are then smaller.
+    identity. Where many branches add up, logits or gradients for `x` `[2, C, H, W]` would explode; the weights are then
+    smaller.
     """
-    for gain in (1.0, 0.5, 0.25):
+    x = x.clone().requires_grad_(True)
+    for gain in (1.0, 0.5, 0.25, 0.125):
         _draw(model, gain)
-        with torch.no_grad():
-            if model(x).abs().max() < _LARGE_LOGITS:
-                return
+        logits = model(x + 0)
+        (grad,) = torch.autograd.grad(logits.square().mean(), x)
+        if logits.abs().max() < _LARGE and grad.abs().max() < _LARGE:
+            return
 
 
 def _draw(model: nn.Module, gain: float) -> None:
