@@ -394,7 +394,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     families = len({row['family'] for row in rows})
     seconds = sum(r['seconds'] for r in rows)
     same = sum(r.get('checkpointing') == 'same' for r in rows)
-    shared = sum(bool(r.get('shares_prefix')) for r in rows)
+    shared = sum(r['status'] == 'run' and r['shares_prefix'] for r in rows)
+    sizes = [r['second_size'] for r in rows if r.get('second_size')]
     lines = [
         '# Coverage: every architecture of timm',
         '',
@@ -405,7 +406,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         f'refused (encoders without a classifier), {counts["failed"]} failed.',
         f'- {counts["run"]} really ran, with values (up to {_MAX_REAL / 1e6:.0f} M parameters, smallest input); '
         f'{counts["shapes"]} were checked for shapes and gradient reachability on the meta device.',
-        f'- {shared} share the computation before the first block between the paths, bit for bit.',
+        f'- {shared} of those that ran share the computation before the first block between the paths, bit for bit; '
+        f'{sum(size != "fixed" for size in sizes)} of {len(sizes)} tried also at a second, non-square or larger size '
+        '(the others take one size only).',
         f'- Of those that ran, gradient checkpointing gives bit-equal gradients in {same} and is refused by timm in '
         f'{sum(r.get("checkpointing") == "refused" for r in rows)}.',
         f'- {seconds / 60:.0f} minutes in all, added up over single-threaded processes on a machine shared with other '
