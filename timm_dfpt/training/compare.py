@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
+from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import write_atomic
@@ -157,15 +157,14 @@ def compare(
             'use --mixed-precision bf16.'
         )
     folder = Path(config.output)
-    # As the accelerator of a seed will ask for it: what is asked for first counts for the whole process.
-    state = PartialState(cpu=config.cpu)
-    _open_folder(folder, arms, config.resume, state)
+    # Like the ones of the seeds: what is asked for first counts for the whole process.
+    accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.mixed_precision)
+    _open_folder(folder, arms, config.resume, accelerator)
     result: dict[str, Any] = {}
     for number, seed in enumerate(seeds, start=1):
         output = folder / f'seed-{seed}'
         if not (output / SUMMARY_FILE).is_file():
-            if state.is_main_process:
-                print(f'seed {seed} ({number} of {len(seeds)})')
+            accelerator.print(f'seed {seed} ({number} of {len(seeds)})')
             resume = (output / CONFIG_FILE).is_file()
             common = dataclasses.replace(config, seed=seed, baselines=[], output=str(output), resume=resume)
             try:
@@ -173,14 +172,13 @@ def compare(
             except Preempted as stop:
                 raise Preempted(f'stopped by SIGTERM; continue with --output {folder} --resume') from stop
         result = _collect(folder, names, seeds[:number], reference, command)
-        if state.is_main_process:
+        if accelerator.is_main_process:
             _write(folder, result)
-    if state.is_main_process:
-        print(markdown_table(result))
+    accelerator.print(markdown_table(result))
     return result
 
 
-def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool, state: PartialState) -> None:
+def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool, accelerator: Accelerator) -> None:
     """Make the folder, or make sure that it holds a comparison of the same arms."""
     given = {arm.name: {'method': arm.method, **arm.changes} for arm in arms}
     path = folder / ARMS_FILE
@@ -197,11 +195,11 @@ def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool, state: Partial
         raise ValueError(
             f'output: {str(folder)!r} exists and is not empty. Continue it with --resume, or name another folder.'
         )
-    state.wait_for_everyone()
-    if state.is_main_process and not resume:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not resume:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps(given, indent=2) + '\n').encode())
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
 
 
 def _in_training_order(arm: Arm) -> int:
@@ -237,9 +235,7 @@ def _run_seed(config: TrainConfig, arms: Sequence[Arm], command: str) -> None:
                 'arms': {name: {'models': models[name], 'step': costs[name]} for name in models},
             },
         )
-    setup.accelerator.wait_for_everyone()
-    setup.accelerator.end_training()
-    setup.accelerator.free_memory()
+    setup.close()
 
 
 def _step_costs(setup: RunSetup, learners: Sequence[Learner]) -> dict[str, dict[str, float]]:
@@ -259,7 +255,8 @@ def _step_costs(setup: RunSetup, learners: Sequence[Learner]) -> dict[str, dict[
         learner.train()
         with FlopCounterMode(display=False) as counter:
             learner.step(input, target, 0, {})
-        costs[learner.name] = {'flops': counter.get_total_flops()}
+        # Of all processes, which share the batch.
+        costs[learner.name] = {'flops': counter.get_total_flops() * setup.accelerator.num_processes}
     for _ in range(_TIMED_STEPS):
         for learner in learners:
             start = time.perf_counter()

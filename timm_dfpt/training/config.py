@@ -281,7 +281,7 @@ class TrainConfig:
             # They are arguments of one loss, which others do not know.
             dropped['kd_loss_kwargs'] = {}
         if method == 'supervised':
-            dropped['teacher'] = None
+            dropped |= {'teacher': None, 'cache_teacher': False}
         if method not in _DUAL:
             dropped |= {'prompt_path': None, 'push_prompt_path': None, 'freeze_prompt_path': False}
         own = self.method_options.get(method, {})

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..hub.upload import check_repo_id
 from ..task import DFPTDistillationTask
 from .chain import assistant_configs, with_actual_teacher
@@ -53,6 +55,8 @@ def exit_code(job: Callable[[], Any]) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     try:
         job()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return EXIT_PREEMPTED
@@ -104,8 +108,7 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
         source = f'local-dir:{run_dir / "student"}'
         say(f'student: timm.create_model({source!r}, pretrained=True)')
         _publish(config, run_dir)
-    setup.accelerator.wait_for_everyone()
-    setup.accelerator.end_training()
+    setup.close()
     return summary
 
 

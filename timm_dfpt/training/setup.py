@@ -191,6 +191,13 @@ class RunSetup:
         """Return a batch `[B, C, H, W]` of the split that is evaluated last, to measure costs with."""
         return next(iter(self.loaders[self.eval_split]))[0]
 
+    def close(self) -> None:
+        """Finish the trackers; the processes stay together, since another run may follow in them."""
+        self.accelerator.wait_for_everyone()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.free_memory()
+
 
 def _load_data(config: TrainConfig) -> DataSplits:
     return load_splits(
