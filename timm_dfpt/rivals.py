@@ -88,10 +88,15 @@ class LogitLossTask(LogitDistillationTask):
     ) -> None:
         super().__init__(student_model, teacher_model, criterion, **kwargs)
         self.kd_fn = functools.partial(KD_LOSSES[loss], **(loss_kwargs or {}))
+        # Compared once: timm compares at every step, for which a device is waited for.
+        pairs = ((self.student_mean, self.teacher.mean_kd), (self.student_std, self.teacher.std_kd))
+        self._renormalize = not all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
     def _teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
+            if self._renormalize:
+                input = self.teacher.normalize_input(input, self.student_mean, self.student_std)
+            return self.teacher(input)
 
     def _result(
         self, logits: torch.Tensor, target: torch.Tensor, distillation: torch.Tensor
