@@ -1,0 +1,103 @@
+"""Options that make a step cheaper, through the whole main job: they run, and they leave the student they should."""
+import functools
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from timm_dfpt.task import DFPTDistillationTask
+from timm_dfpt.training import setup
+from timm_dfpt.training.learner import Learner
+from timm_dfpt.training.run import main
+
+STEPS = 214 // 32  # an epoch, without the last batch
+
+
+@pytest.fixture
+def train(tiny, tmp_path):
+    """Runs one epoch of the main job in this process; returns the student's weights."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def train(name, *more):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        assert main([*tiny.argv(tmp_path / name), '--epochs', '1', *more]) == 0
+        return load_file(tmp_path / name / 'student' / 'model.safetensors')
+
+    yield train
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def teacher_calls(monkeypatch):
+    """How often each training step ran the teacher's original path."""
+    calls, per_step = [], []
+    create, step = setup.create_teacher, Learner.step
+
+    def create_counted(*args):
+        teacher = create(*args)
+        # Wrapping copies the tree, hooks included, for the prompt path, whose passes are not the teacher's.
+        teacher.register_forward_hook(lambda module, *_: calls.append(None) if module is teacher else None)
+        return teacher
+
+    def counted_step(*args):
+        before = len(calls)
+        result = step(*args)
+        per_step.append(len(calls) - before)
+        return result
+
+    monkeypatch.setattr(setup, 'create_teacher', create_counted)
+    monkeypatch.setattr(Learner, 'step', counted_step)
+    return per_step
+
+
+def floats(weights):
+    return {name: value for name, value in weights.items() if value.is_floating_point()}
+
+
+def distance(a, b):
+    """The largest difference of a weight."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in floats(a))
+
+
+@pytest.mark.parametrize('method', ['kd', 'dfpt'])
+def test_bfloat16_teacher_and_channels_last_leave_a_student_close_to_the_plain_one(train, method):
+    plain = train('plain', '--method', method)
+    last = train('last', '--method', method, '--channels-last')
+    half = train('half', '--method', method, '--teacher-dtype', 'bfloat16')
+    for student in (last, half):
+        assert all(value.isfinite().all() for value in floats(student).values())
+        assert {value.dtype for value in floats(student).values()} == {torch.float32}
+    assert distance(last, plain) < 1e-3
+    # Another teacher, if only by rounding: the option must change something, and not much.
+    assert 0 < distance(half, plain) < 0.1
+
+
+def test_compiled_training_gives_the_same_student(train, monkeypatch):
+    """The option's own backend needs a C++ compiler and minutes; the graph is the same with any other."""
+    plain = train('plain', '--drop', '0')
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_task = DFPTDistillationTask.compile
+    monkeypatch.setattr(
+        DFPTDistillationTask, 'compile', functools.partialmethod(compile_task, backend='aot_eager', fullgraph=True)
+    )
+    compiled = train('compiled', '--drop', '0', '--compile')
+    assert counters['stats']['unique_graphs'] >= 1
+    assert distance(compiled, plain) < 1e-3
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('method', ['kd', 'dfpt'])
+def test_accumulation_calls_the_teacher_once_a_micro_batch(train, teacher_calls, method):
+    train('accumulated', '--method', method, '--grad-accum-steps', '3')
+    assert teacher_calls == [1] * STEPS
+
+
+def test_a_baseline_beside_it_shares_the_teachers_pass(train, teacher_calls):
+    train('both', '--method', 'dfpt', '--baselines', 'kd')
+    assert teacher_calls == [1, 0] * STEPS
