@@ -33,6 +33,8 @@ _UNSET = (
     'ALL_PROXY',
 )
 
+# Threads of OpenMP do not live through a fork, and what the processes compute is tiny.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['__main__', 'torch', 'torchvision', 'numpy', 'PIL.Image', 'jinja2', 'yaml'])
 

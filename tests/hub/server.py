@@ -52,6 +52,7 @@ class Hub:
         self.listed: dict[str, str] = {}  # repo id -> commit that its listing is of, where it lags behind
         self.lfs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        self.next_faults: list[Fault] = []
         self.requests: list[str] = []
         self.lock = threading.RLock()
         self.pull_requests = itertools.count(1)
@@ -74,6 +75,7 @@ class Hub:
         with self.lock:
             self.repos.clear()
             self.faults.clear()
+            self.next_faults.clear()
             self.requests.clear()
             self.allowed.clear()
             self.listed.clear()
@@ -212,7 +214,11 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[0] == 'api':
             return {}, json.dumps(self._api(command, parts[1:])).encode()
         if parts[0] == 'mend':  # a way for a client to say that the trouble with its repository is over
-            self.hub.faults = [fault for fault in self.hub.faults if '/'.join(parts[1:]) not in fault.pattern]
+            repo_id = '/'.join(parts[1:])
+            self.hub.faults = [fault for fault in self.hub.faults if repo_id not in fault.pattern]
+            return {}, b'{}'
+        if parts[0] == 'worsen':  # and that the next trouble may come
+            self.hub.faults = [self.hub.next_faults.pop(0)]
             return {}, b'{}'
         if parts[0] == 'lfs-store':
             oid = parts[1]

@@ -19,6 +19,10 @@ from .server import Hub
 BLOCK = re.compile(r'```(\w+)\n(.*?)```', re.DOTALL)
 
 
+def _publish_each(commands: list[tuple[str, ...]]) -> list[dict[str, Any]]:
+    return [_publish(*args) for args in commands]
+
+
 def _publish(*args: str) -> dict[str, Any]:
     """Publish from the command line."""
     import contextlib
@@ -166,8 +170,8 @@ def test_what_cannot_be_published_is_said_before_anything_is_sent(hub: Hub, trai
         (('run', '--push-prompt-path', 'alice/p', '--base-model', 'local-dir:teacher'), 'base_model must be'),
         (('run', '--push-to-hub', 'alice/taken'), '--force'),
     ]
-    for args, words in cases:
-        outcome = trainer.run(_publish, *args)
+    outcomes = trainer.run(_publish_each, [args for args, _ in cases])
+    for (_, words), outcome in zip(cases, outcomes, strict=True):
         assert outcome['code'] == 1
         assert words in outcome['stderr'], outcome['stderr']
         assert outcome['stderr'].count('\n') == 1

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def origin_of(base: Any) -> tuple[str | None, str | None]:
 
 
 def _commit_in_cache(repo_id: str, revision: str | None, filename: str) -> str | None:
+    if revision is not None and re.fullmatch(r'[0-9a-f]{40}', revision):
+        return revision
     path = try_to_load_from_cache(repo_id, filename, revision=revision)
     return Path(path).parent.name if isinstance(path, str) else None
 
@@ -137,39 +140,41 @@ def build_base(config: PromptPathConfig, source: Source) -> nn.Module:
         ValueError: It cannot be built from them.
     """
     name = str(config.base_model)
-    if name.startswith('hf-hub:'):
-        base, weights_name, overlay = _base_source(name, config, source), WEIGHTS, None
-        spec = f'local-dir:{base.get(CONFIG, MAX_JSON_BYTES).parent}'
-    else:
-        cfg = timm.get_pretrained_cfg(name)
-        if cfg is None or not cfg.hf_hub_id:
-            raise ValueError(
-                f'The weights of {name} are not on the Hub for this timm ({timm.__version__}). Create the model '
-                'yourself and pass it: from_pretrained(..., model=...).'
-            )
-        base = _base_source(cfg.hf_hub_id, config, source)
-        weights_name, spec = _safe_weights_name(cfg.to_dict()), name
-    if not weights_name.endswith('.safetensors'):
-        raise ValueError(f'{base.name} has its weights in {weights_name}; only safetensors are read. Pass model=.')
-    weights = base.get(weights_name)
+    from_repo = name.startswith('hf-hub:')
+    hub_id, filename = (name, WEIGHTS) if from_repo else _timm_weights(name)
+    base = _base_source(hub_id, config, source)
+    weights = base.get(filename)
     needed = config.base_fingerprint.parameters * _dtype(config).itemsize
     if weights.stat().st_size < needed // 2:
         # Half, because weights may be stored in half precision. This bounds the memory that is taken below.
-        raise ValueError(
-            f'{weights_name} of {base.name} is too small for {config.base_fingerprint.parameters:,} parameters.'
-        )
-    if not name.startswith('hf-hub:'):
-        overlay = {'file': str(weights), 'hf_hub_id': None, 'url': None, 'custom_load': False}
+        count = config.base_fingerprint.parameters
+        raise ValueError(f'{filename} of {base.name} is too small for a model of {count:,} parameters.')
+    if from_repo:
+        spec, overlay = f'local-dir:{base.get(CONFIG, MAX_JSON_BYTES).parent}', None
+    else:
+        spec, overlay = name, {'file': str(weights), 'hf_hub_id': None, 'url': None, 'custom_load': False}
     try:
         model = timm.create_model(spec, pretrained=True, pretrained_cfg_overlay=overlay, **config.base_model_args)
     except BUILD_ERRORS as error:
         raise ValueError(f'The base model {name} cannot be built: {type(error).__name__}: {error}') from error
-    if overlay is None:
+    if from_repo:
         remember_origin(model, base)
     else:
         model.pretrained_cfg.update(timm.get_pretrained_cfg(name).to_dict(), hf_hub_id=base.pinned)
         model.pretrained_cfg.pop('file', None)
     return model.to(_dtype(config))
+
+
+def _timm_weights(name: str) -> tuple[str, str]:
+    """Return repository and file of the weights that timm has under a name."""
+    cfg = timm.get_pretrained_cfg(name)
+    filename = _safe_weights_name(cfg.to_dict()) if cfg is not None else ''
+    if cfg is None or not cfg.hf_hub_id or not filename.endswith('.safetensors'):
+        raise ValueError(
+            f'The weights of {name} are not on the Hub as safetensors for this timm ({timm.__version__}). Create the '
+            'model yourself and pass it: from_pretrained(..., model=...).'
+        )
+    return cfg.hf_hub_id, filename
 
 
 def _base_source(name: str, config: PromptPathConfig, source: Source) -> Source:

@@ -20,6 +20,7 @@ from ..hub.files import read_json
 from ..hub.prompt_path import PROMPT_CONFIG
 from ..hub.push import empty_folder
 from ..hub.stage import CURVES, stage_prompt_path, stage_student
+from ..hub.student import DISTILLATION
 from ..hub.upload import check_repo_id, push_folder
 from .config import TrainConfig
 
@@ -52,7 +53,8 @@ def publish_run(
         base_model: Where others can have the prompt path's teacher, if not where this run had it from; see
             `timm_dfpt.hub.push_prompt_path`.
         private: Whether new repositories are private.
-        license: Licence of the weights, e.g. `'apache-2.0'`; never taken from the models the run started from.
+        license: Licence of the weights, e.g. `'apache-2.0'`; by default what the run was given with `--license`, and
+            never taken from the models it started from.
         revision: Branch to push to, made where it does not exist.
         create_pr: Open pull requests instead of committing.
         token: Token of the user, `None` for the stored one.
@@ -76,6 +78,7 @@ def publish_run(
         raise ValueError(f'Student and prompt path need a repository each, got {push_to_hub!r} for both.')
     run_dir = Path(run_dir)
     run, recipe = _read_run(run_dir, push_prompt_path)
+    license = license or recipe.get('license')
     base_revision = None
     if (run_dir / 'prompt_path' / PROMPT_CONFIG).is_file():
         base_revision = read_json(run_dir / 'prompt_path' / PROMPT_CONFIG).get('base_revision')
@@ -133,7 +136,10 @@ def _read_run(run_dir: Path, prompt_path_repo: str | None) -> tuple[RunFacts, di
                 f'{str(run_dir)!r} has no {name}, so it is no finished run. Finish it with train/distill.py --resume.'
             )
     summary = read_json(run_dir / 'summary.json')
-    recipe = yaml.safe_load((run_dir / 'config.yaml').read_text(encoding='utf-8'))
+    record_file = run_dir / 'student' / DISTILLATION
+    # The record names local data and models without their folders; only the run itself could tell them from Hub ids.
+    record = read_json(record_file) if record_file.is_file() else {}
+    recipe = record.get('recipe') or yaml.safe_load((run_dir / 'config.yaml').read_text(encoding='utf-8'))
     models = dict(summary.get('models', {}))
     models |= {f'{name} baseline': model for name, model in summary.get('baselines', {}).items()}
     split = str(summary.get('eval_split', 'val'))
@@ -142,7 +148,7 @@ def _read_run(run_dir: Path, prompt_path_repo: str | None) -> tuple[RunFacts, di
     facts = RunFacts(
         method=summary.get('method'),
         teacher=public(recipe.get('teacher')),
-        dataset=_dataset_name(summary.get('dataset')),
+        dataset=public(record.get('dataset', summary.get('dataset'))),
         eval_split=split,
         eval_size=summary.get('dataset_sizes', {}).get(split),
         rows=[_row(role, model, split) for role, model in models.items()],
@@ -159,13 +165,6 @@ def _read_run(run_dir: Path, prompt_path_repo: str | None) -> tuple[RunFacts, di
 def _row(role: str, model: Mapping[str, Any], split: str) -> ModelRow:
     splits = {'val': model.get('val_metrics', {}), split: model.get('metrics', {})}
     return ModelRow(role, str(model.get('name', role)), splits, model.get('cost', {}).get('params'))
-
-
-def _dataset_name(dataset: str | None) -> str | None:
-    """Return a Hub id as it is, and of a folder or file only its name."""
-    if dataset is None or not Path(dataset).expanduser().exists():
-        return public(dataset)
-    return Path(dataset).name
 
 
 def _student_base(recipe: Mapping[str, Any]) -> str | None:
