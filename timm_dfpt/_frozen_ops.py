@@ -77,7 +77,7 @@ def _conv2d(
     if isinstance(padding, str) or not _only_input_learns(input, weight, bias):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if device != 'meta' and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import io
 import logging
-import multiprocessing
 import os
 import sys
 import traceback
@@ -18,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.forked import CONTEXT
 
 _UNSET = (
     'HF_HUB_OFFLINE',
@@ -32,11 +33,6 @@ _UNSET = (
     'HTTPS_PROXY',
     'ALL_PROXY',
 )
-
-# Threads of OpenMP do not live through a fork, and what the processes compute is tiny.
-os.environ.setdefault('OMP_NUM_THREADS', '1')
-_context = multiprocessing.get_context('forkserver')
-_context.set_forkserver_preload(['__main__', 'torch', 'torchvision', 'numpy', 'PIL.Image', 'jinja2', 'yaml'])
 
 
 @dataclass
@@ -119,10 +115,10 @@ class Client:
         **kwargs: Any,
     ) -> Pending:
         """Start `function(*args, **kwargs)` with the modules `without` not importable."""
-        receiver, sender = _context.Pipe(duplex=False)
+        receiver, sender = CONTEXT.Pipe(duplex=False)
         where = (function.__module__, function.__name__)
         job = (where, args, kwargs, self.environment() | (env or {}), str(self.cwd), without, sender)
-        process = _context.Process(target=_run, args=job, daemon=True)
+        process = CONTEXT.Process(target=_run, args=job, daemon=True)
         process.start()
         sender.close()
         return Pending(process, receiver, timeout)

@@ -1,7 +1,6 @@
-"""Real processes that run the main job, started in a moment from a server that has imported everything."""
+"""Real processes that run the main job."""
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -13,11 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context('forkserver')
-_CONTEXT.set_forkserver_preload(
-    ['timm_dfpt.training.run', 'datasets', 'torchvision.datasets.folder', 'matplotlib.pyplot', 'training_jobs']
-)
-
+from tests.forked import CONTEXT
 
 # What a process is doing, by the functions of its main thread, the first that is found.
 PHASES = {'save': ('save_checkpoint',), 'evaluation': ('_evaluate',), 'step': ('_step',), 'export': ('export',)}
@@ -76,7 +71,7 @@ class Job:
         self.log = log
         port, common = str(free_port()), {'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}
         self.workers = []
-        self._phase = _CONTEXT.RawValue('i', -1)
+        self._phase = CONTEXT.RawValue('i', -1)
         for rank in range(processes):
             environment = dict(common)
             if processes > 1:
@@ -85,7 +80,7 @@ class Job:
                     'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes),
                     'LOCAL_WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port,
                 }  # fmt: skip
-            worker = _CONTEXT.Process(target=_work, args=(list(argv), environment, str(log), self._phase, file_bytes))
+            worker = CONTEXT.Process(target=_work, args=(list(argv), environment, str(log), self._phase, file_bytes))
             worker.start()
             self.workers.append(worker)
 

@@ -119,7 +119,9 @@ def add_argument(owner: type, group: Any, field: dataclasses.Field[Any]) -> None
     shown = json.dumps(default) if isinstance(default, (list, dict)) else default
     options: dict[str, Any] = {'help': f'{field.metadata["help"]} (default: {shown})', 'default': argparse.SUPPRESS}
     if kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        # argparse would read --no-aug as the negation of an option --aug.
+        action: Any = 'store_true' if flag.startswith('--no-') else argparse.BooleanOptionalAction
+        group.add_argument(flag, action=action, **options)
         return
     if kind is list:
         options |= {'nargs': '*', 'type': item, 'metavar': 'X'}

@@ -1,11 +1,14 @@
 """The main job, from options to a run folder: `train/distill.py` is a few lines around `main`."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,8 @@ def exit_code(job: Callable[[], Any]) -> int:
     """Do a job and turn the errors that a user can do something about into one line; see `main`."""
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     try:
-        job()
+        with _stoppable():
+            job()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except Preempted as stop:
@@ -64,6 +68,23 @@ def exit_code(job: Callable[[], Any]) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM end the job in words before and after training, too; while training, the loop saves first."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Preempted('Stopped by SIGTERM; the same command with --resume goes on.')
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def run(config: TrainConfig, command: str = '') -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""The command line, recipes and the saved record are one set of options."""
+import dataclasses
+
+import pytest
+import yaml
+
+from timm_dfpt.training.config import TrainConfig, load_recipe, parse_config, public_options, save_config
+
+REQUIRED = ['--dataset', 'photos', '--student', 'resnet18', '--teacher', 'resnet50']
+
+
+def test_every_boolean_flag_says_what_it_is_called():
+    defaults = parse_config(REQUIRED)
+    assert not defaults.no_aug
+    assert parse_config([*REQUIRED, '--no-aug']).no_aug
+    assert parse_config([*REQUIRED, '--model-ema']).model_ema
+    assert parse_config([*REQUIRED, '--student-pretrained']).student_pretrained
+    assert not parse_config([*REQUIRED, '--no-prompt-block']).prompt_block
+
+
+def test_saved_options_are_a_recipe_of_the_same_run(tmp_path):
+    config = parse_config([*REQUIRED, '--lr', '1e-3', '--student-kwargs', 'layers=[1,1,1,1]', '--baselines', 'kd'])
+    save_config(config, tmp_path / 'config.yaml')
+    again = TrainConfig(**load_recipe(tmp_path / 'config.yaml'))
+    assert dataclasses.asdict(again) == dataclasses.asdict(config)
+    assert config.student_kwargs == {'layers': [1, 1, 1, 1]}
+
+
+def test_command_line_wins_over_the_recipe(tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    options = {'dataset': '../photos', 'teacher': 'resnet50', 'student': 'resnet18', 'lr': '1e-3'}
+    recipe.write_text(yaml.safe_dump(options))
+    config = parse_config(['--config', str(recipe), '--epochs', '3'])
+    assert (config.lr, config.epochs) == (1e-3, 3)
+    # A path in a recipe counts from the recipe.
+    assert config.dataset == str(tmp_path.parent / 'photos')
+    assert parse_config(['--config', str(recipe), '--lr', '0.2']).lr == 0.2
+
+
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [('epoch', "unknown option 'epoch'.*Did you mean 'epochs'"), ('temprature', "Did you mean 'temperature'")],
+)
+def test_unknown_options_of_a_recipe_name_the_nearest(tmp_path, option, message):
+    (tmp_path / 'recipe.yaml').write_text(f'{option}: 3\n')
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / 'recipe.yaml')
+
+
+def test_published_options_tell_no_local_path(tmp_path):
+    (tmp_path / 'photos').mkdir()
+    argv = ['--dataset', str(tmp_path / 'photos'), '--student', 'resnet18', '--output', str(tmp_path / 'run')]
+    argv += ['--teacher', f'local-dir:{tmp_path}/teacher/student']
+    options = public_options(parse_config(argv))
+    assert options['dataset'] == 'photos'
+    assert str(tmp_path) not in str(options)
