@@ -40,7 +40,7 @@ class PeakMemory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         old = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for leaf in pytree.tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != 'meta':
                 self._follow(leaf.untyped_storage(), old)
         return out
 
