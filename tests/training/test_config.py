@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from timm_dfpt.training.config import TrainConfig, load_recipe, parse_config, public_options, save_config
+from timm_dfpt.training.run import main
 
 REQUIRED = ['--dataset', 'photos', '--student', 'resnet18', '--teacher', 'resnet50']
 
@@ -54,3 +55,11 @@ def test_published_options_tell_no_local_path(tmp_path):
     options = public_options(parse_config(argv))
     assert options['dataset'] == 'photos'
     assert str(tmp_path) not in str(options)
+
+
+def test_a_tracker_that_is_not_installed_is_not_left_out_in_silence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr('timm_dfpt.training.setup.get_available_trackers', list)
+    argv = [*REQUIRED, '--log-with', 'tensorboard', '--output', str(tmp_path / 'run')]
+    assert main(argv) == 1
+    assert 'pip install tensorboard' in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()

@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
 
@@ -46,6 +47,9 @@ class RunSetup:
 
     def __init__(self, config: TrainConfig, project_dir: str) -> None:
         self.config = config
+        if config.log_with is not None and config.log_with not in map(str, get_available_trackers()):
+            # accelerate would train on and log nowhere.
+            raise ValueError(f'log_with={config.log_with} needs a package: pip install {config.log_with}.')
         # accelerate warns about the pinned memory of machines without an accelerator.
         warnings.filterwarnings('ignore', message='.*pin_memory.*')
         self.accelerator = Accelerator(
