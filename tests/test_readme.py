@@ -1,0 +1,53 @@
+"""What the README tells people to type works, but for weights that a test cannot download."""
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_dfpt.training.config import parse_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'```(\w*)\n(.*?)```', README, flags=re.DOTALL)
+COMMANDS = [
+    line
+    for _, block in BLOCKS
+    for line in block.replace('\\\n', ' ').splitlines()
+    if line.startswith('accelerate launch train/distill.py')
+]
+
+
+def test_python_in_ten_lines(tmp_path, monkeypatch):
+    code = next(block for language, block in BLOCKS if language == 'python' and 'wrap' in block)
+    # A small model in the place of a large one whose weights are on the Hub.
+    code = code.replace("'resnet50', pretrained=True", "'test_resnet'").replace("'resnet18'", "'test_resnet'")
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    names = {
+        'images': torch.randn(4, 3, 64, 64, generator=generator),
+        'target': torch.randint(1000, (4,), generator=generator),
+        'names': [f'class {i}' for i in range(1000)],
+    }
+    exec(code, names)
+    assert names['out'].original.shape == names['out'].prompt.shape == (4, 1000)
+    # One step has moved the prompt path away from the teacher.
+    assert not torch.equal(names['out'].original, names['out'].prompt)
+    assert (tmp_path / 'my-prompt-path' / 'prompt_path.safetensors').is_file()
+    assert (tmp_path / 'my-student' / 'model.safetensors').is_file()
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_commands_are_understood(command):
+    config = parse_config(shlex.split(command, comments=True)[3:])
+    assert config.dataset == 'photos'
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) == 2
+
+
+@pytest.mark.parametrize('link', sorted(set(re.findall(r'\]\((?!https?:)([^)#]+)\)', README))))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
