@@ -612,3 +612,12 @@ def test_wrap_of_fused_batch_norm_layers() -> None:
     norms = [m for m in teacher.prompt_path.backbone.modules() if isinstance(m, BatchNormAct2d)]
     assert norms
     assert all(norm.training for norm in norms)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_model_without_memory_is_wrapped_too(dtype):
+    with torch.device('meta'):
+        model = timm.create_model('test_resnet', num_classes=5).to(dtype)
+    teacher = timm_dfpt.wrap(model)
+    out = teacher(torch.empty(3, 3, 64, 64, device='meta', dtype=dtype))
+    assert out.original.shape == out.prompt.shape == (3, 5)

@@ -15,9 +15,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-__all__ = ['keep_less']
+__all__ = ['autocasts', 'keep_less']
 
 _Ints = tuple[int, ...]
+
+
+def autocasts(device: str) -> bool:
+    """Say whether autocast is on for a type of device; the meta device has none, and torch raises when asked."""
+    return device != 'meta' and torch.is_autocast_enabled(device)
 
 
 def keep_less(model: nn.Module) -> None:
@@ -77,7 +82,7 @@ def _conv2d(
     if isinstance(padding, str) or not _only_input_learns(input, weight, bias):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     device = input.device.type
-    if device != 'meta' and torch.is_autocast_enabled(device):
+    if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)

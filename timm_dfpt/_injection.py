@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ._frozen_ops import autocasts
 from ._layouts import TokenOrder, from_patches, to_patches, token_grid
 from ._prefix import PathState
 from .stages import Feature, Stage
@@ -89,6 +90,6 @@ class CastInput:
 def _match_precision(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor:
     """Cast `x` to the precision of the modules' weights, unless autocast does."""
     param = next(itertools.chain.from_iterable(m.parameters() for m in modules), None)
-    if param is None or param.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    if param is None or param.dtype == x.dtype or autocasts(x.device.type):
         return x
     return x.to(param.dtype)

@@ -1,14 +1,11 @@
 """The training loop: learners side by side on the same batches, exact across kills and processes."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +26,7 @@ from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint, w
 from .config import TrainConfig
 from .evaluate import evaluate
 from .learner import Learner
+from .sigterm import on_sigterm
 from .teacher_cache import TeacherCache
 
 __all__ = ['METRICS_FILE', 'NonFiniteLossError', 'Preempted', 'Trainer']
@@ -150,27 +148,15 @@ class Trainer:
             dynamic_ncols=True,
             mininterval=1.0,
         )
-        with bar, self._noticing_sigterm():
+        with bar, on_sigterm(self._request_stop):
             while progress.epoch < self.config.epochs:
                 if progress.step_in_epoch < self.steps:
                     self._train_epoch(bar)
                 self._finish_epoch()
         return progress.seconds
 
-    @contextlib.contextmanager
-    def _noticing_sigterm(self) -> Iterator[None]:
-        def request_stop(signum: int, frame: Any) -> None:
-            self.stop_requested = True
-
-        if threading.current_thread() is not threading.main_thread():
-            # Python lets only the main thread, which a notebook server may need itself, handle signals.
-            yield
-            return
-        previous = signal.signal(signal.SIGTERM, request_stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    def _request_stop(self) -> None:
+        self.stop_requested = True
 
     def _asked_to_stop(self, at_once: bool = False) -> bool:
         """Say whether this process was asked to stop, or, looked at now and then, one of the others."""

@@ -1,14 +1,11 @@
 """The main job, from options to a run folder: `train/distill.py` is a few lines around `main`."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from .loop import METRICS_FILE, NonFiniteLossError, Preempted, Trainer
 from .publish import publish_run
 from .report import closing_table, plot_curves, verdicts, write_summary
 from .setup import RunSetup
+from .sigterm import on_sigterm
 
 __all__ = ['EXIT_PREEMPTED', 'exit_code', 'main', 'run', 'train_side_by_side']
 
@@ -57,7 +55,8 @@ def exit_code(job: Callable[[], Any]) -> int:
     """Do a job and turn the errors that a user can do something about into one line; see `main`."""
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     try:
-        with _stoppable():
+        # Before and after training; while training, the loop saves first.
+        with on_sigterm(_stop):
             job()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -70,21 +69,8 @@ def exit_code(job: Callable[[], Any]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let SIGTERM end the job in words before and after training, too; while training, the loop saves first."""
-
-    def stop(signum: int, frame: Any) -> None:
-        raise Preempted('Stopped by SIGTERM; the same command with --resume goes on.')
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _stop() -> None:
+    raise Preempted('Stopped by SIGTERM; the same command with --resume goes on.')
 
 
 def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
