@@ -234,18 +234,21 @@ def cross_entropy_reference(rows: Rows, target: list[int]) -> float:
     return mean([-math.log(softmax(row, 1.0)[y]) for row, y in zip(rows, target, strict=True)])
 
 
-def test_dfpt_golden_values() -> None:
+@pytest.mark.parametrize('prompt_temperature', [None, 1.5])
+def test_dfpt_golden_values(prompt_temperature: float | None) -> None:
     weights = DFPTWeights(0.9, 0.3, 1.7, 0.6, prompt_task=0.8, student_task=1.2)
+    between = prompt_temperature or 3.0
     out = dfpt_losses(
-        leaf(STUDENT), leaf(PROMPT), tensor(TEACHER), torch.tensor(TARGET), temperature=3.0, weights=weights
-    )
+        leaf(STUDENT), leaf(PROMPT), tensor(TEACHER), torch.tensor(TARGET), temperature=3.0,
+        prompt_temperature=prompt_temperature, weights=weights,
+    )  # fmt: skip
     expected = {
         'student_task_loss': cross_entropy_reference(STUDENT, TARGET),
         'student_teacher_loss': kd_reference(STUDENT, TEACHER, TARGET, 3.0),
-        'student_prompt_loss': kd_reference(STUDENT, PROMPT, TARGET, 3.0),
+        'student_prompt_loss': kd_reference(STUDENT, PROMPT, TARGET, between),
         'prompt_task_loss': cross_entropy_reference(PROMPT, TARGET),
         'prompt_teacher_loss': kd_reference(PROMPT, TEACHER, TARGET, 3.0),
-        'prompt_student_loss': kd_reference(PROMPT, STUDENT, TARGET, 3.0),
+        'prompt_student_loss': kd_reference(PROMPT, STUDENT, TARGET, between),
     }
     expected['loss'] = math.fsum(getattr(weights, k.removesuffix('_loss')) * v for k, v in expected.items())
     assert {k: v.item() for k, v in out.items()} == pytest.approx(expected, rel=1e-12)

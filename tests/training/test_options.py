@@ -1,5 +1,6 @@
-"""Options that make a step cheaper, through the whole main job: they run, and they leave the student they should."""
+"""Options of a step, through the whole main job: they run, and they leave the student they should."""
 import functools
+import json
 
 import pytest
 import torch
@@ -101,3 +102,44 @@ def test_accumulation_calls_the_teacher_once_a_micro_batch(train, teacher_calls,
 def test_a_baseline_beside_it_shares_the_teachers_pass(train, teacher_calls):
     train('both', '--method', 'dfpt', '--baselines', 'kd')
     assert teacher_calls == [1, 0] * STEPS
+
+
+def weights_at_each_step(monkeypatch):
+    seen, step = [], Learner.step
+
+    def watched(self, *args):
+        seen.append(self.task.weights)
+        return step(self, *args)
+
+    monkeypatch.setattr(Learner, 'step', watched)
+    return seen
+
+
+def test_a_weight_with_an_end_moves_in_a_straight_line_from_the_first_update_to_the_last(train, monkeypatch):
+    seen = weights_at_each_step(monkeypatch)
+    ends = ('--prompt-student-weight', '0', '--prompt-student-weight-end', '1', '--student-teacher-weight-end', '0.5')
+    train('moving', *ends, '--epochs', '2')
+    count = 2 * STEPS
+    assert [w.prompt_student for w in seen] == pytest.approx([i / (count - 1) for i in range(count)])
+    assert [w.student_teacher for w in seen] == pytest.approx([1 - 0.5 * i / (count - 1) for i in range(count)])
+    assert {(w.prompt_teacher, w.student_prompt) for w in seen} == {(1.0, 1.0)}
+
+
+def test_an_end_equal_to_the_start_is_no_change(train):
+    plain = train('plain')
+    moved = train('moved', '--prompt-student-weight-end', '0.25')
+    assert all(torch.equal(plain[key], moved[key]) for key in plain)
+
+
+def test_validation_now_and_then_leaves_the_same_student_and_ends_with_one(train, tmp_path):
+    often = train('often', '--epochs', '5')
+    rare = train('rare', '--epochs', '5', '--val-interval', '3', '--export-epochs', '2')
+    assert all(torch.equal(often[key], rare[key]) for key in often)
+    lines = {
+        name: [json.loads(line)['dfpt'] for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
+        for name in ('often', 'rare')
+    }
+    # An epoch whose student is exported is validated too.
+    assert [i + 1 for i, line in enumerate(lines['rare']) if 'val' in line] == [2, 3, 5]
+    assert all(line['val'] == lines['often'][i]['val'] for i, line in enumerate(lines['rare']) if 'val' in line)
+    assert (tmp_path / 'rare' / 'curves.png').is_file()

@@ -68,6 +68,7 @@ def dfpt_losses(
     target: Tensor,
     *,
     temperature: float = 4.0,
+    prompt_temperature: float | None = None,
     weights: DFPTWeights = DFPTWeights(),  # noqa: B008 - frozen, so one instance can serve every call
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     kd_fn: KDLoss | None = None,
@@ -90,6 +91,8 @@ def dfpt_losses(
         teacher_logits: Logits of the original path z_t `[B, K]`; no gradient flows into them.
         target: Class indices `[B]` (int64) or class probabilities `[B, K]`, whatever `criterion` understands.
         temperature: Softmax temperature T > 0.
+        prompt_temperature: Another one (ours) for the two terms between student and prompt path, which is softer than
+            the teacher already; `None` for the same.
         weights: Weights of the six terms. A term with weight 0 is left out of the graph and reported detached.
         criterion: Loss on the labels, `(logits [B, K], target) -> scalar`.
         kd_fn: Loss of the four distillation terms in place of `T^2 KL`, called as
@@ -101,14 +104,16 @@ def dfpt_losses(
 
     Raises:
         TypeError: Logits, target, or temperature have the wrong type.
-        ValueError: Shapes or devices differ, the temperature is not positive and finite, or `kd_fn` needs class
+        ValueError: Shapes or devices differ, a temperature is not positive and finite, or `kd_fn` needs class
             indices and the target is soft.
     """
     check_logits(student_logits, prompt_logits=prompt_logits, teacher_logits=teacher_logits)
     check_target(target, student_logits)
-    if isinstance(temperature, Tensor):
-        raise TypeError('temperature must be a number: a learned one would get the gradient of both directions.')
-    check_temperature(temperature)
+    between = temperature if prompt_temperature is None else prompt_temperature
+    for value in (temperature, between):
+        if isinstance(value, Tensor):
+            raise TypeError('temperature must be a number: a learned one would get the gradient of both directions.')
+        check_temperature(value)
 
     with full_precision(student_logits):
         logits = {
@@ -116,20 +121,25 @@ def dfpt_losses(
             'prompt': upcast(prompt_logits),
             'teacher': upcast(teacher_logits).detach(),
         }
-        # Each network takes part in several terms, so its log-softmax is computed once for all of them.
-        log_probs = {k: F.log_softmax(v / temperature, dim=1) for k, v in logits.items()} if kd_fn is None else {}
+        log_probs: dict[tuple[str, float], Tensor] = {}
+        if kd_fn is None:
+            # Each network takes part in several terms, so its log-softmax is computed once for all of them.
+            log_probs = {(k, temperature): F.log_softmax(v / temperature, dim=1) for k, v in logits.items()}
+            if between != temperature:
+                log_probs |= {(k, between): F.log_softmax(logits[k] / between, dim=1) for k in ('student', 'prompt')}
         terms: dict[str, Tensor] = {}
         parts: dict[str, Tensor] = {}
         for name in (field.name for field in dataclasses.fields(weights)):
             learner, source = name.split('_')
             weight = getattr(weights, name)
+            t = temperature if 'teacher' in name else between
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
                 if source == 'task':
                     terms[name] = criterion(logits[learner], target)
                 elif kd_fn is not None:
-                    terms[name] = kd_fn(logits[learner], logits[source].detach(), target, temperature)
+                    terms[name] = kd_fn(logits[learner], logits[source].detach(), target, t)
                 else:
-                    terms[name] = kl_from_log_probs(log_probs[learner], log_probs[source].detach()) * temperature**2
+                    terms[name] = kl_from_log_probs(log_probs[learner, t], log_probs[source, t].detach()) * t**2
             if terms[name].ndim != 0:
                 raise ValueError(
                     f"{'criterion' if source == 'task' else 'kd_fn'} must return a scalar, got the shape "

@@ -96,8 +96,10 @@ def plot_comparison(result: Mapping[str, Any], run_dirs: Sequence[Path], path: P
     ]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
     for name in result['arms']:
-        curves = [[line[name]['val']['student']['top1'] for line in lines] for lines in runs]
-        left.plot(range(1, len(curves[0]) + 1), [statistics.fmean(v) for v in zip(*curves, strict=True)], label=name)
+        validated = [[line for line in lines if 'val' in line[name]] for lines in runs]
+        curves = [[line[name]['val']['student']['top1'] for line in lines] for lines in validated]
+        epochs = [line['epoch'] for line in validated[0]]
+        left.plot(epochs, [statistics.fmean(v) for v in zip(*curves, strict=True)], label=name)
     left.set(xlabel='epoch', ylabel='top-1 %', title='validation, mean over the seeds')
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize='small')

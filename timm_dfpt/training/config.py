@@ -44,6 +44,9 @@ class TrainConfig:
     # --- method
     method: str = _opt('dfpt', 'what the student is trained with', 'method', choices=METHODS)
     temperature: float = _opt(4.0, 'softmax temperature T of every distillation term', 'method')
+    prompt_temperature: float | None = _opt(
+        None, 'dfpt: another T between student and prompt path (default: the same)', 'method'
+    )
     kd_loss: str = _opt(
         'kd', 'distillation loss of the four terms of dfpt and dfpt+', 'method',
         choices=('kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm'),
@@ -60,6 +63,12 @@ class TrainConfig:
     prompt_student_weight: float = _opt(0.25, 'dfpt: b, what the prompt path learns from the student', 'method')
     student_teacher_weight: float = _opt(1.0, 'dfpt: c, what the student learns from the teacher', 'method')
     student_prompt_weight: float = _opt(1.0, 'dfpt: d, what the student learns from the prompt path', 'method')
+    prompt_teacher_weight_end: float | None = _opt(
+        None, 'dfpt: value that a reaches in the last update, changing linearly (default: it is constant)', 'method'
+    )
+    prompt_student_weight_end: float | None = _opt(None, 'dfpt: the same of b', 'method')
+    student_teacher_weight_end: float | None = _opt(None, 'dfpt: the same of c', 'method')
+    student_prompt_weight_end: float | None = _opt(None, 'dfpt: the same of d', 'method')
     baselines: list[str] = _opt([], 'methods to train beside it, on the same batches', 'method', choices=METHODS)
     method_options: dict[str, Any] = _opt(
         {}, 'options that count for one method: {dkd: {temperature: 4}} (in recipes only)', 'method', recipe_only=True
@@ -157,6 +166,7 @@ class TrainConfig:
     resume: bool = _opt(False, 'continue the run in --output from its last checkpoint', 'run')
     checkpoint_steps: int = _opt(0, 'also checkpoint every so many updates (0: every epoch)', 'run')
     checkpoint_hist: int = _opt(2, 'checkpoints to keep', 'run')
+    val_interval: int = _opt(1, 'epochs between two validations; the last epoch is always validated', 'run')
     export_epochs: list[int] = _opt([], 'also save the student of these epochs, as student-epoch<n>', 'run')
     log_interval: int = _opt(50, 'steps between two looks at the loss', 'run')
     on_nonfinite: str = _opt('stop', 'what to do when a loss is NaN or Inf', 'run', choices=('stop', 'skip'))
@@ -187,12 +197,16 @@ class TrainConfig:
 
         for name in ('temperature', 'lr'):
             check(name, getattr(self, name) > 0, 'greater than 0')
+        for name in ('prompt_temperature', 'clip_grad'):
+            check(name, getattr(self, name) is None or getattr(self, name) > 0, 'greater than 0')
         check('prompt_lr', self.prompt_lr >= 0, '0 or greater')
-        for name in ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'checkpoint_hist'):
+        for name in ('batch_size', 'epochs', 'val_interval', 'grad_accum_steps', 'log_interval', 'checkpoint_hist'):
             check(name, getattr(self, name) >= 1, 'at least 1')
         for field in dataclasses.fields(self):
             if field.name.endswith(('_weight', '_decay')) or field.name in _NOT_NEGATIVE:
                 check(field.name, getattr(self, field.name) >= 0, '0 or greater')
+            if field.name.endswith('_weight_end'):
+                check(field.name, (getattr(self, field.name) or 0) >= 0, '0 or greater')
         for name in ('hflip', 'vflip', 'reprob', 'smoothing', 'mixup_prob', 'drop', 'model_ema_decay'):
             check(name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
         check('val_fraction', 0 < self.val_fraction < 1, 'between 0 and 1, both excluded')
@@ -203,7 +217,6 @@ class TrainConfig:
         check('aug_cycle', self.aug_cycle >= 0, '0 or greater')
         check('checkpoint_steps', self.checkpoint_steps >= 0, '0 or greater')
         check('seed', 0 <= self.seed < 2**31, 'between 0 and 2^31 - 1')
-        check('clip_grad', self.clip_grad is None or self.clip_grad > 0, 'greater than 0')
         inside = all(1 <= epoch <= self.epochs for epoch in self.export_epochs)
         check('export_epochs', inside, f'epochs of the run, 1 to {self.epochs}')
         sized = len(self.input_size) in (0, 3) and all(side > 0 for side in self.input_size)

@@ -1,6 +1,7 @@
 """One student in training: its task, its optimizers and schedules, and a step of them."""
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from timm.task import LogitDistillationTask, TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..losses import DFPTWeights
 from ..rivals import AdaptedTeacher, CTKDTask
 from ..task import DFPTDistillationTask
 from .augment import derive_seed
@@ -56,6 +58,8 @@ class Learner:
         if config.compile:
             task.compile()
         self.schedulers = [_scheduler(config, optimizer, updates_per_epoch) for optimizer in optimizers]
+        self._total_updates = config.epochs * updates_per_epoch
+        self._moving_weights = _moving_weights(config) if isinstance(task, DFPTDistillationTask) else {}
         # Together, since sharding replaces the parameters that an optimizer knows.
         task.trainable_module, *self.optimizers = accelerator.prepare(task.trainable_module, *optimizers)
         self._finite: list[torch.Tensor] = []
@@ -112,6 +116,10 @@ class Learner:
         warmup = self.config.distill_warmup_epochs
         if warmup and isinstance(self.task, LogitDistillationTask):
             self.task.distill_loss_weight = self.config.distill_loss_weight * min(1.0, (epoch + 1) / warmup)
+        if self._moving_weights:
+            done = updates / max(1, self._total_updates - 1)
+            moved = {name: start + (end - start) * done for name, (start, end) in self._moving_weights.items()}
+            self.task.weights = dataclasses.replace(self.task.weights, **moved)
 
     def step(
         self, input: torch.Tensor, target: torch.Tensor, step: int, known: dict[int, torch.Tensor]
@@ -242,6 +250,13 @@ class Learner:
     def eval(self) -> None:
         """Put everything into evaluation."""
         self.task.get_trainable_module().eval()
+
+
+def _moving_weights(config: TrainConfig) -> dict[str, tuple[float, float]]:
+    """Return first and last value of the weights that change, by their names in `DFPTWeights`."""
+    names = [field.name for field in dataclasses.fields(DFPTWeights)]
+    ends = {name: getattr(config, f'{name}_weight_end', None) for name in names}
+    return {name: (getattr(config, f'{name}_weight'), end) for name, end in ends.items() if end is not None}
 
 
 def _student_optimizer(config: TrainConfig, task: TrainingTask) -> torch.optim.Optimizer:

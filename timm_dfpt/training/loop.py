@@ -304,8 +304,9 @@ class Trainer:
             line[learner.name] = {
                 'lr': [group['lr'] for o in learner.optimizers for group in o.param_groups[:1]],
                 'train': train,
-                'val': self._evaluate(learner),
             }
+            if self._is_validated(progress.epoch + 1, learner):
+                line[learner.name]['val'] = self._evaluate(learner)
             if self.config.on_nonfinite == 'skip':
                 line[learner.name]['skipped'] = progress.skipped.get(learner.name, 0)
         progress.epoch += 1
@@ -321,6 +322,11 @@ class Trainer:
             tqdm.write(_epoch_line(line, self.config.epochs))
         if self._asked_to_stop(at_once=True):
             raise self._preempted()
+
+    def _is_validated(self, epoch: int, learner: Learner) -> bool:
+        # A student that is exported is published with its accuracy.
+        due = epoch % self.config.val_interval == 0 or epoch == self.config.epochs
+        return due or epoch in learner.config.export_epochs
 
     def _evaluate(self, learner: Learner) -> dict[str, dict[str, float]]:
         def batches() -> Iterator[Any]:
@@ -402,8 +408,8 @@ def _epoch_line(line: Mapping[str, Any], epochs: int) -> str:
     for name, values in line.items():
         if not isinstance(values, Mapping):
             continue
-        top1 = ', '.join(f'{who} {metrics["top1"]:.2f}' for who, metrics in values['val'].items())
-        parts.append(f'{name}: loss {values["train"]["loss"]:.3f}, val top-1 {top1}')
+        top1 = ', '.join(f'{who} {metrics["top1"]:.2f}' for who, metrics in values.get('val', {}).items())
+        parts.append(f'{name}: loss {values["train"]["loss"]:.3f}' + (f', val top-1 {top1}' if top1 else ''))
         if values.get('skipped'):
             parts.append(f'{values["skipped"]} updates left out')
     return ' | '.join(parts)

@@ -146,16 +146,18 @@ def plot_curves(metrics_file: Path, path: Path, title: str) -> None:
     left.set(xlabel='epoch', ylabel='nats (terms unweighted)', yscale='log', title='training loss')
     left.legend(fontsize='small')
     for learner in learners:
-        for who in lines[0][learner]['val']:
+        validated = [line for line in lines if 'val' in line[learner]]
+        for who in validated[0][learner]['val']:
             label = who.replace('_', ' ') if learner == main else f'{who.replace("_", " ")} ({learner})'
-            right.plot(epochs, [line[learner]['val'][who]['top1'] for line in lines], label=label)
+            top1 = [line[learner]['val'][who]['top1'] for line in validated]
+            right.plot([line['epoch'] for line in validated], top1, label=label)
     right.set(xlabel='epoch', ylabel='top-1 %', title='validation accuracy')
     right.legend(fontsize='small')
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(epochs) == 1:
-            for curve in axes.lines:
+        for curve in axes.lines:
+            if len(curve.get_xdata()) == 1:
                 curve.set_marker('o')
     figure.suptitle(title)
     temporary = path.with_name(path.name + '.incomplete')
