@@ -21,13 +21,14 @@ from train.quickstart.make_data import read_idx, stratified, write_split
 __all__ = ['make_fashion']
 
 
-def make_fashion(source: Path, output: Path, seed: int = 0) -> None:
+def make_fashion(source: Path, output: Path, seed: int = 0, train_count: int | None = None) -> None:
     """Write `train`, `validation` and `test` as one parquet file each.
 
     Args:
         source: Folder of the four idx.gz files.
         output: Folder to write, created if needed; `datasets.load_dataset(str(output))` reads it.
         seed: Seed of the choice of the validation images.
+        train_count: Keep only so many training images, every class equally often; all 50,000 if not given.
 
     Raises:
         FileNotFoundError: If `source` lacks one of the files.
@@ -38,6 +39,9 @@ def make_fashion(source: Path, output: Path, seed: int = 0) -> None:
     test_images = read_idx(source / 't10k-images-idx3-ubyte.gz')
     test_labels = read_idx(source / 't10k-labels-idx1-ubyte.gz')
     train, validation = stratified(train_labels, [len(train_labels) * 5 // 6, len(train_labels) // 6], seed)
+    if train_count is not None:
+        (kept,) = stratified(train_labels[train], [train_count], seed)
+        train = train[kept]
     output.mkdir(parents=True, exist_ok=True)
     write_split(output / 'train-00000-of-00001.parquet', train_images[train], train_labels[train])
     write_split(output / 'validation-00000-of-00001.parquet', train_images[validation], train_labels[validation])
@@ -50,8 +54,9 @@ def main() -> None:
     parser.add_argument('--source', type=Path, required=True, help='folder of the four idx.gz files')
     parser.add_argument('--output', type=Path, required=True, help='folder for the parquet files')
     parser.add_argument('--seed', type=int, default=0, help='seed of the choice of the validation images')
+    parser.add_argument('--train-images', type=int, help='keep so many training images (default: all 50,000)')
     args = parser.parse_args()
-    make_fashion(args.source, args.output, args.seed)
+    make_fashion(args.source, args.output, args.seed, args.train_images)
 
 
 if __name__ == '__main__':

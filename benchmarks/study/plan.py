@@ -1,0 +1,124 @@
+"""What the study consists of: regimes, arms and seeds of `study.yaml`, as options of the package's own comparison."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from timm_dfpt.training.compare import Arm
+from timm_dfpt.training.config import TrainConfig
+
+__all__ = ['PLAN_FILE', 'Cell', 'Plan']
+
+PLAN_FILE = Path(__file__).with_name('study.yaml')
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One student: what it learns, how, and from which seed.
+
+    Args:
+        regime: Name of the regime.
+        arm: Name of the arm; in the phase `tune` that of the method, a colon and the number of the trial.
+        seed: Seed of initial weights, order and augmentation.
+        phase: `tune`: chosen from on validation data, and never evaluated on test data. `final`: reported.
+    """
+
+    regime: str
+    arm: str
+    seed: int
+    phase: str
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        """What identifies its record."""
+        return dataclasses.astuple(self)
+
+
+class Plan:
+    """The study as written down in `study.yaml`.
+
+    Args:
+        path: The file.
+        work: Folder with `data/` and `teachers/`.
+    """
+
+    def __init__(self, path: Path, work: Path) -> None:
+        self.values: dict[str, Any] = yaml.safe_load(path.read_text(encoding='utf-8'))
+        self.work = work
+
+    @property
+    def regimes(self) -> list[str]:
+        """Names of the regimes, in the order in which they are run."""
+        return list(self.values['regimes'])
+
+    def cells(self) -> Iterator[Cell]:
+        """Give every student that the study asks for, in order."""
+        for regime, values in self.values['regimes'].items():
+            for phase in ('tune', 'final'):
+                section = values.get(phase, {})
+                for seed in section.get('seeds', ()):
+                    for arm in self._arm_names(section, phase):
+                        yield Cell(regime, arm, seed, phase)
+
+    def _arm_names(self, section: dict[str, Any], phase: str) -> list[str]:
+        if phase == 'tune':
+            return [f'{name}:{i}' for name, trials in section['trials'].items() for i in range(len(trials))]
+        return list(section['arms'])
+
+    def arm(self, cell: Cell) -> tuple[Arm, float]:
+        """Return an arm as the comparison takes it, and how many times as long as its regime it trains."""
+        regime = self.values['regimes'][cell.regime]
+        if cell.phase == 'tune':
+            name, _, number = cell.arm.partition(':')
+            options = dict(regime['tune']['trials'][name][int(number)])
+        else:
+            name = cell.arm
+            options = dict(regime['final']['arms'][name] or {})
+        base = self.values['arms'].get(name, {})
+        options = {**base, **options}
+        method, longer = options.pop('method'), options.pop('longer', 1.0)
+        if 'assistants' in options:
+            options['assistants'] = [self._trained(teacher) for teacher in options['assistants']]
+        # A colon is for file names what it should not be.
+        return Arm(cell.arm.replace(':', '.'), method, options), longer
+
+    def config(self, cell: Cell, output: Path) -> TrainConfig:
+        """Return what all arms of a regime that train as long as this one have in common."""
+        regime = self.values['regimes'][cell.regime]
+        _, longer = self.arm(cell)
+        epochs = round(regime['epochs'] * longer)
+        return self._config(
+            regime['data'],
+            regime['student'],
+            method='kd',
+            teacher=self._trained(regime['teacher']),
+            epochs=epochs,
+            seed=cell.seed,
+            output=str(output),
+            **{**regime.get('options', {}), 'val_interval': regime.get('val_interval', epochs)},
+        )
+
+    def teachers(self) -> dict[str, TrainConfig]:
+        """Return the runs that make the teachers, by name."""
+        return {name: self._teacher(name) for name in self.values['teachers']}
+
+    def _teacher(self, name: str) -> TrainConfig:
+        values = dict(self.values['teachers'][name])
+        data, model, epochs = values.pop('data'), values.pop('model'), values.pop('epochs')
+        output = str(self.work / 'teachers' / name)
+        return self._config(
+            data, model, **{'method': 'supervised', 'epochs': epochs, 'output': output, 'seed': 0, **values}
+        )
+
+    def _trained(self, teacher: str) -> str:
+        return f'local-dir:{self.work / "teachers" / teacher / "student"}'
+
+    def _config(self, data: str, model: str, **options: Any) -> TrainConfig:
+        source = dict(self.values['data'][data])
+        source['dataset'] = str(self.work / 'data' / source['dataset'])
+        student = {'student_kwargs': self.values['models'][model]}
+        return TrainConfig(**{**self.values['common'], **source, **student, **options})

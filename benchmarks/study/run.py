@@ -1,0 +1,244 @@
+"""Run the study: every student of `study.yaml` that is not in `results/` yet, or any single one again.
+
+    python -m benchmarks.study.run --work DIR                       # teachers, then all that is missing
+    python -m benchmarks.study.run --work DIR --regime glyphs-l-s --arm dfpt --seed 100
+
+`DIR/data` holds the data sets that `benchmarks.study.data` makes. Several workers may share a folder: each takes what
+no other has taken. Students of a regime and a seed train side by side, on the same batches and from the same weights;
+alone each would become the same, bit for bit. A single one is trained alone and held against its record.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+
+from benchmarks.study.plan import PLAN_FILE, Cell, Plan
+from timm_dfpt import DualForwardPathTeacher
+from timm_dfpt.training.compare import compare
+from timm_dfpt.training.config import TrainConfig
+from timm_dfpt.training.data import load_splits
+from timm_dfpt.training.evaluate import evaluate
+from timm_dfpt.training.loader import create_loader
+from timm_dfpt.training.run import run
+
+RESULTS = Path(__file__).with_name('results')
+
+
+def read_records(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Read all records, in the order of files and lines."""
+    return [
+        json.loads(line)
+        for file in sorted(folder.glob('*.jsonl'))
+        for line in file.read_text(encoding='utf-8').splitlines()
+    ]
+
+
+def train_students(plan: Plan, cells: Sequence[Cell], folder: Path) -> list[dict[str, Any]]:
+    """Train students of one regime, seed, phase and length side by side.
+
+    Args:
+        plan: The study.
+        cells: The students.
+        folder: An empty folder for the run; it is removed.
+
+    Returns:
+        A record each.
+    """
+    config = plan.config(cells[0], folder)
+    arms = {cell: plan.arm(cell)[0] for cell in cells}
+    start, cpu_start = time.perf_counter(), time.process_time()
+    compare(config, list(arms.values()), [config.seed], reference=arms[cells[0]].name)
+    seed_dir = folder / f'seed-{config.seed}'
+    summary = json.loads((seed_dir / 'summary.json').read_text(encoding='utf-8'))
+    lines = [json.loads(line) for line in (seed_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    records = []
+    for cell, arm in arms.items():
+        result = summary['arms'][arm.name]
+        metrics = {split: {who: model[key] for who, model in result['models'].items()}
+                   for split, key in (('val', 'val_metrics'), ('test', 'metrics'))}
+        metrics['train'] = _on_training_images(config, seed_dir / 'arms' / arm.name)
+        if cell.phase == 'tune':
+            # What is not there cannot be looked at.
+            del metrics['test']
+        seconds, flops = result['step']['ms'] / 1000, result['step']['flops']
+        for assistant in sorted((seed_dir / 'arms' / arm.name).glob('assistants/*/summary.json')):
+            seconds += json.loads(assistant.read_text(encoding='utf-8'))['train_seconds'] / summary['steps']
+        records.append({
+            'regime': cell.regime,
+            'arm': cell.arm,
+            'seed': cell.seed,
+            'phase': cell.phase,
+            'epochs': config.epochs,
+            'val_top1': metrics['val']['student']['top1'],
+            'test_top1': metrics.get('test', {}).get('student', {}).get('top1'),
+            'train_top1': metrics['train']['student']['top1'],
+            'prompt_top1': metrics.get('test', metrics['val']).get('prompt_path', {}).get('top1'),
+            # Of this student alone, teacher included: the median step, timed in turns with the others of the group.
+            'wall_s': round(seconds * summary['steps'], 2),
+            'flops': flops * summary['steps'],
+            'config': {'method': arm.method, **arm.changes},
+            'metrics': metrics,
+            'curve': [_point(line, arm.name) for line in lines],
+        })
+    for record in records:
+        record['metrics'] = _rounded(record['metrics'])
+        # What the machine really spent, on all of the group.
+        record['cpu_s'] = round((time.process_time() - cpu_start) / len(cells), 2)
+        record['elapsed_s'] = round((time.perf_counter() - start) / len(cells), 2)
+        record['commit'] = _commit()
+    return records
+
+
+def _point(line: dict[str, Any], arm: str) -> dict[str, Any]:
+    train = {key: value for key, value in line[arm]['train'].items() if key.endswith('_loss') or 'agree' in key}
+    return _rounded({'epoch': line['epoch'], 'train': train, 'val': line[arm].get('val')})
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items() if part is not None}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _on_training_images(config: TrainConfig, folder: Path) -> dict[str, dict[str, float]]:
+    """Evaluate what was saved, as a user would load it, on the training images without augmentation."""
+    data = load_splits(str(config.dataset))
+    keys = ('input_size', 'mean', 'std', 'crop_pct')
+    loader = create_loader(
+        data.train,
+        batch_size=128,
+        is_training=False,
+        data_config={'interpolation': 'bilinear', **{key: tuple_or(getattr(config, key)) for key in keys}},
+        seed=0,
+        cache_images='auto',
+    )
+    student = timm.create_model(f'local-dir:{folder / "student"}', pretrained=True).eval()
+    prompt_path = folder / 'prompt_path'
+    teacher = DualForwardPathTeacher.from_pretrained(str(prompt_path)).eval() if prompt_path.is_dir() else None
+
+    def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = {'student': student(x)}
+        if teacher is not None:
+            paths = teacher(x)
+            outputs |= {'prompt_path': paths.prompt, 'teacher': paths.original}
+        return outputs
+
+    return evaluate(forward, loader, Accelerator(cpu=True))
+
+
+def tuple_or(value: Any) -> Any:
+    """Return lists as the tuples that timm's data configs hold."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    git = ['git', '-C', str(here), 'rev-parse', '--short', 'HEAD']
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Take a piece of work; say whether no other worker has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink()
+
+
+def _missing(plan: Plan, results: Path) -> dict[tuple[Any, ...], list[Cell]]:
+    """Group what is not recorded yet: same regime, phase, seed and length."""
+    done = {(r['regime'], r['arm'], r['seed'], r['phase']) for r in read_records(results)}
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in plan.cells():
+        if cell.key not in done:
+            groups.setdefault((cell.phase, cell.regime, cell.seed, plan.arm(cell)[1]), []).append(cell)
+    return groups
+
+
+def run_missing(plan: Plan, work: Path, results: Path, only: str | None = None) -> None:
+    """Train teachers and students until nothing is missing that no other worker is at."""
+    for name, config in plan.teachers().items():
+        with _claim(work / 'claims' / f'teacher-{name}') as mine:
+            if mine and not (Path(str(config.output)) / 'summary.json').is_file():
+                run(config)
+    results.mkdir(exist_ok=True)
+    while True:
+        for group, cells in _missing(plan, results).items():
+            if only and not cells[0].regime.startswith(only):
+                continue
+            teacher = Path(str(plan.config(cells[0], work).teacher).removeprefix('local-dir:'))
+            if not teacher.is_dir():
+                continue
+            name = '-'.join(str(part) for part in group)
+            with _claim(work / 'claims' / name) as mine:
+                # Another worker may have finished it since the records were read.
+                if not mine or group not in _missing(plan, results):
+                    continue
+                folder = work / 'runs' / name
+                shutil.rmtree(folder, ignore_errors=True)
+                records = train_students(plan, cells, folder)
+                with open(results / f'{cells[0].regime}.jsonl', 'a', encoding='utf-8') as file:
+                    file.write(''.join(json.dumps(record) + '\n' for record in records))
+                shutil.rmtree(folder)
+                break
+        else:
+            return
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--work', type=Path, required=True, help='folder with data/, for teachers and runs')
+    parser.add_argument('--plan', type=Path, default=PLAN_FILE, help='the study (%(default)s)')
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the records (%(default)s)')
+    parser.add_argument('--only', help='run only regimes whose name starts like this')
+    parser.add_argument('--regime', help='run a single student again: its regime')
+    parser.add_argument('--arm', help='its arm')
+    parser.add_argument('--seed', type=int, help='its seed')
+    parser.add_argument('--phase', default='final', choices=('tune', 'final'), help='its phase (%(default)s)')
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(1)
+    work = args.work.resolve()
+    plan = Plan(args.plan, work)
+    if args.regime is None:
+        run_missing(plan, work, args.results, args.only)
+        return 0
+    cell = Cell(args.regime, args.arm, args.seed, args.phase)
+    if cell not in set(plan.cells()):
+        parser.error(f'{cell} is none of the study; see {args.plan}')
+    folder = work / 'runs' / 'single'
+    shutil.rmtree(folder, ignore_errors=True)
+    record = train_students(plan, [cell], folder)[0]
+    shutil.rmtree(folder)
+    print(json.dumps({key: value for key, value in record.items() if key not in ('metrics', 'curve')}, indent=2))
+    kept = [r for r in read_records(args.results) if (r['regime'], r['arm'], r['seed'], r['phase']) == cell.key]
+    for other in kept:
+        same = all(record[key] == other[key] for key in ('val_top1', 'test_top1', 'train_top1', 'prompt_top1'))
+        print('as recorded' if same else f'recorded: {[other[k] for k in ("val_top1", "test_top1", "train_top1")]}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
