@@ -178,6 +178,7 @@ CASES = {
     # optimisation
     'optimizer unknown': (['--opt', 'adamww'], 'adamww'),
     'prompt optimizer unknown': (['--prompt-opt', 'adamww'], 'adamww'),
+    'optimizer not fused': (['--opt-fused', '--prompt-opt', 'lion'], 'prompt_opt=lion has no fused'),
     'schedule unknown': (['--sched', 'cosin'], 'cosin'),
     'schedule that needs metrics': (['--sched', 'plateau'], 'plateau'),
     'policy unknown': (['--aa', 'wild-m9', '--crop-padding', '0'], 'wild'),

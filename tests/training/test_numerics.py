@@ -1,4 +1,5 @@
 """Steps that are not finite, mixed precision and accumulated gradients, against plain torch loops."""
+import contextlib
 import copy
 import dataclasses
 import json
@@ -192,28 +193,70 @@ def dual_learner(accelerator, **options):
     return Learner('dfpt', config, make_dual_task(), accelerator, 10)
 
 
-def steps(learner, count):
-    data = Batches(count * BATCH)
+def steps(learner, count, first=0):
+    data = Batches((first + count) * BATCH)
     learner.train()
     history = []
-    for i, (images, labels) in enumerate(batches_of(data, range(count))):
+    for i, (images, labels) in enumerate(batches_of(data, range(first, first + count)), first):
         learner.set_update(i, 0)
         with learner.accelerator.accumulate(learner.module):
             history.append(learner.step(images, labels, i, {})[0])
     return history
 
 
-def test_a_gradient_scaler_changes_nothing(make_accelerator):
+def scale_gradients(learner, **kwargs):
+    """Give a learner a gradient scaler, as accelerate does for float16 where there is a GPU; but no autocast."""
+    learner.accelerator.scaler = torch.amp.GradScaler('cpu', growth_interval=2, **kwargs)
+    learner.accelerator.native_amp, learner.accelerator.state._mixed_precision = True, 'fp16'
+    learner.accelerator.autocast = contextlib.nullcontext
+    return learner
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_a_gradient_scaler_changes_nothing(make_accelerator, fused):
     """Scales are powers of two: with two optimizers, clipping and a scale that grows, every bit must be the same."""
-    plain = dual_learner(make_accelerator(), clip_grad=0.5)
-    scaled = dual_learner(make_accelerator(), clip_grad=0.5)
-    scaled.accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10, growth_interval=2)
-    scaled.accelerator.native_amp, scaled.accelerator.state._mixed_precision = True, 'fp16'
-    scaled.accelerator.autocast = plain.accelerator.autocast
-    a, b = steps(plain, 5), steps(scaled, 5)
+    options = {'clip_grad': 0.5, 'opt_fused': fused}
+    plain = dual_learner(make_accelerator(), **options)
+    a = steps(plain, 5)
+    scaled = scale_gradients(dual_learner(make_accelerator(), **options), init_scale=2.0**10)
+    b = steps(scaled, 5)
     assert [t['loss'] for t in a] == [t['loss'] for t in b]
     assert_equal(plain.module, scaled.module)
     assert scaled.accelerator.scaler.get_scale() == 2.0**12
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_an_overflow_in_the_first_step_leaves_nothing_behind(make_accelerator, fused):
+    """As if it did not exist, momentum included: torch's fused SGD would go on with memory it never wrote to."""
+    plain = dual_learner(make_accelerator(), opt_fused=fused)
+    steps(plain, 4, first=1)
+    options = {'init_scale': 2.0**127, 'backoff_factor': 2.0**-117}
+    scaled = scale_gradients(dual_learner(make_accelerator(), opt_fused=fused), **options)
+    steps(scaled, 5)
+    assert scaled.accelerator.scaler.get_scale() == 2.0**12
+    # Batch statistics have seen the step.
+    for (name, a), b in zip(plain.module.named_parameters(), scaled.module.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_fused_optimizers_follow_the_loop(make_accelerator):
+    """On the same 200 gradients: SGD of the student and AdamW of the prompt path, under a schedule."""
+    options = {'sched': 'cosine', 'prompt_weight_decay': 0.01}
+    loop, fused = (dual_learner(make_accelerator(), opt_fused=fused, **options) for fused in (False, True))
+    assert [o.defaults['fused'] for o in fused.optimizers] == [True, True]
+    start = [p.detach().clone() for p in loop.module.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    for update in range(200):
+        gradients = [0.1 * torch.randn(p.shape, generator=generator) for p in start]
+        for learner in (loop, fused):
+            for parameter, gradient in zip(learner.module.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+            learner.set_update(update // 10, 0)
+            learner._update()
+    for before, a, b in zip(start, loop.module.parameters(), fused.module.parameters(), strict=True):
+        moved = float((a - before).detach().abs().max())
+        assert moved > 1e-3
+        assert float((a - b).detach().abs().max()) < 1e-5 * max(1.0, moved)
 
 
 def test_bfloat16_follows_float32(make_accelerator):

@@ -1,6 +1,7 @@
 """Options of a step, through the whole main job: they run, and they leave the student they should."""
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -91,6 +92,17 @@ def test_compiled_training_gives_the_same_student(train, monkeypatch):
     assert counters['stats']['unique_graphs'] >= 1
     assert distance(compiled, plain) < 1e-3
     torch._dynamo.reset()
+
+
+def test_fused_optimizers_go_on_exactly_from_a_checkpoint(train, tmp_path):
+    checkpoints = ('--opt-fused', '--checkpoint-steps', '2', '--checkpoint-hist', '9')
+    whole = train('whole', *checkpoints)
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
+    for path in (tmp_path / 'cut' / 'checkpoints').glob('step-*'):
+        if path.name > 'step-00000002':
+            shutil.rmtree(path)
+    resumed = train('cut', *checkpoints, '--resume')
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize('method', ['kd', 'dfpt'])

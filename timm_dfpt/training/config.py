@@ -150,6 +150,7 @@ class TrainConfig:
     lr: float = _opt(0.05, 'learning rate of the student', 'optimisation')
     momentum: float = _opt(0.9, 'momentum of the student', 'optimisation')
     weight_decay: float = _opt(5e-4, 'weight decay of the student', 'optimisation')
+    opt_fused: bool = _opt(False, "torch's fused optimizers: faster on a CPU, other rounding", 'optimisation')
     clip_grad: float | None = _opt(None, 'clip the gradient norm of each optimizer', 'optimisation')
     grad_accum_steps: int = _opt(1, 'steps whose gradients are added up before an update', 'optimisation')
     sched: str = _opt('cosine', 'learning rate schedule (timm)', 'optimisation', choices=_SCHEDULES)

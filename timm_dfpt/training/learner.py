@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.task import LogitDistillationTask, TrainingTask
 from timm.utils import unwrap_model
@@ -261,9 +262,10 @@ def _moving_weights(config: TrainConfig) -> dict[str, tuple[float, float]]:
 
 def _student_optimizer(config: TrainConfig, task: TrainingTask) -> torch.optim.Optimizer:
     student: Any = task.get_eval_model()
-    optimizer = create_optimizer_v2(
+    optimizer = _create_optimizer(
+        config,
         student,
-        opt=config.opt,
+        'opt',
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
@@ -285,9 +287,23 @@ def _prompt_optimizer(config: TrainConfig, task: DFPTDistillationTask) -> torch.
         scale = config.prompt_backbone_lr_scale if group['name'] == 'backbone' else 1.0
         group['lr'] = config.prompt_lr * scale
         del group['name']
-    return create_optimizer_v2(
-        groups, opt=config.prompt_opt, lr=config.prompt_lr, weight_decay=config.prompt_weight_decay
+    return _create_optimizer(
+        config, groups, 'prompt_opt', lr=config.prompt_lr, weight_decay=config.prompt_weight_decay
     )
+
+
+def _create_optimizer(config: TrainConfig, parameters: Any, option: str, **kwargs: Any) -> torch.optim.Optimizer:
+    name: str = getattr(config, option)
+    if not config.opt_fused:
+        return create_optimizer_v2(parameters, opt=name, **kwargs)
+    optimizer_class = get_optimizer_class(name.removeprefix('lookahead_'), bind_defaults=False)
+    if 'fused' not in inspect.signature(optimizer_class).parameters:
+        raise ValueError(f'opt_fused: {option}={name} has no fused implementation; sgd, adam, adamw and adagrad have.')
+    optimizer = create_optimizer_v2(parameters, opt=name, fused=True, **kwargs)
+    # Else a gradient scaler leaves it to the kernel to skip an overflow, and where that is the first step of all,
+    # torch's fused SGD goes on with a momentum that nothing was ever written to.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
