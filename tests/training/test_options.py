@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from timm_dfpt.task import DFPTDistillationTask
-from timm_dfpt.training import setup
+from timm_dfpt.training import export, setup
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.run import main
 
@@ -33,24 +33,31 @@ def train(tiny, tmp_path):
 
 
 @pytest.fixture
-def teacher_calls(monkeypatch):
-    """How often each training step ran the teacher's original path."""
-    calls, per_step = [], []
-    create, step = setup.create_teacher, Learner.step
+def teacher_passes(monkeypatch):
+    """An entry for each time that the teacher's original path ran."""
+    passes, create = [], setup.create_teacher
 
     def create_counted(*args):
         teacher = create(*args)
         # Wrapping copies the tree, hooks included, for the prompt path, whose passes are not the teacher's.
-        teacher.register_forward_hook(lambda module, *_: calls.append(None) if module is teacher else None)
+        teacher.register_forward_hook(lambda module, *_: passes.append(None) if module is teacher else None)
         return teacher
 
+    monkeypatch.setattr(setup, 'create_teacher', create_counted)
+    return passes
+
+
+@pytest.fixture
+def teacher_calls(teacher_passes, monkeypatch):
+    """How often each training step ran the teacher's original path."""
+    per_step, step = [], Learner.step
+
     def counted_step(*args):
-        before = len(calls)
+        before = len(teacher_passes)
         result = step(*args)
-        per_step.append(len(calls) - before)
+        per_step.append(len(teacher_passes) - before)
         return result
 
-    monkeypatch.setattr(setup, 'create_teacher', create_counted)
     monkeypatch.setattr(Learner, 'step', counted_step)
     return per_step
 
@@ -155,3 +162,21 @@ def test_validation_now_and_then_leaves_the_same_student_and_ends_with_one(train
     assert [i + 1 for i, line in enumerate(lines['rare']) if 'val' in line] == [2, 3, 5]
     assert all(line['val'] == lines['often'][i]['val'] for i, line in enumerate(lines['rare']) if 'val' in line)
     assert (tmp_path / 'rare' / 'curves.png').is_file()
+
+
+def test_the_end_of_a_run_asks_a_teacher_once(train, teacher_passes, monkeypatch):
+    """However many learn from it. That its numbers beside others are those of a run alone: test_compare.py."""
+    counted, timed = [], []
+    measure, cost = setup.RunSetup.measure, export.measure_cost
+
+    def measured(*args):
+        before = len(teacher_passes)
+        result = measure(*args)
+        counted.append(len(teacher_passes) - before)
+        return result
+
+    monkeypatch.setattr(setup.RunSetup, 'measure', measured)
+    monkeypatch.setattr(export, 'measure_cost', lambda *args: timed.append(args) or cost(*args))
+    train('all', '--method', 'dfpt', '--baselines', 'kd', 'dkd', '--mixup', '0')
+    assert counted == [2]  # 43 images in batches of 32
+    assert len(timed) == 1 + 1 + 3

@@ -215,13 +215,10 @@ def _run_seed(config: TrainConfig, arms: Sequence[Arm], command: str) -> None:
     }
     setup = RunSetup(config, str(run_dir))
     learners, seconds = train_side_by_side(setup, options, run_dir, command)
-    results = [setup.measure(learner) for learner in learners]
+    results = setup.measure(learners)
     if setup.accelerator.is_main_process:
         facts = setup.facts(command)
-        models = {
-            learner.name: export(learner, result, Path(str(learner.config.output)), facts, setup.example())
-            for learner, result in zip(learners, results, strict=True)
-        }
+        models = export(learners, results, facts, setup.example())
     costs = _step_costs(setup, learners)
     if setup.accelerator.is_main_process:
         write_summary(

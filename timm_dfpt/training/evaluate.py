@@ -1,14 +1,14 @@
 """What is measured on images that are not trained on."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-__all__ = ['TOP5_FROM', 'evaluate']
+__all__ = ['TOP5_FROM', 'evaluate', 'evaluate_together']
 
 TOP5_FROM = 20
 """Number of classes from which on top-5 accuracy is told."""
@@ -16,7 +16,6 @@ TOP5_FROM = 20
 Outputs = Mapping[str, torch.Tensor]
 
 
-@torch.no_grad()
 def evaluate(
     forward: Callable[[torch.Tensor], Outputs], loader: Iterable[Any], accelerator: Accelerator
 ) -> dict[str, dict[str, float]]:
@@ -35,26 +34,53 @@ def evaluate(
     Raises:
         ValueError: The loader has no sample.
     """
-    sums: dict[str, list[torch.Tensor]] = {}
+    (metrics,) = evaluate_together([lambda input, _: forward(input)], loader, accelerator)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_together(
+    forwards: Sequence[Callable[[torch.Tensor, dict[int, torch.Tensor]], Outputs]],
+    loader: Iterable[Any],
+    accelerator: Accelerator,
+) -> list[dict[str, dict[str, float]]]:
+    """Do `evaluate` for several functions in one pass over a loader.
+
+    Args:
+        forwards: As in `evaluate`. The second argument, empty at the start of a batch, is for what they share: logits
+            of teachers by `id` of the model.
+        loader: As in `evaluate`.
+        accelerator: As in `evaluate`.
+
+    Returns:
+        What `evaluate` returns, for each function.
+    """
+    sums: list[dict[str, list[torch.Tensor]]] = [{} for _ in forwards]
     keys: dict[str, list[str]] = {}
     count = 0
     for batch in loader:
-        inputs, target = batch[0], batch[1]
-        with accelerator.autocast():
-            outputs = dict(forward(inputs))
-        names = list(outputs)
-        gathered: Any = accelerator.gather_for_metrics((*(outputs[name].float() for name in names), target))
-        outputs, target = dict(zip(names, gathered[:-1], strict=True)), gathered[-1]
+        known: dict[int, torch.Tensor] = {}
+        for forward, parts in zip(forwards, sums, strict=True):
+            with accelerator.autocast():
+                outputs = dict(forward(batch[0], known))
+            names = list(outputs)
+            gathered: Any = accelerator.gather_for_metrics((*(outputs[name].float() for name in names), batch[1]))
+            outputs, target = dict(zip(names, gathered[:-1], strict=True)), gathered[-1]
+            for name, logits in outputs.items():
+                metrics = _batch_sums(name, logits, target, outputs.get('student'))
+                keys[name] = list(metrics)
+                parts.setdefault(name, []).append(torch.stack(list(metrics.values())))
         count += len(target)
-        for name, logits in outputs.items():
-            metrics = _batch_sums(name, logits, target, outputs.get('student'))
-            keys[name] = list(metrics)
-            sums.setdefault(name, []).append(torch.stack(list(metrics.values())))
     if not count:
         raise ValueError('There is no sample to evaluate.')
     # Doubles on the CPU, since not every device has them: a large validation set must not lose its last samples.
-    means = {name: (torch.stack(parts).cpu().double().sum(dim=0) / count).tolist() for name, parts in sums.items()}
-    return {name: dict(zip(keys[name], values, strict=True)) for name, values in means.items()}
+    return [
+        {
+            name: dict(zip(keys[name], (torch.stack(s).cpu().double().sum(dim=0) / count).tolist(), strict=True))
+            for name, s in parts.items()
+        }
+        for parts in sums
+    ]
 
 
 def _batch_sums(

@@ -1,7 +1,7 @@
 """From a trained learner to files: the student, the prompt path, and what they score and cost."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,38 @@ from .report import measure_cost
 
 __all__ = ['export', 'export_student']
 
+_Results = Mapping[str, Mapping[str, Mapping[str, float]]]
+
 
 def export(
-    learner: Learner,
-    results: Mapping[str, Mapping[str, Mapping[str, float]]],
-    folder: Path,
-    facts: Mapping[str, Any],
-    example: torch.Tensor,
-) -> dict[str, Any]:
-    """Save what a learner has become, as `student/` and, where there is one, `prompt_path/`.
+    learners: Sequence[Learner], results: Sequence[_Results], facts: Mapping[str, Any], example: torch.Tensor
+) -> dict[str, dict[str, Any]]:
+    """Save what learners have become in the `output` of each: `student/` and, where there is one, `prompt_path/`.
 
     Args:
-        learner: The learner.
-        results: Metrics by split (`val`, and `test` where there is one) and model.
-        folder: Where to save.
+        learners: The learners.
+        results: Of each, metrics by split (`val`, and `test` where there is one) and model.
         facts: What the run was, recorded beside the weights.
         example: A batch `[B, C, H, W]` to measure the cost with.
 
     Returns:
-        For `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`.
+        By name of the learner, for `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`.
     """
+    teacher_costs: dict[int, dict[str, float]] = {}
+    return {
+        learner.name: _export(learner, result, facts, example, teacher_costs)
+        for learner, result in zip(learners, results, strict=True)
+    }
+
+
+def _export(
+    learner: Learner,
+    results: _Results,
+    facts: Mapping[str, Any],
+    example: torch.Tensor,
+    teacher_costs: dict[int, dict[str, float]],
+) -> dict[str, Any]:
+    folder = Path(str(learner.config.output))
     config, task = learner.config, learner.task
     student_metrics = {split: result['student'] for split, result in results.items()}
     record = export_student(learner, student_metrics, folder / 'student', facts)
@@ -57,15 +69,23 @@ def export(
     files = [folder / 'student' / 'model.safetensors']
     student = learner.published_student
     models['student'] = (student, list(student.parameters()), str(config.student), files)
-    final = list(results)[-1]
+    final, key = list(results)[-1], id(learner.teacher)
+    costs = {
+        role: teacher_costs[key]
+        if role == 'teacher' and key in teacher_costs
+        else measure_cost(forward, parameters, example, files)
+        for role, (forward, parameters, _, files) in models.items()
+    }
+    if 'teacher' in costs:
+        teacher_costs[key] = costs['teacher']
     return {
         role: {
             'name': name,
             'metrics': results[final][role],
             'val_metrics': results['val'][role],
-            'cost': measure_cost(forward, parameters, example, files),
+            'cost': costs[role],
         }
-        for role, (forward, parameters, name, files) in models.items()
+        for role, (_, _, name, _) in models.items()
     }
 
 

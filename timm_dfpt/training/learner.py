@@ -240,12 +240,36 @@ class Learner:
 
     def outputs(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return logits `[B, K]` by name for evaluation: `student`, its average, and both paths of the teacher."""
-        outputs = {'student': self.student(input)}
-        if self.task.has_ema():
-            outputs['student_ema'] = self.published_student(input)
+        outputs = self._student_outputs(input)
         if isinstance(self.task, DFPTDistillationTask):
             paths = self.task.teacher(self.task.adapter(input))
             outputs |= {'prompt_path': paths.prompt, 'teacher': paths.original}
+        return outputs
+
+    def outputs_with_teacher(self, input: torch.Tensor, known: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what `outputs` does, and the teacher's logits whatever the method.
+
+        Args:
+            input: Images `[B, C, H, W]`.
+            known: Teachers' logits for this batch by `id` of the model; read, and written where they are computed.
+        """
+        key = id(self.teacher)
+        if key in known:
+            outputs = self._student_outputs(input)
+            if isinstance(self.task, DFPTDistillationTask):
+                outputs['prompt_path'] = self.prompt_logits(input)
+            return {**outputs, 'teacher': known[key]}
+        outputs = self.outputs(input)
+        if self.teacher is not None:
+            if 'teacher' not in outputs:
+                outputs['teacher'] = self.teacher_logits(input)
+            known[key] = outputs['teacher']
+        return outputs
+
+    def _student_outputs(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = {'student': self.student(input)}
+        if self.task.has_ema():
+            outputs['student_ema'] = self.published_student(input)
         return outputs
 
     def eval(self) -> None:

@@ -96,15 +96,12 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
     setup = RunSetup(config, str(run_dir))
     say = setup.accelerator.print
     learners, seconds = train_side_by_side(setup, arms, run_dir, command)
-    results = [setup.measure(learner) for learner in learners]
+    results = setup.measure(learners)
     summary: dict[str, Any] = {}
     if setup.accelerator.is_main_process:
         facts = setup.facts(command)
         summary = {**facts, 'eval_split': setup.eval_split, 'train_seconds': seconds}
-        exported = {
-            learner.name: export(learner, result, Path(str(arms[learner.name].output)), facts, setup.example())
-            for learner, result in zip(learners, results, strict=True)
-        }
+        exported = export(learners, results, facts, setup.example())
         summary['models'] = exported.pop(config.method)
         summary['baselines'] = {name: models['student'] for name, models in exported.items()}
         plot_curves(run_dir / METRICS_FILE, run_dir / 'curves.png', f'{config.method}: {config.student}')

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .augment import AugmentConfig
 from .chain import with_actual_teacher
 from .config import TrainConfig
 from .data import DataSplits, dataset_fingerprint, load_splits
-from .evaluate import evaluate
+from .evaluate import evaluate_together
 from .factory import create_student, create_task, create_teacher, resolve_input_config, wrap_teacher
 from .learner import Learner
 from .loader import create_loader
@@ -146,27 +146,23 @@ class RunSetup:
             Path(config.teacher_cache_dir), key, len(self.data.train), self.data.num_classes, config.aug_cycle or 1
         )
 
-    def measure(self, learner: Learner) -> dict[str, dict[str, dict[str, float]]]:
-        """Evaluate a learner at the end of its training.
+    def measure(self, learners: Sequence[Learner]) -> list[dict[str, dict[str, dict[str, float]]]]:
+        """Evaluate learners at the end of their training, with one pass of each teacher for all that learn from it.
 
         Returns:
-            Metrics by split (`val`, and `test` where there is one) and model; see `evaluate`.
+            For each learner metrics by split (`val`, and `test` where there is one) and model; see `evaluate`.
         """
-        learner.eval()
-
-        def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
-            outputs = learner.outputs(x)
-            if learner.teacher is not None and 'teacher' not in outputs:
-                outputs['teacher'] = learner.teacher_logits(x)
-            return outputs
-
-        results = {}
+        for learner in learners:
+            learner.eval()
+        results: list[dict[str, dict[str, dict[str, float]]]] = [{} for _ in learners]
         for split in dict.fromkeys(('val', self.eval_split)):
-            metrics = evaluate(forward, self.loaders[split], self.accelerator)
-            if 'student_ema' in metrics:
-                metrics['student_raw'] = metrics.pop('student')
-                metrics['student'] = metrics.pop('student_ema')
-            results[split] = metrics
+            forwards = [learner.outputs_with_teacher for learner in learners]
+            measured = evaluate_together(forwards, self.loaders[split], self.accelerator)
+            for result, metrics in zip(results, measured, strict=True):
+                if 'student_ema' in metrics:
+                    metrics['student_raw'] = metrics.pop('student')
+                    metrics['student'] = metrics.pop('student_ema')
+                result[split] = metrics
         return results
 
     def facts(self, command: str) -> dict[str, Any]:
