@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from accelerate import Accelerator
 
 from benchmarks.study.plan import PLAN_FILE, Cell, Plan
 from timm_dfpt import DualForwardPathTeacher
-from timm_dfpt.training.compare import compare
+from timm_dfpt.training.compare import Arm, compare
 from timm_dfpt.training.config import TrainConfig
 from timm_dfpt.training.data import load_splits
 from timm_dfpt.training.evaluate import evaluate
@@ -62,6 +62,16 @@ def train_students(plan: Plan, cells: Sequence[Cell], folder: Path) -> list[dict
     arms = {cell: plan.arm(cell)[0] for cell in cells}
     start, cpu_start = time.perf_counter(), time.process_time()
     compare(config, list(arms.values()), [config.seed], reference=arms[cells[0]].name)
+    records = _make_records(arms, config, folder)
+    for record in records:
+        # What the machine really spent, on all of the group.
+        record['cpu_s'] = round((time.process_time() - cpu_start) / len(cells), 2)
+        record['elapsed_s'] = round((time.perf_counter() - start) / len(cells), 2)
+        record['commit'] = _commit()
+    return records
+
+
+def _make_records(arms: Mapping[Cell, Arm], config: TrainConfig, folder: Path) -> list[dict[str, Any]]:
     seed_dir = folder / f'seed-{config.seed}'
     summary = json.loads((seed_dir / 'summary.json').read_text(encoding='utf-8'))
     lines = [json.loads(line) for line in (seed_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
@@ -91,15 +101,9 @@ def train_students(plan: Plan, cells: Sequence[Cell], folder: Path) -> list[dict
             'wall_s': round(seconds * summary['steps'], 2),
             'flops': flops * summary['steps'],
             'config': {'method': arm.method, **arm.changes},
-            'metrics': metrics,
+            'metrics': _rounded(metrics),
             'curve': [_point(line, arm.name) for line in lines],
         })
-    for record in records:
-        record['metrics'] = _rounded(record['metrics'])
-        # What the machine really spent, on all of the group.
-        record['cpu_s'] = round((time.process_time() - cpu_start) / len(cells), 2)
-        record['elapsed_s'] = round((time.perf_counter() - start) / len(cells), 2)
-        record['commit'] = _commit()
     return records
 
 
@@ -128,7 +132,10 @@ def _on_training_images(config: TrainConfig, folder: Path) -> dict[str, dict[str
     )
     student = timm.create_model(f'local-dir:{folder / "student"}', pretrained=True).eval()
     prompt_path = folder / 'prompt_path'
-    teacher = DualForwardPathTeacher.from_pretrained(str(prompt_path)).eval() if prompt_path.is_dir() else None
+    teacher = None
+    if prompt_path.is_dir():
+        model = timm.create_model(config.teacher, pretrained=True)
+        teacher = DualForwardPathTeacher.from_pretrained(str(prompt_path), model=model).eval()
 
     def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = {'student': student(x)}
