@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,22 +70,28 @@ class Plan:
             return [f'{name}:{i}' for name, trials in section['trials'].items() for i in range(len(trials))]
         return list(section['arms'])
 
-    def arm(self, cell: Cell) -> tuple[Arm, float]:
-        """Return an arm as the comparison takes it, and how many times as long as its regime it trains."""
+    def options(self, cell: Cell) -> dict[str, Any]:
+        """Return the options of an arm as they are written down, `method` and `longer` among them.
+
+        Those of `arms` count where the arm has none of its own. An arm `dfpt b=0` is a variant of the arm `dfpt` of its
+        regime: what it does not say is as there.
+        """
         regime = self.values['regimes'][cell.regime]
         if cell.phase == 'tune':
             name, _, number = cell.arm.partition(':')
-            options = dict(regime['tune']['trials'][name][int(number)])
-        else:
-            name = cell.arm
-            options = dict(regime['final']['arms'][name] or {})
-        base = self.values['arms'].get(name, {})
-        options = {**base, **options}
+            return {**self.values['arms'].get(name, {}), **regime['tune']['trials'][name][int(number)]}
+        arms = regime['final']['arms']
+        origin = cell.arm.split()[0]
+        return {**self.values['arms'].get(origin, {}), **(arms.get(origin) or {}), **(arms[cell.arm] or {})}
+
+    def arm(self, cell: Cell) -> tuple[Arm, float]:
+        """Return an arm as the comparison takes it, and how many times as long as its regime it trains."""
+        options = self.options(cell)
         method, longer = options.pop('method'), options.pop('longer', 1.0)
         if 'assistants' in options:
             options['assistants'] = [self._trained(teacher) for teacher in options['assistants']]
-        # A colon is for file names what it should not be.
-        return Arm(cell.arm.replace(':', '.'), method, options), longer
+        # Colons, blanks and the like are for file names what they should not be.
+        return Arm(re.sub(r'[^\w.+-]', '.', cell.arm), method, options), longer
 
     def config(self, cell: Cell, output: Path) -> TrainConfig:
         """Return what all arms of a regime that train as long as this one have in common."""

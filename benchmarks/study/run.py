@@ -5,11 +5,13 @@
 
 `DIR/data` holds the data sets that `benchmarks.study.data` makes. Several workers may share a folder: each takes what
 no other has taken. Students of a regime and a seed train side by side, on the same batches and from the same weights;
-alone each would become the same, bit for bit. A single one is trained alone and held against its record.
+alone each would become the same, bit for bit. A single one is trained alone and held against its record. What was
+interrupted goes on from its last checkpoint when it is started again, and ends in the same bits.
 """
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,22 +55,42 @@ def train_students(plan: Plan, cells: Sequence[Cell], folder: Path) -> list[dict
     Args:
         plan: The study.
         cells: The students.
-        folder: An empty folder for the run; it is removed.
+        folder: Folder of the run: a new one, or that of an attempt that was interrupted.
 
     Returns:
         A record each.
     """
     config = plan.config(cells[0], folder)
     arms = {cell: plan.arm(cell)[0] for cell in cells}
-    start, cpu_start = time.perf_counter(), time.process_time()
-    compare(config, list(arms.values()), [config.seed], reference=arms[cells[0]].name)
-    records = _make_records(arms, config, folder)
-    for record in records:
+    resumed = dataclasses.replace(config, resume=(folder / 'arms.json').is_file())
+    with _spending(folder) as spent:
+        compare(resumed, list(arms.values()), [config.seed], reference=arms[cells[0]].name)
+        records = _make_records(arms, config, folder)
+    for cell, record in zip(arms, records, strict=True):
+        # As written down: where the teachers are says nothing to others.
+        record['config'] = {key: value for key, value in plan.options(cell).items() if key != 'longer'}
         # What the machine really spent, on all of the group.
-        record['cpu_s'] = round((time.process_time() - cpu_start) / len(cells), 2)
-        record['elapsed_s'] = round((time.perf_counter() - start) / len(cells), 2)
+        record |= {key: round(value / len(cells), 2) for key, value in spent().items()}
         record['commit'] = _commit()
     return records
+
+
+@contextmanager
+def _spending(folder: Path) -> Iterator[Callable[[], dict[str, float]]]:
+    """Measure time, that of earlier attempts in this folder included."""
+    file = folder / 'spent.json'
+    before = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {'cpu_s': 0.0, 'elapsed_s': 0.0}
+    cpu_start, start = time.process_time(), time.perf_counter()
+
+    def spent() -> dict[str, float]:
+        now = {'cpu_s': time.process_time() - cpu_start, 'elapsed_s': time.perf_counter() - start}
+        return {key: before[key] + value for key, value in now.items()}
+
+    try:
+        yield spent
+    finally:
+        if folder.is_dir():
+            file.write_text(json.dumps(spent()), encoding='utf-8')
 
 
 def _make_records(arms: Mapping[Cell, Arm], config: TrainConfig, folder: Path) -> list[dict[str, Any]]:
@@ -100,7 +122,6 @@ def _make_records(arms: Mapping[Cell, Arm], config: TrainConfig, folder: Path) -
             # Of this student alone, teacher included: the median step, timed in turns with the others of the group.
             'wall_s': round(seconds * summary['steps'], 2),
             'flops': flops * summary['steps'],
-            'config': {'method': arm.method, **arm.changes},
             'metrics': _rounded(metrics),
             'curve': [_point(line, arm.name) for line in lines],
         })
@@ -134,8 +155,9 @@ def _on_training_images(config: TrainConfig, folder: Path) -> dict[str, dict[str
     prompt_path = folder / 'prompt_path'
     teacher = None
     if prompt_path.is_dir():
-        model = timm.create_model(config.teacher, pretrained=True)
-        teacher = DualForwardPathTeacher.from_pretrained(str(prompt_path), model=model).eval()
+        # The base is our own, and nowhere published, so that it has to be given.
+        base = timm.create_model(str(config.teacher), pretrained=True)
+        teacher = DualForwardPathTeacher.from_pretrained(str(prompt_path), base).eval()
 
     def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = {'student': student(x)}
@@ -183,6 +205,13 @@ def _missing(plan: Plan, results: Path) -> dict[tuple[Any, ...], list[Cell]]:
     return groups
 
 
+def _same_arms(plan: Plan, cells: Sequence[Cell], file: Path) -> bool:
+    """Say whether a folder has these students begun; the plan may have changed since."""
+    arms = [plan.arm(cell)[0] for cell in cells]
+    now = {arm.name: {'method': arm.method, **arm.changes} for arm in arms}
+    return file.is_file() and json.loads(file.read_text(encoding='utf-8')) == now
+
+
 def run_missing(plan: Plan, work: Path, results: Path, only: str | None = None) -> None:
     """Train teachers and students until nothing is missing that no other worker is at."""
     for name, config in plan.teachers().items():
@@ -203,7 +232,8 @@ def run_missing(plan: Plan, work: Path, results: Path, only: str | None = None) 
                 if not mine or group not in _missing(plan, results):
                     continue
                 folder = work / 'runs' / name
-                shutil.rmtree(folder, ignore_errors=True)
+                if not _same_arms(plan, cells, folder / 'arms.json'):
+                    shutil.rmtree(folder, ignore_errors=True)
                 records = train_students(plan, cells, folder)
                 with open(results / f'{cells[0].regime}.jsonl', 'a', encoding='utf-8') as file:
                     file.write(''.join(json.dumps(record) + '\n' for record in records))
@@ -213,8 +243,8 @@ def run_missing(plan: Plan, work: Path, results: Path, only: str | None = None) 
             return
 
 
-def main() -> int:
-    """Command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit code is 1 if a student that is run again is not as recorded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--work', type=Path, required=True, help='folder with data/, for teachers and runs')
     parser.add_argument('--plan', type=Path, default=PLAN_FILE, help='the study (%(default)s)')
@@ -224,7 +254,7 @@ def main() -> int:
     parser.add_argument('--arm', help='its arm')
     parser.add_argument('--seed', type=int, help='its seed')
     parser.add_argument('--phase', default='final', choices=('tune', 'final'), help='its phase (%(default)s)')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
     work = args.work.resolve()
@@ -241,10 +271,11 @@ def main() -> int:
     shutil.rmtree(folder)
     print(json.dumps({key: value for key, value in record.items() if key not in ('metrics', 'curve')}, indent=2))
     kept = [r for r in read_records(args.results) if (r['regime'], r['arm'], r['seed'], r['phase']) == cell.key]
+    same = True
     for other in kept:
         same = all(record[key] == other[key] for key in ('val_top1', 'test_top1', 'train_top1', 'prompt_top1'))
         print('as recorded' if same else f'recorded: {[other[k] for k in ("val_top1", "test_top1", "train_top1")]}')
-    return 0
+    return 0 if same else 1
 
 
 if __name__ == '__main__':

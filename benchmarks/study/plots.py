@@ -1,0 +1,224 @@
+"""The plots of `docs/RESULTS.md`."""
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.analysis import CONTRASTS, DUAL, TITLES, Study
+from timm_dfpt.training.stats import summarise
+
+__all__ = ['Figure', 'figures']
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+_BLUE, _ORANGE, _GREEN, _PINK, _SKY, _BLACK = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#000000'
+_COLOURS = {'scratch': '#777777', 'kd': _BLACK, 'dfpt': _BLUE, 'dfpt+': _ORANGE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A plot that is worth drawing.
+
+    Args:
+        caption: What it shows.
+        draw: Returns it as a matplotlib figure.
+    """
+
+    caption: str
+    draw: Callable[[], Any]
+
+    def save(self, path: Path) -> None:
+        """Write it as a PNG whose bytes depend on nothing but what is drawn."""
+        figure = self.draw()
+        figure.savefig(path, format='png', dpi=80, metadata={'Software': None})
+        _pyplot().close(figure)
+
+
+def figures(study: Study) -> dict[str, Figure]:
+    """Return the plots that the records are enough for, by file name."""
+    found: dict[str, Figure] = {}
+    regimes = study.regimes('final')
+    compared = [name for name in regimes if study.difference(name, 'dfpt', 'kd')]
+    if compared:
+        found['differences.png'] = Figure(
+            'Paired differences of test accuracy with 95% intervals, by regime', partial(_differences, study, compared)
+        )
+    groups = _same_recipe(study, compared)
+    if groups:
+        found['gap.png'] = Figure(
+            'What KD gains over scratch and DFPT-KD over KD, against the capacity gap', partial(_gap, study, groups)
+        )
+    priced = [name for name in regimes if _trains_longer(study, name)]
+    if priced:
+        found['cost.png'] = Figure('Test accuracy against training time, by arm', partial(_cost, study, priced))
+    for regime in regimes:
+        variants = [arm for arm in study.arms(regime) if arm not in DUAL and study.base(regime, arm)]
+        if len(variants) > 1:
+            found[f'variants-{regime}.png'] = Figure(
+                f'{regime}: variants of the method, test accuracy less that of what they vary',
+                partial(_variants, study, regime, variants),
+            )
+        arms = [arm for arm in DUAL if any(len(_validated(r)) > 1 for r in study.arms(regime).get(arm, ()))]
+        if arms:
+            found[f'inside-{regime}.png'] = Figure(
+                f'{regime}: both paths and the student over the epochs, mean over the seeds',
+                partial(_inside, study, regime, arms),
+            )
+    return found
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use('agg')
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _axes(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Any, list[Any]]:
+    figure, axes = _pyplot().subplots(
+        rows, columns, figsize=(width * columns, height * rows), layout='constrained', squeeze=False, **shared
+    )
+    for each in axes.flat:
+        each.grid(alpha=0.3)
+    return figure, list(axes.flat)
+
+
+def _bar(summary: Mapping[str, Any]) -> list[float]:
+    """Mean and half width of the interval, 0 for a single seed."""
+    mean, interval = summary['mean'], summary['interval']
+    return [mean, interval[1] - mean if interval else 0.0]
+
+
+def _forest(axes: Any, rows: Mapping[str, Mapping[str, Any] | None], colour: str) -> None:
+    for y, summary in enumerate(rows.values()):
+        if summary is not None:
+            mean, half = _bar(summary)
+            axes.errorbar(mean, y, xerr=half, fmt='o', color=colour, capsize=3)
+            axes.annotate(f'n={summary["n"]}', (mean, y), (0, 5), textcoords='offset points', ha='center', fontsize=8)
+    axes.axvline(0, color=_BLACK, linewidth=1)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set(ylim=(len(rows) - 0.5, -0.6), xlabel='points of test top-1')
+
+
+def _differences(study: Study, regimes: Sequence[str]) -> Any:
+    figure, panels = _axes(1, len(CONTRASTS), 3.6, 1.2 + 0.4 * len(regimes), sharey=True, sharex=True)
+    for axes, (arm, base), colour in zip(panels, CONTRASTS, (_BLUE, _GREEN, _ORANGE), strict=True):
+        _forest(axes, {regime: study.difference(regime, arm, base) for regime in regimes}, colour)
+        axes.set_title(f'{TITLES[arm]} - {TITLES[base]}', fontsize=10)
+    return figure
+
+
+def _variants(study: Study, regime: str, arms: Sequence[str]) -> Any:
+    figure, (axes,) = _axes(1, 1, 7.5, 1.2 + 0.32 * len(arms))
+    bases = {arm: study.base(regime, arm) or 'dfpt' for arm in arms}
+    rows = {f'{arm}  (- {base})': study.difference(regime, arm, base) for arm, base in bases.items()}
+    _forest(axes, rows, _BLUE)
+    axes.set_title(regime, fontsize=10)
+    return figure
+
+
+def _same_recipe(study: Study, regimes: Sequence[str]) -> dict[str, list[str]]:
+    """Group regimes of the same data and recipe, which differ in teacher or student; single ones say nothing."""
+    groups: dict[str, list[str]] = {}
+    for regime in regimes:
+        values = study.plan.values['regimes'].get(regime, {})
+        recipe = [values.get(key) for key in ('data', 'epochs', 'options')]
+        if study.gap(regime) is not None and study.difference(regime, 'kd', 'scratch'):
+            groups.setdefault(str(recipe), []).append(regime)
+    return {f'{names[0]} and alike': names for names in groups.values() if len(names) > 1}
+
+
+def _gap(study: Study, groups: Mapping[str, Sequence[str]]) -> Any:
+    figure, panels = _axes(1, len(groups), 5.5, 4)
+    series = (('kd', 'scratch', 'o', _BLACK), ('dfpt', 'kd', 's', _BLUE), ('dfpt+', 'kd', '^', _ORANGE))
+    for axes, regimes in zip(panels, groups.values(), strict=True):
+        for shift, (arm, base, marker, colour) in enumerate(series):
+            points = [(study.gap(regime), study.difference(regime, arm, base)) for regime in regimes]
+            # Moved a little to the side, or the bars would hide each other.
+            found = [(gap + 0.12 * (shift - 1), *_bar(diff)) for gap, diff in points if diff and gap is not None]
+            if found:
+                x, y, half = zip(*sorted(found), strict=True)
+                label = f'{TITLES[arm]} - {TITLES[base]}'
+                axes.errorbar(x, y, yerr=half, fmt=marker, color=colour, capsize=3, label=label)
+        low, _ = axes.get_ylim()
+        for regime in regimes:
+            axes.annotate(regime, (study.gap(regime), low), fontsize=8, rotation=90, ha='right', va='bottom')
+        axes.axhline(0, color=_BLACK, linewidth=1)
+        axes.set(xlabel='teacher - student alone, validation (points)', ylabel='points of test top-1')
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _trains_longer(study: Study, regime: str) -> bool:
+    kd = [records[0] for records in study.arms(regime).values() if records[0]['config']['method'] == 'kd']
+    return len({record['epochs'] for record in kd}) > 1
+
+
+def _cost(study: Study, regimes: Sequence[str]) -> Any:
+    figure, panels = _axes(1, len(regimes), 5.5, 4)
+    for axes, regime in zip(panels, regimes, strict=True):
+        for arm, records in study.arms(regime).items():
+            # Variants of an arm cost what it costs.
+            if ' ' not in arm and (ratio := study.ratio(regime, arm, 'wall_s')) is not None:
+                mean, half = _bar(summarise([record['test_top1'] for record in records]))
+                axes.errorbar(ratio, mean, yerr=half, fmt='o', color=_COLOURS.get(arm, _GREEN), capsize=3)
+                axes.annotate(arm, (ratio, mean), (5, 3), textcoords='offset points', fontsize=9)
+        axes.set(xlabel='training time / kd', ylabel='test top-1 %, mean and 95% interval')
+        axes.set_title(regime, fontsize=10)
+    return figure
+
+
+def _validated(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [point for point in record['curve'] if 'val' in point]
+
+
+def _inside(study: Study, regime: str, arms: Sequence[str]) -> Any:
+    figure, panels = _axes(2, 3, 3.9, 3.1)
+    *measured, losses, legend = panels
+    metrics = {
+        'top1': 'top-1 %', 'kl_to_student': 'KL(path || student), nats', 'entropy': 'entropy, nats',
+        'confidence': 'confidence',
+    }  # fmt: skip
+    styles = {'prompt_path': '-', 'teacher': '--', 'student': ':'}
+    for axes, (key, title) in zip(measured, metrics.items(), strict=True):
+        for arm in arms:
+            records = study.arms(regime)[arm]
+            for who, style in styles.items():
+                if key == 'kl_to_student' and who == 'student':
+                    continue
+                curves = [{p['epoch']: p['val'][who][key] for p in _validated(record)} for record in records]
+                _line(axes, curves, _COLOURS[arm], style)
+        axes.set_title(f'{title}, validation', fontsize=10)
+    for arm in arms:
+        for key, style in (('student_prompt_loss', '-'), ('student_teacher_loss', '--')):
+            curves = [{p['epoch']: p['train'][key] for p in r['curve'] if key in p['train']}
+                      for r in study.arms(regime)[arm]]
+            _line(losses, curves, _COLOURS[arm], style)
+    losses.set_title('training terms, T^2 KL(path || student)', fontsize=10)
+    losses.set_yscale('log')
+    for axes in (*measured, losses):
+        axes.set_xlabel('epoch')
+    names = {'prompt_path': 'prompt path', 'teacher': 'original path', 'student': 'student'}
+    for arm in arms:
+        for who, style in styles.items():
+            legend.plot([], [], color=_COLOURS[arm], linestyle=style, label=f'{TITLES[arm]}: {names[who]}')
+    legend.axis('off')
+    legend.legend(loc='center', fontsize=9, title='mean over seeds; band: +- SD')
+    figure.suptitle(regime, fontsize=11)
+    return figure
+
+
+def _line(axes: Any, curves: Sequence[Mapping[int, float]], colour: str, style: str) -> None:
+    epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+    values = [[curve[epoch] for curve in curves] for epoch in epochs]
+    means = [statistics.fmean(each) for each in values]
+    axes.plot(epochs, means, color=colour, linestyle=style, linewidth=1.4)
+    if len(curves) > 1:
+        spread = [statistics.stdev(each) for each in values]
+        ends = [[mean + sign * sd for mean, sd in zip(means, spread, strict=True)] for sign in (-1, 1)]
+        axes.fill_between(epochs, *ends, color=colour, alpha=0.12, linewidth=0)
