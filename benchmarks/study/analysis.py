@@ -92,10 +92,20 @@ class Study:
         return name if name != arm and self.find(regime, name) else None
 
     def ratio(self, regime: str, arm: str, key: str) -> float | None:
-        """Cost of an arm over that of `kd`: the ratio of the medians."""
-        reference = [record[key] for record in self.find(regime, 'kd')]
-        own = [record[key] for record in self.find(regime, arm)]
-        return statistics.median(own) / statistics.median(reference) if reference else None
+        """Cost of an arm over that of `kd`: the median of the ratios within a seed, whose students are timed in turns."""
+        reference = {record['seed']: record[key] for record in self.find(regime, 'kd')}
+        own = {record['seed']: record[key] for record in self.find(regime, arm)}
+        ratios = [own[seed] / reference[seed] for seed in own if seed in reference]
+        return statistics.median(ratios) if ratios else None
+
+    def longer_kd(self, regime: str) -> list[str]:
+        """Arms of plain KD that train longer than `kd`: what the time of the dual path buys."""
+        epochs = max((record['epochs'] for record in self.find(regime, 'kd')), default=math.inf)
+        return [
+            arm
+            for arm, records in self.arms(regime).items()
+            if records[0]['config']['method'] == 'kd' and records[0]['epochs'] > epochs
+        ]
 
     def gap(self, regime: str) -> float | None:
         """Validation accuracy of the teacher less that of the student alone, in points."""

@@ -119,28 +119,37 @@ def _hours(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _main(study: Study) -> str:
-    rows, count = [], 0
-    for regime in study.regimes('final'):
-        found = [study.difference(regime, arm, base) for arm, base in CONTRASTS]
-        if any(found):
-            count += sum(summary is not None for summary in found)
-            row = [regime]
-            for summary in found:
-                row += [_interval(summary), f'{summary["wins"]}/{summary["n"]}' if summary else '-']
-            rows.append(row)
+    rows = {regime: [study.difference(regime, *pair) for pair in CONTRASTS] for regime in study.regimes('final')}
+    rows = {regime: row for regime, row in rows.items() if any(row)}
     if not rows:
         return _NOTHING
-    head = ['regime']
-    for arm, base in CONTRASTS:
-        head += [f'{TITLES[arm]} - {TITLES[base]}', 'wins']
+    longer = {
+        f'{regime}, {arm}': [study.difference(regime, dual, arm) for dual in DUAL]
+        for regime in rows
+        for arm in study.longer_kd(regime)
+    }
+    count = sum(summary is not None for row in (*rows.values(), *longer.values()) for summary in row)
+    parts = [_differences([f'{TITLES[arm]} - {TITLES[base]}' for arm, base in CONTRASTS], rows)]
+    if longer:
+        titles = [f'{TITLES[dual]} - longer KD' for dual in DUAL]
+        parts += ['Against KD that trains longer instead:', _differences(titles, longer)]
     return '\n\n'.join([
-        _table(head, rows),
+        *parts,
         'Test top-1 of the last epoch, in points: mean of the paired differences, in brackets its 95% interval by '
         "Student's t; wins are seeds with a difference above 0. Students of a seed start from the same weights and see "
         f'the same batches. The intervals are not corrected for there being {count} of them: with no effect anywhere, '
         'one in 20 would leave out 0.',
         *_images(study, 'differences', 'gap', 'cost'),
     ])
+
+
+def _differences(titles: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> str:
+    lines = []
+    for name, row in rows.items():
+        lines.append([name])
+        for summary in row:
+            lines[-1] += [_interval(summary), f'{summary["wins"]}/{summary["n"]}' if summary else '-']
+    return _table(['regime', *(word for title in titles for word in (title, 'wins'))], lines)
 
 
 def _images(study: Study, *kinds: str) -> list[str]:
@@ -178,7 +187,10 @@ def _final(study: Study, regime: str) -> str:
             _number(study.ratio(regime, arm, 'flops')),
             _number(study.ratio(regime, arm, 'wall_s')),
         ])
-    lines = [_table(head, rows, left=2), f'Seeds {_seeds([r for records in arms.values() for r in records])}.']
+    every = [record for records in arms.values() for record in records]
+    lines = [_table(head, rows, left=2), f'Seeds {_seeds(every)}.']
+    if any('assistants' in record['config'] for record in every):
+        lines.append('Training of the assistants is in the time and not in the FLOPs.')
     borrowed = [name for name in ('kd', 'dfpt') if name not in arms and study.find(regime, name)]
     if borrowed:
         others = ', '.join(study.alike(regime))
