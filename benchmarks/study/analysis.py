@@ -92,7 +92,7 @@ class Study:
         return name if name != arm and self.find(regime, name) else None
 
     def ratio(self, regime: str, arm: str, key: str) -> float | None:
-        """Cost of an arm over that of `kd`: the median of the ratios within a seed, whose students are timed in turns."""
+        """Cost of an arm over that of `kd`: the median of the ratios within a seed, whose arms are timed in turns."""
         reference = {record['seed']: record[key] for record in self.find(regime, 'kd')}
         own = {record['seed']: record[key] for record in self.find(regime, arm)}
         ratios = [own[seed] / reference[seed] for seed in own if seed in reference]
