@@ -1,6 +1,7 @@
 """What the data path leaves of the speed of training: steps on loader batches against steps on a batch in memory.
 
     python -m benchmarks.data_path
+    python -m benchmarks.data_path jpeg-2 --steps 6    # one of the runs; the table is only printed then
 
 The runs' own loaders and learners, in turn in one process: the quickstart with `kd` and `dfpt` (28x28, decoded once),
 and a generated folder of 224x224 JPEGs with timm's random resized crops, decoded image by image, for a resnet18 trained
@@ -47,11 +48,13 @@ class Case:
     """A run to look at.
 
     Args:
+        key: For the command line.
         name: For the table.
         config: Its options.
         steps: Steps a round, of each kind.
     """
 
+    key: str
     name: str
     config: TrainConfig
     steps: int
@@ -74,13 +77,13 @@ def cases(folder: Path, batch: int, steps: int) -> Iterator[Case]:
     recipe = _ROOT / 'train/recipes/quickstart.yaml'
     for method in ('kd', 'dfpt'):
         config = parse_config(['--method', method, '--output', str(folder / method), '--cpu'], recipe)
-        yield Case(f'quickstart {method}, 28x28', dataclasses.replace(config, baselines=[]), 15)
+        yield Case(f'quickstart-{method}', f'quickstart {method}, 28x28', dataclasses.replace(config, baselines=[]), 15)
     write_jpegs(folder / 'data')
     jpeg = ['--dataset', str(folder / 'data'), '--student', 'resnet18', '--batch-size', str(batch), '--cpu']
     for workers in (2, 0):
         output = ['--output', str(folder / f'jpeg-{workers}'), '--workers', str(workers)]
         config = parse_config([*jpeg, *output, '--method', 'supervised'])
-        yield Case('resnet18, labels only, 224x224 JPEG', config, steps)
+        yield Case(f'jpeg-{workers}', 'resnet18, labels only, 224x224 JPEG', config, steps)
 
 
 def _endless(loader: Any) -> Iterator[Any]:
@@ -151,6 +154,7 @@ def measure(case: Case, rounds: int) -> str:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', nargs='*', help='quickstart-kd, quickstart-dfpt, jpeg-2, jpeg-0 (default: all)')
     parser.add_argument('--rounds', type=int, default=5, help='how often each is timed')
     parser.add_argument('--batch', type=int, default=8, help='batch size of the JPEG runs')
     parser.add_argument('--steps', type=int, default=2, help='steps a round of the JPEG runs')
@@ -159,9 +163,12 @@ def main() -> None:
     text = _HEADER.format(rounds=args.rounds, cores=os.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(Path(folder), args.batch, args.steps):
+            if args.runs and case.key not in args.runs:
+                continue
             text += measure(case, args.rounds) + '\n'
             print(text.splitlines()[-1], flush=True)
-            (_RESULTS / 'data_path.md').write_text(text, encoding='utf-8')
+            if not args.runs:
+                (_RESULTS / 'data_path.md').write_text(text, encoding='utf-8')
 
 
 if __name__ == '__main__':

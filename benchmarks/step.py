@@ -14,11 +14,14 @@ and student, F_pre: of the teacher before the first block, F_phi: of the blocks;
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 import dataclasses
 import functools
 import itertools
 import platform
+import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dfpt.models
+from timm_dfpt.blocks import FusionBlock, PromptBlock
 from timm_dfpt.rivals import AdaptedTeacher, LogitLossTask
 from timm_dfpt.task import DFPTDistillationTask
 
@@ -46,6 +50,20 @@ WAYS = {
     'c': 'DFPT-KD, two plain forwards',
     'd': 'DFPT-KD',
     'e': 'DFPT-KD+',
+}
+
+
+# Of the profile: kinds of operators by what is found in the names of an operator and of its callers, the first counts.
+_STEP, _BLOCK, _BACKWARD = 'one step', 'a block', 'autograd::engine'
+_KINDS = {
+    'blocks, forward': '^$',
+    'blocks, backward': '^$',
+    'optimizers': 'Optimizer',
+    'convolutions, backward': f'(?i)conv.*{_BACKWARD}',
+    'convolutions, forward': '(?i)conv',
+    'BatchNorm': '(?i)batch_?norm',
+    'Python between the operators': f'^{_STEP}$',
+    'all other: activations, pooling, additions, losses': '',
 }
 
 
@@ -128,7 +146,7 @@ class Steps:
         num_classes: Any = self.teacher.num_classes
         self.target = torch.randint(num_classes, pair.shape[:1])
         self.tasks = {way: self._create(way) for way in ways}
-        self.optimizers = {way: _optimizer(task) for way, task in self.tasks.items()}
+        self.optimizers = {way: create_optimizers(task) for way, task in self.tasks.items()}
         for task in self.tasks.values():
             task.train()
             if compile_backend:
@@ -187,12 +205,13 @@ class Steps:
         return memory.peak
 
 
-def _optimizer(task: TrainingTask) -> list[torch.optim.Optimizer]:
+def create_optimizers(task: TrainingTask, fused: bool = False) -> list[torch.optim.Optimizer]:
+    """Make the optimizers of a task: SGD for the student, AdamW for a prompt path."""
     student: Any = task.get_eval_model()
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(student.parameters(), 1e-3, momentum=0.9)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(student.parameters(), 1e-3, momentum=0.9, fused=fused)]
     if isinstance(task, DFPTDistillationTask):
         params = [p for group in task.teacher.trainable_parameters() for p in group['params']]
-        optimizers.append(torch.optim.AdamW(params, 1e-5))
+        optimizers.append(torch.optim.AdamW(params, 1e-5, fused=fused))
     return optimizers
 
 
@@ -245,28 +264,30 @@ def _flops_before(model: nn.Module, name: str, x: torch.Tensor) -> int:
     return found[0]
 
 
-def measure(pair: Pair, rounds: int, compile_backend: str | None = None) -> dict[str, Any]:
-    """Measure all ways on one pair."""
-    steps = Steps(pair, compile_backend=compile_backend)
+def measure(
+    pair: Pair, rounds: int, ways: Sequence[str] = tuple(WAYS), compile_backend: str | None = None
+) -> dict[str, Any]:
+    """Measure ways of taking a step, (a) among them, on one pair."""
+    steps = Steps(pair, ways, compile_backend)
     floor = count_floor(pair)
-    for way in WAYS:
+    for way in ways:
         steps.step(way)  # compiles, and makes the optimizer states, which are not to be counted below
     counts: dict[str, Any] = {}
     if compile_backend is None:
         # Compiled code is not visible to these counters.
         counts = {
-            'flops': {way: steps.flops(way) for way in WAYS},
-            'saved': {way: steps.saved(way) for way in WAYS},
-            'peak': {way: steps.peak(way) for way in WAYS},
+            'flops': {way: steps.flops(way) for way in ways},
+            'saved': {way: steps.saved(way) for way in ways},
+            'peak': {way: steps.peak(way) for way in ways},
         }
-    seconds = interleaved({way: functools.partial(steps.step, way) for way in WAYS}, rounds)
+    seconds = interleaved({way: functools.partial(steps.step, way) for way in ways}, rounds)
     return {'pair': pair.name, 'shape': pair.shape, 'floor': floor, 'seconds': seconds, **counts}
 
 
 def _rows(result: dict[str, Any]) -> list[str]:
     floor, seconds = result['floor'], result['seconds']
     rows = []
-    for way in WAYS:
+    for way in seconds:
         ms, low, high = (1000 * value for value in spread(seconds[way]))
         ratio, ratio_low, ratio_high = spread([t / base for t, base in zip(seconds[way], seconds['a'], strict=True)])
         cells = [f'{ms:.0f} ({low:.0f}-{high:.0f})', f'{ratio:.2f} ({ratio_low:.2f}-{ratio_high:.2f})']
@@ -346,15 +367,61 @@ def plot(rounds: int) -> None:
     (_RESULTS / 'step-growth.md').write_text(text, encoding='utf-8')
 
 
-def profile(pair: Pair) -> None:
-    """Print where the time of (a) and (d) goes."""
+def profile(pair: Pair, rounds: int) -> None:
+    """Print where the time of (a) and (d) goes: by kind of operator, those of the blocks by themselves."""
     steps = Steps(pair, 'ad')
-    for way in 'ad':
-        steps.step(way)
-        with torch.profiler.profile() as profiler:
-            steps.step(way)
-        print(f'{pair.name}: ({way}) {WAYS[way]}')
-        print(profiler.key_averages().table(sort_by='self_cpu_time_total', row_limit=18, max_name_column_width=50))
+    wrapped: Any = steps.tasks['d'].teacher
+    for module in wrapped.prompt_path.modules():
+        if isinstance(module, (PromptBlock, FusionBlock)):
+            module.forward = _recorded(module.forward)  # type: ignore[method-assign]
+    milliseconds: dict[str, list[collections.Counter[str]]] = {'a': [], 'd': []}
+    for turn in range(-1, rounds):
+        for way in 'ad':
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=activities) as profiler, torch.profiler.record_function(_STEP):
+                steps.step(way)
+            if turn >= 0:
+                milliseconds[way].append(_by_kind(profiler.events()))
+    print(f'| {pair.name}, ms | {WAYS["a"]} | {WAYS["d"]} |\n|---|---:|---:|')
+    medians = {
+        kind: [statistics.median(counter[kind] for counter in milliseconds[way]) for way in 'ad'] for kind in _KINDS
+    }
+    for kind, (a, d) in {**medians, 'sum': map(sum, zip(*medians.values(), strict=True))}.items():
+        print(f'| {kind} | {a:.1f} | {d:.1f} |')
+
+
+def _recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(_BLOCK):
+            return forward(*args, **kwargs)
+
+    return call
+
+
+def _by_kind(events: Any) -> collections.Counter[str]:
+    """Sum the profiler's events of a step, in milliseconds without what they call."""
+
+    def ancestry(event: Any) -> list[str]:
+        return [event.name, *ancestry(event.cpu_parent)] if event.cpu_parent else [event.name]
+
+    callers = [(event, ancestry(event)) for event in events]
+    # What the backward calls has the numbers of what the forward called.
+    numbers = {event.sequence_nr for event, names in callers if _BLOCK in names and event.sequence_nr >= 0}
+
+    def own(event: Any) -> bool:
+        backward = event.name.startswith(_BACKWARD) and event.sequence_nr in numbers
+        return event.name == _BLOCK or backward or (event.cpu_parent is not None and own(event.cpu_parent))
+
+    total: collections.Counter[str] = collections.Counter()
+    for event, names in callers:
+        text = ' '.join(names)
+        if own(event):
+            kind = 'blocks, backward' if _BACKWARD in text else 'blocks, forward'
+        else:
+            kind = next(kind for kind, pattern in _KINDS.items() if re.search(pattern, text))
+        total[kind] += event.self_cpu_time_total / 1000
+    return total
 
 
 def main() -> None:
@@ -364,6 +431,7 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5, help='times each way is timed')
     parser.add_argument('--batch', type=int, default=4, help='batch size of the pairs with 1000 classes')
     parser.add_argument('--size', type=int, default=96, help='image size of these pairs')
+    parser.add_argument('--ways', default=''.join(WAYS), help='letters of the ways to measure, a among them')
     parser.add_argument('--compile', action='store_true', help='compile with inductor')
     parser.add_argument('--plot', action='store_true', help='plot cost against batch size and depth instead')
     parser.add_argument('--profile', action='store_true', help='print where the time goes instead')
@@ -378,13 +446,15 @@ def main() -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f'{unknown[0]!r} is no pair; there are {", ".join(known)}')
+    if 'a' not in args.ways or not set(args.ways) <= set(WAYS):
+        parser.error(f'--ways must be some of {"".join(WAYS)}, a among them, got {args.ways!r}')
     if args.profile:
         for name in names:
-            profile(known[name])
+            profile(known[name], args.rounds)
         return
     results = []
     for name in names:
-        results.append(measure(known[name], args.rounds, 'inductor' if args.compile else None))
+        results.append(measure(known[name], args.rounds, args.ways, 'inductor' if args.compile else None))
         print('\n'.join(_rows(results[-1])), flush=True)
         text = table(results, args.rounds, 'compiled with inductor' if args.compile else 'eager')
         if not args.pairs:
