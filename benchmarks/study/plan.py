@@ -88,6 +88,8 @@ class Plan:
         """Return an arm as the comparison takes it, and how many times as long as its regime it trains."""
         options = self.options(cell)
         method, longer = options.pop('method'), options.pop('longer', 1.0)
+        if 'teacher' in options:
+            options['teacher'] = self._trained(options['teacher'])
         if 'assistants' in options:
             options['assistants'] = [self._trained(teacher) for teacher in options['assistants']]
         # Colons, blanks and the like are for file names what they should not be.
@@ -117,6 +119,8 @@ class Plan:
         values = dict(self.values['teachers'][name])
         data, model, epochs = values.pop('data'), values.pop('model'), values.pop('epochs')
         output = str(self.work / 'teachers' / name)
+        if 'start' in values:
+            values |= {'student': self._trained(values.pop('start')), 'student_pretrained': True, 'student_kwargs': {}}
         return self._config(
             data, model, **{'method': 'supervised', 'epochs': epochs, 'output': output, 'seed': 0, **values}
         )

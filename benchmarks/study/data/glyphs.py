@@ -64,7 +64,7 @@ configs:
 # Glyphs: {classes} characters from {fonts} fonts
 
 Grey images of {size} x {size} pixels, one character each, drawn by `benchmarks/study/data/glyphs.py` (seed {seed}) with
-random size, rotation, position, contrast (dark on light and light on dark) and noise. No font family is in two splits.
+{distortions}. No font family is in two splits.
 
 | split | images | per class | families | fonts |
 |---|---|---|---|---|
@@ -89,9 +89,13 @@ the packages that they came from. The images are meant for the machine that made
 them again where they are needed.
 """
 
+_DISTORTIONS = 'random size, rotation, position, contrast (dark on light and light on dark) and noise'
+_PLAIN = 'random size, position and contrast (dark on light and light on dark), upright and without noise'
+
 
 def render(
-    font: ImageFont.FreeTypeFont, metrics: Font, character: str, size: int, rng: np.random.Generator
+    font: ImageFont.FreeTypeFont, metrics: Font, character: str, size: int, rng: np.random.Generator,
+    plain: bool = False,
 ) -> np.ndarray:
     """Draw a character as a distorted grey image.
 
@@ -106,6 +110,7 @@ def render(
         rng: Source of the distortions: size 0.7 to 1 of the image, rotation within 15 degrees, shift within 1/16 of the
             image, grey levels of ink and paper at least 64 apart, Gaussian noise of a standard deviation of 0 to 0.15
             of their difference.
+        plain: Upright and without noise: what a teacher from elsewhere may have learnt.
 
     Returns:
         uint8 image `[size, size]`.
@@ -115,7 +120,7 @@ def render(
         raise ValueError(f'{metrics.name} has no ink for {character!r}')
     canvas = 2 * size
     step = metrics.extent / (canvas * rng.uniform(0.7, 1.0))
-    angle = np.deg2rad(rng.uniform(-15, 15))
+    angle = 0.0 if plain else np.deg2rad(rng.uniform(-15, 15))
     shift_x, shift_y = rng.uniform(-canvas / 16, canvas / 16, 2)
     cos, sin = step * np.cos(angle), step * np.sin(angle)
     # A border, so that the interpolation at the edge of the ink fades to paper.
@@ -135,7 +140,7 @@ def render(
     while abs(ink - paper) < 64:
         ink, paper = rng.uniform(0, 255, 2)
     # In proportion to the contrast, or thin strokes in pale ink would be gone and their labels with them.
-    noise = rng.normal(0, rng.uniform(0, 0.15) * abs(ink - paper), coverage.shape)
+    noise = 0.0 if plain else rng.normal(0, rng.uniform(0, 0.15) * abs(ink - paper), coverage.shape)
     return np.clip(np.rint(paper + (ink - paper) * coverage + noise), 0, 255).astype(np.uint8)
 
 
@@ -149,7 +154,7 @@ def _draw_fonts(families: dict[str, list[Font]], rng: np.random.Generator) -> It
 
 
 def _render_split(
-    families: dict[str, list[Font]], characters: str, per_class: int, size: int, seed: int
+    families: dict[str, list[Font]], characters: str, per_class: int, size: int, seed: int, plain: bool
 ) -> list[np.ndarray]:
     """Draw `per_class` images of every class; row `i` is of class `i % len(characters)`."""
     by_font: dict[Font, list[tuple[int, str, int]]] = {}
@@ -162,7 +167,7 @@ def _render_split(
         opened = open_font(font.path)
         for row, character, copy in jobs:
             rng = np.random.default_rng([seed, zlib.crc32(font.name.encode()), ord(character), copy])
-            images[row] = render(opened, font, character, size, rng)
+            images[row] = render(opened, font, character, size, rng, plain)
     return [images[row] for row in range(len(images))]
 
 
@@ -174,6 +179,7 @@ def _write_card(
     classes: int,
     size: int,
     seed: int,
+    plain: bool,
 ) -> None:
     fonts = {split: sum(map(len, families.values())) for split, families in splits.items()}
     table = '\n'.join(
@@ -186,6 +192,7 @@ def _write_card(
     )
     card = _CARD.format(
         classes=classes, fonts=sum(fonts.values()), size=size, seed=seed, table=table, families=names,
+        distortions=_PLAIN if plain else _DISTORTIONS,
         dropped='\n'.join(f'- {reason}: {count}' for reason, count in sorted(dropped.items())),
     )  # fmt: skip
     (output / 'README.md').write_text(card, encoding='utf-8')
@@ -199,6 +206,7 @@ def make_glyphs(
     eval_per_class: int = 100,
     size: int = 32,
     seed: int = 0,
+    plain: bool = False,
 ) -> None:
     """Write `train`, `validation` and `test` as parquet, and a `README.md` with the counts.
 
@@ -210,6 +218,7 @@ def make_glyphs(
         eval_per_class: Validation images of each class, and test images.
         size: Side of the images in pixels.
         seed: Seed of the choice of fonts and of the distortions, not of the split into families.
+        plain: Without rotation and noise; see `render`.
 
     Raises:
         ValueError: If an argument is out of range, or the fonts do not suffice for three splits.
@@ -229,14 +238,14 @@ def make_glyphs(
     features = Features({'image': ImageFeature(), 'label': ClassLabel(names=list(characters))})
     (output / 'data').mkdir(parents=True, exist_ok=True)
     for split, families in splits.items():
-        images = _render_split(families, characters, per_class[split], size, seed)
+        images = _render_split(families, characters, per_class[split], size, seed, plain)
         rows = {
             'image': [{'bytes': encode_png(image), 'path': None} for image in images],
             'label': [row % classes for row in range(len(images))],
         }
         Dataset.from_dict(rows, features=features).to_parquet(output / 'data' / f'{split}-00000-of-00001.parquet')
         _logger.info('%s: %d images from %d families', split, len(images), len(families))
-    _write_card(output, splits, per_class, dropped, classes, size, seed)
+    _write_card(output, splits, per_class, dropped, classes, size, seed, plain)
 
 
 def main() -> None:
@@ -251,11 +260,13 @@ def main() -> None:
                         help='validation images a class, and test images (%(default)s)')  # fmt: skip
     parser.add_argument('--size', type=int, default=32, help='side of the images in pixels (%(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='seed of fonts and distortions (%(default)s)')
+    parser.add_argument('--plain', action='store_true', help='upright and without noise')
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     make_glyphs(
-        args.fonts, args.output, args.classes, args.train_per_class, args.eval_per_class, args.size, args.seed
-    )
+        args.fonts, args.output, args.classes, args.train_per_class, args.eval_per_class, args.size, args.seed,
+        args.plain,
+    )  # fmt: skip
 
 
 if __name__ == '__main__':
