@@ -14,6 +14,14 @@ from PIL import Image as PILImage
 
 from timm_dfpt.training.data import DataSplits, dataset_fingerprint, load_splits
 
+CARD = '''---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: train.parquet}
+  - {split: validation, path: validation.parquet}
+---
+'''
 QUICKSTART = Path(__file__).parents[2] / 'train' / 'quickstart'
 
 
@@ -228,6 +236,14 @@ def columns(root: Path, **features: object) -> Path:
     data = {name: rows[type(feature)] for name, feature in features.items()}
     Dataset.from_dict(data, features=Features(features)).to_parquet(root / 'train.parquet')
     return root
+
+
+@pytest.mark.parametrize('card', ['', CARD])
+def test_a_folder_that_was_made_again_is_read_again(tmp_path: Path, card: str) -> None:
+    for labels in ([0, 1, 0, 1], [1, 0, 1, 1]):
+        root = make_parquet(tmp_path / 'd', train={'label': labels}, validation={'label': [0, 1]})
+        (root / 'README.md').write_text(card)
+        assert load_splits(str(root), cache_dir=str(tmp_path / 'cache')).train.labels.tolist() == labels
 
 
 def parquet_of(text: bytes, root: Path) -> Path:

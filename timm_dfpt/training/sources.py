@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +65,7 @@ def open_dataset(
         if glob.escape(str(path)) != str(path):
             raise ValueError(f'dataset={dataset!r}: `datasets` takes [, ] and * for wildcards; rename the folder')
         _check_same_classes(path)
-        return _load(str(path), config_name, cache_dir=cache_dir)
+        return _load(str(path), config_name, cache_dir=_cache_of(path, cache_dir))
     if config_name is not None:
         raise ValueError(f'config_name={config_name!r}: {dataset!r} is a folder of images, which has no configurations')
     return _open_folder(path, named_splits)
@@ -82,6 +83,21 @@ def _load(path: str, config_name: str | None, **kwargs: object) -> dict[str, Dat
     except (DatasetsError, FileNotFoundError, ValueError) as error:
         raise ValueError(f'dataset={path!r} could not be read: {error}') from error
     return {str(name): split for name, split in splits.items()}
+
+
+def _cache_of(path: Path, cache_dir: str | None) -> str:
+    """Return a cache folder for the files as they are now.
+
+    For a folder whose card names its files, `datasets` takes the path alone for the key, and goes on giving what lay
+    there when it first looked.
+    """
+    import datasets
+
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob('*') if file.is_file()):
+        status = file.stat()
+        digest.update(os.fsencode(f'{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\0'))
+    return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f'local-{digest.hexdigest()[:16]}')
 
 
 def _read_parquet(path: Path, cache_dir: str | None) -> Dataset:
