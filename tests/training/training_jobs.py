@@ -25,7 +25,9 @@ def _watch(phase: Any) -> None:
     while True:
         frame, names = sys._current_frames().get(main), set()
         while frame is not None:
-            names.add(frame.f_code.co_name)
+            # Ours only: typing, for one, has functions of the same names.
+            if 'timm_dfpt' in frame.f_code.co_filename:
+                names.add(frame.f_code.co_name)
             frame = frame.f_back
         found = [i for i, functions in enumerate(PHASES.values()) if names & set(functions)]
         phase.value = found[0] if found else -1
@@ -63,24 +65,30 @@ class Job:
         log: Where to write what it prints.
         processes: Number of processes.
         file_bytes: Size beyond which no file can be written, as on a full disk.
+        environment: Further variables, such as those that accelerate's launcher sets.
     """
 
     def __init__(
-        self, argv: Sequence[str], log: Path, processes: int = 1, file_bytes: int | None = None
+        self,
+        argv: Sequence[str],
+        log: Path,
+        processes: int = 1,
+        file_bytes: int | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.log = log
         port, common = str(free_port()), {'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}
         self.workers = []
         self._phase = CONTEXT.RawValue('i', -1)
         for rank in range(processes):
-            environment = dict(common)
+            variables = {**common, **(environment or {})}
             if processes > 1:
                 # What torchrun and accelerate's launcher set.
-                environment |= {
+                variables |= {
                     'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes),
                     'LOCAL_WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port,
                 }  # fmt: skip
-            worker = CONTEXT.Process(target=_work, args=(list(argv), environment, str(log), self._phase, file_bytes))
+            worker = CONTEXT.Process(target=_work, args=(list(argv), variables, str(log), self._phase, file_bytes))
             worker.start()
             self.workers.append(worker)
 
@@ -103,7 +111,7 @@ class Job:
         self.send(signal.SIGKILL)
         self.wait()
 
-    def wait(self, timeout: float = 120) -> list[int | None]:
+    def wait(self, timeout: float = 600) -> list[int | None]:
         """Return the exit codes; fail if a process has not ended by then."""
         end = time.monotonic() + timeout
         for worker in self.workers:
@@ -115,7 +123,7 @@ class Job:
         assert not hanging, f'still running after {timeout} s:\n{self.output()}'
         return [worker.exitcode for worker in self.workers]
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 120) -> bool:
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 600) -> bool:
         """Wait until the condition holds; return whether it does, or the job has ended before."""
         end = time.monotonic() + timeout
         while self.alive and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: accelerate's state, written aside, checksummed and renamed."""
+"""Checkpoints that are whole or not there: written aside, checksummed and renamed."""
 from __future__ import annotations
 
 import hashlib
@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
+from timm.utils import unwrap_model
 from torch import nn
+
+from .sharding import load_optimizer_state, load_weights, optimizer_state, whole_weights
 
 __all__ = ['latest_checkpoint', 'remove_leftovers', 'restore_checkpoint', 'save_checkpoint', 'write_atomic']
 
@@ -25,6 +28,7 @@ _logger = logging.getLogger(__name__)
 
 _MANIFEST = 'checksums.json'
 _PROGRESS = 'progress.json'
+_SCALER = 'scaler.pt'
 _INCOMPLETE = '.incomplete'
 _NAME = re.compile(r'step-(\d{8})')
 # What writing to a full disk ends in: torch's zip writer and safetensors have errors of their own.
@@ -96,8 +100,7 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        with _PlainNames(accelerator):
-            accelerator.save_state(str(temporary), safe_serialization=True)
+        _save_state(accelerator, temporary)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _complete(temporary, modules, progress)
@@ -116,9 +119,6 @@ def save_checkpoint(
 
 
 def _complete(folder: Path, modules: Mapping[str, nn.Module], progress: Mapping[str, Any]) -> None:
-    for path in folder.glob('random_states_*.pkl'):
-        # All random numbers are functions of seed, epoch, step and row; states would only seem to matter.
-        path.unlink()
     for name, module in modules.items():
         save_model(module, str(folder / f'{name}.safetensors'))
     (folder / _PROGRESS).write_text(json.dumps(progress), encoding='utf-8')
@@ -162,8 +162,7 @@ def restore_checkpoint(
     if path is None:
         return None
     try:
-        with _PlainNames(accelerator):
-            accelerator.load_state(str(path))
+        _load_state(accelerator, path)
         for name, module in modules.items():
             load_model(module, str(path / f'{name}.safetensors'))
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, pickle.UnpicklingError) as error:
@@ -176,33 +175,38 @@ def restore_checkpoint(
     return progress
 
 
-class _PlainNames:
-    """Within the context accelerate saves and loads modules without the names that DistributedDataParallel adds.
+def _save_state(accelerator: Accelerator, folder: Path) -> None:
+    # Not accelerate's save_state, which would pickle the weights that are sharded.
+    main = accelerator.is_main_process
+    for i, module in enumerate(accelerator._models):
+        with whole_weights(module):
+            if main:
+                # Without the names that wrappers add: a run may go on with another number of processes.
+                save_model(unwrap_model(module), str(folder / _numbered('model', i, '.safetensors')))
+    for i, optimizer in enumerate(accelerator._optimizers):
+        state = optimizer_state(optimizer)
+        if main:
+            torch.save(state, folder / _numbered('optimizer', i, '.bin'))
+    if accelerator.scaler is not None and main:
+        torch.save(accelerator.scaler.state_dict(), folder / _SCALER)
 
-    A run may then go on with another number of processes. Sharded modules are left to accelerate, whose files of shards
-    need their wrappers.
-    """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.handles: list[Any] = []
+def _load_state(accelerator: Accelerator, folder: Path) -> None:
+    for i, module in enumerate(accelerator._models):
+        load_weights(module, folder / _numbered('model', i, '.safetensors'))
+    for i, optimizer in enumerate(accelerator._optimizers):
+        load_optimizer_state(optimizer, _load(folder / _numbered('optimizer', i, '.bin')))
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(_load(folder / _SCALER))
 
-    def __enter__(self) -> None:
-        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            self.handles = [
-                self.accelerator.register_save_state_pre_hook(self._save),
-                self.accelerator.register_load_state_pre_hook(self._load),
-            ]
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+def _load(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, map_location='cpu', weights_only=True)
+    return state
 
-    def _save(self, models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
-        weights[:] = [self.accelerator.unwrap_model(model).state_dict() for model in models]
 
-    def _load(self, models: list[nn.Module], folder: str) -> None:
-        models[:] = [self.accelerator.unwrap_model(model) for model in models]
+def _numbered(name: str, number: int, suffix: str) -> str:
+    return f'{name}_{number}{suffix}' if number else f'{name}{suffix}'
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """One student in training: its task, its optimizers and schedules, and a step of them."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -20,6 +21,7 @@ from ..rivals import AdaptedTeacher, CTKDTask
 from ..task import DFPTDistillationTask
 from .augment import derive_seed
 from .config import TrainConfig
+from .sharding import ShardedRoot, clip_gradients, is_sharding, whole_weights
 
 __all__ = ['Learner']
 
@@ -61,10 +63,13 @@ class Learner:
         self.schedulers = [_scheduler(config, optimizer, updates_per_epoch) for optimizer in optimizers]
         self._total_updates = config.epochs * updates_per_epoch
         self._moving_weights = _moving_weights(config) if isinstance(task, DFPTDistillationTask) else {}
+        if is_sharding(accelerator):
+            task.trainable_module = ShardedRoot(task.trainable_module)
         # Together, since sharding replaces the parameters that an optimizer knows.
         task.trainable_module, *self.optimizers = accelerator.prepare(task.trainable_module, *optimizers)
         self._finite: list[torch.Tensor] = []
         self._buffers: list[torch.Tensor] = []
+        self._whole = contextlib.ExitStack()
 
     @property
     def module(self) -> nn.Module:
@@ -103,6 +108,7 @@ class Learner:
 
     def train(self) -> None:
         """Put what is trained, and nothing else, into training mode."""
+        self._whole.close()
         self.task.get_trainable_module().train()
         if self.config.freeze_prompt_path:
             self.task.teacher.prompt_path.eval()
@@ -171,11 +177,7 @@ class Learner:
             if scaler is not None:
                 # One by one: accelerate would unscale all optimizers for each of them.
                 self.accelerator.unscale_gradients(optimizer)
-            norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if self.config.clip_grad:
-                nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
-            # A sum over shards where the parameters are sharded.
-            norms[name] = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
+            norms[name] = clip_gradients(self.accelerator, parameters, self.config.clip_grad)
         # A gradient scaler looks for the largest scale by overflowing now and then, and deals with it itself.
         return norms if scaler is None else {}
 
@@ -273,8 +275,15 @@ class Learner:
         return outputs
 
     def eval(self) -> None:
-        """Put everything into evaluation."""
+        """Put everything into evaluation; weights that are sharded are whole until `train` is called."""
+        self._whole.enter_context(whole_weights(self.module))
         self.task.get_trainable_module().eval()
+
+    def update_average(self, step: int) -> None:
+        """Update the moving average, if there is one, after the update with this number."""
+        if self.task.has_ema():
+            with whole_weights(self.module):
+                self.task.update_ema(step=step)
 
 
 def _moving_weights(config: TrainConfig) -> dict[str, tuple[float, float]]:

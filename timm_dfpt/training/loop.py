@@ -217,7 +217,7 @@ class Trainer:
             if not self.accelerator.sync_gradients:
                 continue
             if kept:
-                learner.task.update_ema(step=progress.updates + 1)
+                learner.update_average(step=progress.updates + 1)
             if self.config.on_nonfinite == 'skip':
                 self._count_skipped(learner.name, step, kept)
         if self.teacher_cache is not None and id(self.learners[0].teacher) not in cached:

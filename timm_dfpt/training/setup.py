@@ -14,7 +14,7 @@ import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
 from ..teacher import DualForwardPathTeacher
@@ -27,6 +27,7 @@ from .evaluate import evaluate_together
 from .factory import create_student, create_task, create_teacher, resolve_input_config, wrap_teacher
 from .learner import Learner
 from .loader import create_loader
+from .sharding import refuse_deepspeed, set_up_sharding
 from .teacher_cache import TeacherCache, cache_key, check_exact
 
 __all__ = ['RunSetup']
@@ -52,6 +53,7 @@ class RunSetup:
             raise ValueError(f'log_with={config.log_with} needs a package: pip install {config.log_with}.')
         # accelerate warns about the pinned memory of machines without an accelerator.
         warnings.filterwarnings('ignore', message='.*pin_memory.*')
+        refuse_deepspeed()
         self.accelerator = Accelerator(
             cpu=config.cpu,
             mixed_precision=config.mixed_precision,
@@ -62,11 +64,7 @@ class RunSetup:
             # Learners share their batch statistics after each update, evaluation and EMA included.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f'{self.accelerator.distributed_type.value} is not supported: evaluation, moving average and export '
-                'expect whole weights. Use DistributedDataParallel (train/accelerate/multi_gpu.yaml).'
-            )
+        set_up_sharding(self.accelerator, config)
         if config.mixed_precision == 'fp16' and self.accelerator.device.type == 'cpu':
             # accelerate would compute in float32 and say nothing.
             raise ValueError('mixed_precision=fp16 needs a GPU, and this runs on the CPU: use bf16 or no.')

@@ -1,0 +1,232 @@
+"""Weights that are spread over the processes (FSDP2): what is shared out, and how it is seen whole for a while."""
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from safetensors.torch import load_file, load_model
+from timm.utils import unwrap_model
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.tensor import DTensor
+
+from .config import TrainConfig
+
+__all__ = [
+    'ShardedRoot', 'clip_gradients', 'is_sharding', 'load_optimizer_state', 'load_weights', 'optimizer_state',
+    'refuse_deepspeed', 'set_up_sharding', 'whole_weights',
+]  # fmt: skip
+
+
+class ShardedRoot(nn.Module):
+    """What FSDP2 hooks onto, as DistributedDataParallel is around what it wraps.
+
+    Calls of the root gather the weights and share them out again; calls of `module` and its parts do not, so that a
+    process may make them alone while the weights are whole.
+
+    Args:
+        module: What is trained.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self.module(*args, **kwargs)
+
+
+def is_sharding(accelerator: Accelerator) -> bool:
+    """Return whether prepared weights are spread over the processes."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def refuse_deepspeed() -> None:
+    """Say that DeepSpeed cannot be used, before accelerate asks for it to be installed.
+
+    Raises:
+        ValueError: The launcher asks for DeepSpeed.
+    """
+    if os.environ.get('ACCELERATE_USE_DEEPSPEED', 'false').lower() == 'true':
+        raise ValueError(
+            'DeepSpeed is not supported: its engine has a single optimizer, and student and prompt path have one each. '
+            'Use train/accelerate/fsdp2.yaml, which shards more than ZeRO-2, or train/accelerate/multi_gpu.yaml.'
+        )
+
+
+def set_up_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Make accelerate shard in the one way that is tested here, if the launcher asks for FSDP.
+
+    Args:
+        accelerator: As accelerate made it from the launcher's variables.
+        config: The options of the run.
+
+    Raises:
+        ValueError: The launcher or an option asks for what does not go together with it; see docs/TRAINING.md.
+    """
+    asked = os.environ.get('ACCELERATE_USE_FSDP', 'false').lower() == 'true'
+    if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate shards on accelerators only; on CPUs it would train whole copies without a word.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if not is_sharding(accelerator):
+        return
+    plugin = accelerator.state.fsdp_plugin
+    needed = {
+        'fsdp_version: 2': plugin.fsdp_version == 2,
+        'fsdp_auto_wrap_policy: NO_WRAP': plugin.auto_wrap_policy is None,
+        'fsdp_offload_params: false': not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        'fsdp_activation_checkpointing: false': not plugin.activation_checkpointing,
+        'fsdp_cpu_ram_efficient_loading: false': not plugin.cpu_ram_efficient_loading,
+    }
+    missing = ', '.join(setting for setting, given in needed.items() if not given)
+    if missing:
+        raise ValueError(f'FSDP needs {missing} in the configuration of accelerate; take train/accelerate/fsdp2.yaml.')
+    refused = {
+        '--compile': config.compile,
+        '--channels-last': config.channels_last,
+        '--mixed-precision fp16': config.mixed_precision == 'fp16',
+    }
+    for option, given in refused.items():
+        if given:
+            raise ValueError(f'{option} does not work with FSDP2: leave it out or use train/accelerate/multi_gpu.yaml.')
+    accelerator.print(f'FSDP2: what is trained is spread over {accelerator.num_processes} processes')
+    # Autocast as without sharding: the gathered weights, of which averages are made, stay in float32.
+    plugin.mixed_precision_policy = None
+
+
+@contextlib.contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Give every process all weights of a sharded module within the context; do nothing for another one.
+
+    All processes must enter it. Within, `module.module` and its parts are plain modules to read and to call, and
+    `module` itself must not be called.
+
+    Args:
+        module: What was prepared.
+    """
+    shards: dict[str, Any] = {}
+    whole: dict[str, nn.Parameter] = {}
+    root: Any = module
+    if isinstance(module, FSDPModule):
+        root.reshard()
+        shards = {name: param for name, param in module.named_parameters() if isinstance(param, DTensor)}
+    if shards:
+        # All in one message. Copies, since FSDP2 frees its own when it likes.
+        root.unshard()
+        whole = {
+            name: nn.Parameter(param.detach().clone(), requires_grad=param.requires_grad)
+            for name, param in module.named_parameters()
+        }
+        root.reshard()
+    _set(module, whole)
+    try:
+        yield
+    finally:
+        _set(module, shards)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load weights that were saved while they were whole, without the names that wrappers add.
+
+    Args:
+        module: What was prepared.
+        path: A safetensors file.
+
+    Raises:
+        RuntimeError: They are of another module.
+    """
+    plain = unwrap_model(module)
+    shards = {name: param for name, param in plain.named_parameters() if isinstance(param, DTensor)}
+    if not shards:
+        load_model(plain, str(path))
+        return
+    tensors = load_file(path)
+    for name, shard in shards.items():
+        if name in tensors and tensors[name].shape == shard.shape:
+            tensors[name] = _spread(tensors[name], shard)
+    plain.load_state_dict(tensors)
+
+
+def _set(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        parent, _, leaf = name.rpartition('.')
+        setattr(module.get_submodule(parent), leaf, parameter)
+
+
+def clip_gradients(
+    accelerator: Accelerator, parameters: Sequence[nn.Parameter], limit: float | None
+) -> torch.Tensor:
+    """Clip gradients to a norm.
+
+    Args:
+        accelerator: Knows whether they are sharded.
+        parameters: Parameters with gradients.
+        limit: The norm to clip to; `None` or 0 to leave them as they are.
+
+    Returns:
+        The norm of all of them together, before.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not is_sharding(accelerator):
+        norm = nn.utils.get_total_norm(grads)
+        if limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
+    # torch's functions, but with one message in all instead of one for each parameter.
+    parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    squares: Any = accelerator.reduce(nn.utils.get_total_norm(parts).square())
+    norm = squares.sqrt()
+    if limit:
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for part in parts:
+            part.mul_(scale)
+    return norm
+
+
+def _spread(value: torch.Tensor, like: DTensor) -> DTensor:
+    mesh = like.device_mesh
+    parts, rank = value.to(like.device).chunk(mesh.size()), mesh.get_local_rank()
+    own = parts[rank] if rank < len(parts) else value[:0].to(like.device)
+    # No process asks another, since all have all of it.
+    return DTensor.from_local(own, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state with whole tensors, as if nothing was sharded; all processes must call it."""
+    state = optimizer.state_dict()
+    own = {
+        (index, key): value.to_local().cpu()
+        for index, entries in state['state'].items()
+        for key, value in entries.items()
+        if isinstance(value, DTensor)
+    }
+    if not own:
+        return state
+    # All in one message; processes have consecutive rows.
+    parts = gather_object([own])
+    entries = {index: dict(each) for index, each in state['state'].items()}
+    for index, key in own:
+        entries[index][key] = torch.cat([part[index, key] for part in parts])
+    return {**state, 'state': entries}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what `optimizer_state` returned; all processes must call it."""
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group['params']))
+
+    def spread(index: int, value: Any) -> Any:
+        param = parameters.get(index)
+        if isinstance(param, DTensor) and isinstance(value, torch.Tensor) and value.shape == param.shape:
+            return _spread(value, param)
+        return value
+
+    entries = {i: {key: spread(i, value) for key, value in each.items()} for i, each in state['state'].items()}
+    optimizer.load_state_dict({**state, 'state': entries})
