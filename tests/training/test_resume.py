@@ -16,19 +16,20 @@ SAME = (
     'metrics.jsonl', 'curves.png', 'student/model.safetensors', 'student/config.json',
     'prompt_path/prompt_path.safetensors',
 )  # fmt: skip
+SWEEP = ('step', 'save', 'evaluation', 'start', 'save', 'step', 'export')
 CHECKPOINTS = ('--checkpoint-steps', '2', '--checkpoint-hist', '3')
 
 
 class Runs:
     """Runs of one configuration, by number of processes, that nothing happened to."""
 
-    def __init__(self, tiny, root):
-        self.tiny, self.root, self.done = tiny, root, {}
+    def __init__(self, tiny, root, *more):
+        self.tiny, self.root, self.more, self.done = tiny, root, more, {}
 
     def argv(self, output, processes):
         # A single process also has a baseline, and adds up gradients.
         more = ['--baselines', 'kd', '--grad-accum-steps', '2'] if processes == 1 else []
-        return self.tiny.argv(output, *CHECKPOINTS, *more)
+        return self.tiny.argv(output, *CHECKPOINTS, *more, *self.more)
 
     def undisturbed(self, processes):
         if processes not in self.done:
@@ -66,10 +67,12 @@ def kill_at(job: Job, phase: str, delay: float) -> str | None:
     return None if ended or not reached else where
 
 
-def survive(runs: Runs, processes: int, folder: Path, kills: int, seed: int, phases: tuple[str, ...]) -> list[str]:
+def survive(
+    runs: Runs, processes: int, folder: Path, kills: int, seed: int, phases: tuple[str, ...], more: tuple[str, ...] = ()
+) -> list[str]:
     """Kill a run again and again, each time going on from what is left; return where it was killed."""
     draw = random.Random(seed)
-    argv = runs.argv(folder / 'run', processes)
+    argv = [*runs.argv(folder / 'run', processes), *more]
     places: list[str] = []
     while len(places) < kills:
         phase = phases[len(places) % len(phases)]
@@ -98,9 +101,20 @@ def test_two_processes_killed(runs, tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize('processes', [1, 2])
 def test_killed_at_twenty_random_moments(runs, tmp_path, processes):
-    phases = ('step', 'save', 'evaluation', 'start', 'save', 'step', 'export')
-    places = survive(runs, processes, tmp_path, 20, seed=processes, phases=phases)
+    places = survive(runs, processes, tmp_path, 20, seed=processes, phases=SWEEP)
     print(f'{processes} processes: survived {len(places)} of {len(places)} kills, in: {" ".join(places)}')
+    assert {'step', 'save', 'evaluation'} <= set(places)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_twenty_random_moments_with_a_teacher_cache(tiny, tmp_path):
+    """Logits that were being written when the run was killed are not taken for the teacher's: nothing differs."""
+    # The same images every second epoch, so that there is something to keep.
+    runs = Runs(tiny, tmp_path, '--mixup', '0', '--aug-cycle', '2')
+    cache = ('--cache-teacher', '--teacher-cache-dir', str(tmp_path / 'cache'))
+    places = survive(runs, 1, tmp_path, 20, seed=3, phases=SWEEP, more=cache)
+    print(f'teacher cache: survived {len(places)} of {len(places)} kills, in: {" ".join(places)}')
     assert {'step', 'save', 'evaluation'} <= set(places)
 
 
