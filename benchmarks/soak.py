@@ -1,6 +1,7 @@
 """The default job again and again in one process: does it grow, or leave anything behind?
 
-    python -m benchmarks.soak --minutes 20 -- --epochs 1 --batch-size 1000
+    python -m benchmarks.soak --minutes 20
+    python -m benchmarks.soak --minutes 5 -- --epochs 1 --batch-size 1000
 
 Each run goes to a folder that is removed after it. What is left of a run in the process is measured: resident memory,
 open files, child processes, threads, and what lies in the folder for temporary files. Prints a line a run, and at the
@@ -43,11 +44,12 @@ def left_behind(temporary: Path) -> dict[str, float]:
     }
 
 
-def soak(minutes: float, arguments: list[str]) -> list[dict[str, float]]:
+def soak(minutes: float, runs: int, arguments: list[str]) -> list[dict[str, float]]:
     """Run the job until the time is up.
 
     Args:
         minutes: How long; the run that is going on then is the last.
+        runs: Go on until there are as many runs, however long that takes.
         arguments: Arguments of the job, without `--output`.
 
     Returns:
@@ -56,13 +58,13 @@ def soak(minutes: float, arguments: list[str]) -> list[dict[str, float]]:
     Raises:
         RuntimeError: A run failed.
     """
-    measured = []
+    measured: list[dict[str, float]] = []
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as root:
         temporary = Path(root, 'temporary')
         temporary.mkdir()
         tempfile.tempdir = str(temporary)
-        while time.monotonic() < end:
+        while time.monotonic() < end or len(measured) < runs:
             start = time.monotonic()
             said = io.StringIO()
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -86,12 +88,13 @@ def main() -> int:
     """Run the soak test from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--minutes', type=float, default=20.0, help='how long (default: 20)')
+    parser.add_argument('--runs', type=int, default=WARM_UP + 3, help='at least as many (default: %(default)s)')
     parser.add_argument('arguments', nargs='*', metavar='ARGUMENT', help='arguments of the job, after --')
     args = parser.parse_args()
-    measured = soak(args.minutes, args.arguments or ['--epochs', '1'])
+    measured = soak(args.minutes, args.runs, args.arguments)
     steady = measured[WARM_UP:]
     if len(steady) < 3:
-        print(f'{len(measured)} runs are too few to tell a slope: give more --minutes.')
+        print(f'{len(measured)} runs are too few to tell a slope: give more --runs.')
         return 1
     slope = np.polyfit(range(len(steady)), [each['memory'] for each in steady], 1)[0]
     first, last = steady[0], steady[-1]
