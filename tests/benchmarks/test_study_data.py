@@ -5,6 +5,7 @@ import itertools
 import shutil
 import string
 from pathlib import Path
+from typing import Any
 
 import datasets
 import matplotlib
@@ -13,6 +14,7 @@ import pytest
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.study.data.__main__ import main as make_all
 from benchmarks.study.data.fashion import make_fashion
 from benchmarks.study.data.fonts import Font, find_families, scan_fonts, split_families
 from benchmarks.study.data.glyphs import CHARACTERS, make_glyphs
@@ -265,3 +267,10 @@ def test_fashion_keeps_every_image_once(tmp_path: Path) -> None:
     assert {image.tobytes() for image in together} == {image.tobytes() for image in images['train']}
     assert len(together) == 120
     np.testing.assert_array_equal(pixels['test'], images['t10k'])
+
+
+def test_all_sets_at_once_need_the_images_of_clothes(fonts: Path, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        make_all(['--fonts', str(fonts), '--fashion', str(tmp_path), '--output', str(tmp_path / 'data')])
+    assert 'train-images-idx3-ubyte.gz' in capsys.readouterr().err
+    assert not (tmp_path / 'data').exists()
