@@ -98,13 +98,13 @@ class Study:
         ratios = [own[seed] / reference[seed] for seed in own if seed in reference]
         return statistics.median(ratios) if ratios else None
 
-    def longer_kd(self, regime: str) -> list[str]:
-        """Arms of plain KD that train longer than `kd`: what the time of the dual path buys."""
+    def dearer_kd(self, regime: str) -> list[str]:
+        """Arms of plain KD that train longer than `kd` or have a better teacher: what the dual path's time buys."""
         epochs = max((record['epochs'] for record in self.find(regime, 'kd')), default=math.inf)
         return [
             arm
-            for arm, records in self.arms(regime).items()
-            if records[0]['config']['method'] == 'kd' and records[0]['epochs'] > epochs
+            for arm, (first, *_) in self.arms(regime).items()
+            if first['config']['method'] == 'kd' and (first['epochs'] > epochs or 'teacher' in first['config'])
         ]
 
     def gap(self, regime: str) -> float | None:

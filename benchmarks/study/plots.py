@@ -59,7 +59,7 @@ def figures(study: Study) -> dict[str, Figure]:
             'What KD gains over scratch, and what DFPT-KD gains over KD, against the capacity gap',
             partial(_gap, study, groups),
         )
-    priced = [name for name in regimes if study.longer_kd(name)]
+    priced = [name for name in regimes if study.dearer_kd(name)]
     if priced:
         found['cost.png'] = Figure('Test accuracy against training time, by arm', partial(_cost, study, priced))
     for regime in regimes:

@@ -123,16 +123,16 @@ def _main(study: Study) -> str:
     rows = {regime: row for regime, row in rows.items() if any(row)}
     if not rows:
         return _NOTHING
-    longer = {
+    dearer = {
         f'{regime}, {arm}': [study.difference(regime, dual, arm) for dual in DUAL]
         for regime in rows
-        for arm in study.longer_kd(regime)
+        for arm in study.dearer_kd(regime)
     }
-    count = sum(summary is not None for row in (*rows.values(), *longer.values()) for summary in row)
+    count = sum(summary is not None for row in (*rows.values(), *dearer.values()) for summary in row)
     parts = [_differences([f'{TITLES[arm]} - {TITLES[base]}' for arm, base in CONTRASTS], rows)]
-    if longer:
-        titles = [f'{TITLES[dual]} - longer KD' for dual in DUAL]
-        parts += ['Against KD that trains longer instead:', _differences(titles, longer)]
+    if dearer:
+        titles = [f'{TITLES[dual]} - that KD' for dual in DUAL]
+        parts += ['Against KD that trains longer, or after its teacher was fine-tuned:', _differences(titles, dearer)]
     return '\n\n'.join([
         *parts,
         'Test top-1 of the last epoch, in points: mean of the paired differences, in brackets its 95% interval by '
@@ -221,7 +221,9 @@ def _inside(study: Study) -> str:
         rows = []
         for arm, records in study.arms(regime).items():
             if arm == 'kd' or records[0]['config']['method'] in DUAL:
-                rows += [_inside_row(arm, split, records) for split in ('train', 'val', 'test')]
+                # Of variants, which are many, what tells them apart.
+                splits = ('train', 'val') if ' ' in arm else ('train', 'val', 'test')
+                rows += [_inside_row(arm, split, records) for split in splits]
         if rows:
             head = ['arm', 'images', 'top-1: teacher', 'path', 'student', 'entropy: teacher', 'path', 'student']
             head += ['confidence: teacher', 'path', 'student', 'KL to student: teacher', 'path']

@@ -329,13 +329,14 @@ def test_an_arm_may_be_in_a_regime_of_the_same_set_up(tmp_path: Path) -> None:
     assert study.difference('longer', 'dfpt', 'kd') is None
 
 
-def test_kd_that_trains_longer_is_what_the_dual_path_is_held_against(tmp_path: Path) -> None:
+def test_kd_that_costs_more_is_what_the_dual_path_is_held_against(tmp_path: Path) -> None:
     records = three_seeds(kd=[50, 60, 70], dfpt=[52, 62, 72])
     records += [record_of('kd-time', seed, 51.0 + 10 * seed, epochs=5) for seed in range(3)]
     # The same length, so no other price.
     records += [record_of('kd-T1', seed, 51.0) for seed in range(3)]
+    records += [record_of('kd-tuned', seed, 51.0, config={'method': 'kd', 'teacher': 'tuned'}) for seed in range(3)]
     study = Study(plan_of(tmp_path), records)
-    assert study.longer_kd('tiny') == ['kd-time']
+    assert study.dearer_kd('tiny') == ['kd-time', 'kd-tuned']
     assert '| tiny, kd-time | +1.00 [+1.00, +1.00] | 3/3 | - | - |' in report.blocks(study)['main']
 
 
