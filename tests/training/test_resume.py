@@ -1,8 +1,12 @@
 """Runs that are killed, told to stop or damaged, against the same run left alone."""
+import contextlib
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from training_jobs import Job
 
+ROOT = Path(__file__).parents[2]
 # Equal to the last byte, whatever happened on the way.
 SAME = (
     'metrics.jsonl', 'curves.png', 'student/model.safetensors', 'student/config.json',
@@ -132,6 +137,38 @@ def test_asked_to_stop(runs, tmp_path, phase):
     job = Job([*argv, '--resume'], tmp_path / 'log')
     assert job.wait() == [0], job.output()
     assert_same(tmp_path / 'run', runs.undisturbed(1))
+
+
+def running(group: int) -> list[int]:
+    """Return the processes of a group that have not ended."""
+    found = []
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):
+            state, _, its = stat.read_text().rpartition(')')[2].split()[:3]
+            found += [int(stat.parent.name)] if int(its) == group and state != 'Z' else []
+    return found
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='finds the processes in /proc')
+def test_group_asked_to_stop(runs, tmp_path):
+    """SIGTERM to all processes of the job, as Slurm sends it: those that load the images must not die before the save."""
+    run = tmp_path / 'run'
+    argv = [sys.executable, 'train/distill.py', *runs.argv(run, 1), '--workers', '2']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    with open(tmp_path / 'log', 'wb') as log:
+        options = {'cwd': ROOT, 'env': environment, 'stdout': log, 'stderr': log, 'start_new_session': True}
+        job = subprocess.Popen(argv, **options)
+        while not (run / 'checkpoints' / 'step-00000004').exists() and job.poll() is None:
+            time.sleep(0.01)
+        assert len(running(job.pid)) > 2
+        os.killpg(job.pid, signal.SIGTERM)
+        assert job.wait(timeout=100) == 143, (tmp_path / 'log').read_text()
+        assert not running(job.pid)
+        assert not (run / 'summary.json').exists()
+        job = subprocess.Popen([*argv, '--resume'], **options)
+        assert job.wait(timeout=200) == 0, (tmp_path / 'log').read_text()
+        assert not running(job.pid)
+    assert_same(run, runs.undisturbed(1))
 
 
 def damage(path: Path, how: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -237,6 +240,7 @@ def create_loader(
         pin_memory=pin_memory,
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_sigterm_to_main_process,
         # A generator of its own: else each epoch would draw from the global one, and evaluation change training.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -244,6 +248,26 @@ def create_loader(
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def _leave_sigterm_to_main_process(worker: int) -> None:
+    """Make a worker end by SIGTERM only if that comes from the main process.
+
+    Job queues send it to a whole process group, and the main process can save only if its workers outlive it.
+    """
+    if not hasattr(signal, 'sigwaitinfo'):
+        return
+    main = os.getppid()
+    # Blocked before there are other threads, which inherit that: else one of them would be ended by it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+            pass
+        # torch ends workers so that are slow to leave, and wants to see no error then.
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _check_data_config(data_config: Mapping[str, Any]) -> None:
