@@ -1,8 +1,10 @@
 """Runs that are killed, told to stop or damaged, against the same run left alone."""
 import contextlib
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_jobs import Job
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +206,83 @@ def test_damaged_checkpoints_are_passed_over(runs, half_done, tmp_path):
     assert f'{newest[0].name}\' is damaged' in job.output()
     assert f'{newest[1].name}\' is damaged' in job.output()
     assert_same(run, runs.undisturbed(2))
+
+
+def given_another(run: Path, option: str, before: object, now: object) -> None:
+    """Make a run one that was started with another value of an option."""
+    config = run / 'config.yaml'
+    text = config.read_text()
+    assert f'{option}: {before}\n' in text
+    config.write_text(text.replace(f'{option}: {before}\n', f'{option}: {now}\n'))
+
+
+def test_the_same_data_and_teacher_elsewhere_will_do(runs, half_done, tmp_path):
+    run, tiny = tmp_path / 'run', runs.tiny
+    shutil.copytree(half_done, run)
+    shutil.copytree(tiny.data, tmp_path / 'data')
+    shutil.copytree(tiny.teacher, tmp_path / 'teacher')
+    given_another(run, 'dataset', tiny.data, tmp_path / 'data')
+    given_another(run, 'teacher', f'local-dir:{tiny.teacher}', f'local-dir:{tmp_path}/teacher')
+    moved = ['--dataset', str(tmp_path / 'data'), '--teacher', f'local-dir:{tmp_path}/teacher', '--resume']
+    job = Job([*runs.argv(run, 2), *moved], tmp_path / 'log', 2)
+    assert job.wait() == [0, 0], job.output()
+    name = 'student/model.safetensors'
+    assert (run / name).read_bytes() == (runs.undisturbed(2) / name).read_bytes()
+
+
+def test_other_data_at_the_same_place_are_refused(runs, half_done, tmp_path):
+    run, data = tmp_path / 'run', tmp_path / 'data'
+    shutil.copytree(half_done, run)
+    shutil.copytree(runs.tiny.data, data)
+    next((data / 'train').glob('*/*.png')).unlink()
+    given_another(run, 'dataset', runs.tiny.data, data)
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    job = Job([*runs.argv(run, 2), '--dataset', str(data), '--resume'], tmp_path / 'log', 2)
+    assert job.wait() == [1, 1], job.output()
+    assert re.search(r'training images: 216, hash \w+ when the run was started, 215, hash \w+ now', job.output())
+    assert 'validation images:' not in job.output()
+    assert 'another --output' in job.output()
+    assert {path: path.read_bytes() for path in run.rglob('*') if path.is_file()} == before
+
+
+def test_another_teacher_at_the_same_place_is_refused(runs, half_done, tmp_path):
+    run, teacher = tmp_path / 'run', tmp_path / 'teacher'
+    shutil.copytree(half_done, run)
+    shutil.copytree(runs.tiny.teacher, teacher)
+    tensors = load_file(teacher / 'model.safetensors')
+    tensors['fc.bias'] += 1e-3
+    save_file(tensors, teacher / 'model.safetensors', metadata={'format': 'pt'})
+    given_another(run, 'teacher', f'local-dir:{runs.tiny.teacher}', f'local-dir:{teacher}')
+    job = Job([*runs.argv(run, 2), '--teacher', f'local-dir:{teacher}', '--resume'], tmp_path / 'log', 2)
+    assert job.wait() == [1, 1], job.output()
+    assert re.search(r'teacher of dfpt: [\d,]+ parameters, hash \w+ when the run was started', job.output())
+    assert 'images:' not in job.output().split('started with something else')[1]
+
+
+def test_a_checkpoint_from_before_origins_were_kept_will_do(runs, half_done, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(half_done, run)
+    for checkpoint in (run / 'checkpoints').glob('step-*'):
+        progress = json.loads((checkpoint / 'progress.json').read_text())
+        assert set(progress.pop('origin')) == {'classes', 'training images', 'validation images', 'teacher of dfpt'}
+        (checkpoint / 'progress.json').write_text(json.dumps(progress))
+        checksums = json.loads((checkpoint / 'checksums.json').read_text())
+        checksums['progress.json'] = hashlib.sha256((checkpoint / 'progress.json').read_bytes()).hexdigest()
+        (checkpoint / 'checksums.json').write_text(json.dumps(checksums))
+    job = Job([*runs.argv(run, 2), '--resume'], tmp_path / 'log', 2)
+    assert job.wait() == [0, 0], job.output()
+    assert_same(run, runs.undisturbed(2))
+
+
+def test_nothing_but_damaged_checkpoints(runs, half_done, tmp_path):
+    """Not taken for a run that has not begun: hours of training may be in them, and a copy of one somewhere."""
+    run = tmp_path / 'run'
+    shutil.copytree(half_done, run)
+    for checkpoint in (run / 'checkpoints').glob('step-*'):
+        damage(checkpoint, 'bit flipped')
+    job = Job([*runs.argv(run, 2), '--resume'], tmp_path / 'log', 2)
+    assert job.wait() == [1, 1], job.output()
+    assert re.search(r'error: resume: all checkpoints in .* are damaged', job.output())
 
 
 def test_another_number_of_processes_is_said(runs, half_done, tmp_path):

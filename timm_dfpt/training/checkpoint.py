@@ -20,6 +20,7 @@ from safetensors.torch import load_model, save_model
 from timm.utils import unwrap_model
 from torch import nn
 
+from .origin import changes
 from .sharding import load_optimizer_state, load_weights, optimizer_state, whole_weights
 
 __all__ = ['latest_checkpoint', 'remove_leftovers', 'restore_checkpoint', 'save_checkpoint', 'write_atomic']
@@ -138,7 +139,7 @@ def _remove_others(folder: Path, newest: Path, keep: int) -> None:
 
 
 def restore_checkpoint(
-    accelerator: Accelerator, folder: Path, modules: Mapping[str, nn.Module]
+    accelerator: Accelerator, folder: Path, modules: Mapping[str, nn.Module], origin: Mapping[str, str] | None = None
 ) -> dict[str, Any] | None:
     """Load the newest checkpoint that is whole into what was prepared with `accelerator` and into `modules`.
 
@@ -149,16 +150,20 @@ def restore_checkpoint(
         accelerator: What was prepared as in the run that saved.
         folder: Where the checkpoints of the run are.
         modules: As given to `save_checkpoint`.
+        origin: What the run is made from, to be held against `progress['origin']` where that was saved; it counts in
+            the main process. See `origin.py`.
 
     Returns:
         The progress that was saved, or `None` if there is no checkpoint.
 
     Raises:
-        ValueError: The checkpoint is of other models or optimizers.
+        ValueError: All checkpoints are damaged, or the newest is of other data, teachers, models or optimizers.
     """
-    found: list[Any] = [latest_checkpoint(folder) if accelerator.is_main_process else None]
+    found: list[Any] = [_find(folder, origin or {}) if accelerator.is_main_process else None]
     # Checksums cost time on large models, and all processes must mean the same checkpoint.
-    path = broadcast_object_list(found)[0]
+    path, problem = broadcast_object_list(found)[0]
+    if problem is not None:
+        raise ValueError(problem)
     if path is None:
         return None
     try:
@@ -170,9 +175,33 @@ def restore_checkpoint(
             f'The checkpoint {str(path)!r} does not fit the models of this run: {error}. Was it copied from another '
             'run? Remove it, or continue the run that it belongs to.'
         ) from error
-    progress: dict[str, Any] = json.loads((path / _PROGRESS).read_text(encoding='utf-8'))
     accelerator.print(f'resuming from {path}')
+    return _read_progress(path)
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
+    progress: dict[str, Any] = json.loads((path / _PROGRESS).read_text(encoding='utf-8'))
     return progress
+
+
+def _find(folder: Path, origin: Mapping[str, str]) -> tuple[Path | None, str | None]:
+    """Return the checkpoint to go on from, if there is one, and why the run cannot go on, if so."""
+    path = latest_checkpoint(folder)
+    if path is None:
+        if _checkpoints(folder):
+            return None, (
+                f'resume: all checkpoints in {str(folder)!r} are damaged. Restore one of them from a copy, or remove '
+                'the folder to begin again.'
+            )
+        return None, None
+    before = _read_progress(path).get('origin')
+    changed = changes(before, origin) if before else []
+    if changed:
+        return None, (
+            f'resume: the run in {str(folder.parent)!r} was started with something else: {"; ".join(changed)}. Put '
+            'back what it was started with, or start another run with another --output.'
+        )
+    return path, None
 
 
 def _save_state(accelerator: Accelerator, folder: Path) -> None:

@@ -99,6 +99,8 @@ class Trainer:
         after_epoch: Called with each epoch's line of `metrics.jsonl`, before its checkpoint: again, if a run is stopped
             between the two.
         teacher_cache: Logits of the first learner's teacher that are kept for later epochs and runs.
+        origin: What the run is made from besides its options, see `origin.py`; it counts in the main process. A
+            checkpoint of another origin is refused.
     """
 
     def __init__(
@@ -112,10 +114,11 @@ class Trainer:
         mixup: Mixup | None = None,
         after_epoch: Callable[[Mapping[str, Any]], None] | None = None,
         teacher_cache: TeacherCache | None = None,
+        origin: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.accelerator, self.learners = config, accelerator, list(learners)
         self.train_loader, self.val_loader, self.run_dir, self.mixup = train_loader, val_loader, run_dir, mixup
-        self.teacher_cache = teacher_cache
+        self.teacher_cache, self.origin = teacher_cache, dict(origin or {})
         self.steps = len(train_loader)
         self.after_epoch = after_epoch
         self.progress = _Progress()
@@ -135,7 +138,7 @@ class Trainer:
             NonFiniteLossError: A loss or gradient is NaN or infinite.
             OSError: A checkpoint cannot be written.
             Preempted: SIGTERM arrived; a checkpoint was saved.
-            ValueError: The checkpoint is of another run.
+            ValueError: The checkpoint is of another run, of other data or another teacher, or all are damaged.
         """
         self._restore()
         progress = self.progress
@@ -360,6 +363,7 @@ class Trainer:
             **dataclasses.asdict(progress),
             # Sums are of each process; the rest is the same everywhere.
             'sums': gather_object([progress.sums]),
+            'origin': self.origin,
         }
         step = progress.epoch * self.steps + progress.step_in_epoch
         save_checkpoint(
@@ -369,8 +373,9 @@ class Trainer:
     def _restore(self) -> None:
         if self.accelerator.is_main_process:
             remove_leftovers(self.run_dir)
-        state = restore_checkpoint(self.accelerator, self.checkpoints, self._averages())
+        state = restore_checkpoint(self.accelerator, self.checkpoints, self._averages(), self.origin)
         if state is not None:
+            state.pop('origin', None)
             self.progress = _Progress(**{**state, 'sums': self._own_sums(state['sums'])})
         self._write_metrics()
         self._clock = time.monotonic()

@@ -167,7 +167,8 @@ def train_side_by_side(
                 export_student(learner, metrics, folder, setup.facts(command), epoch=line['epoch'])
 
     train, val = setup.loaders['train'], setup.loaders['val']
-    trainer = Trainer(config, accelerator, learners, train, val, run_dir, mixup, keep_students, teacher_cache)
+    origin = setup.origin(learners)
+    trainer = Trainer(config, accelerator, learners, train, val, run_dir, mixup, keep_students, teacher_cache, origin)
     return learners, trainer.fit()
 
 

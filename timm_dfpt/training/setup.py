@@ -27,6 +27,7 @@ from .evaluate import evaluate_together
 from .factory import create_student, create_task, create_teacher, resolve_input_config, wrap_teacher
 from .learner import Learner
 from .loader import create_loader
+from .origin import describe_data, describe_teachers
 from .sharding import refuse_deepspeed, set_up_sharding
 from .teacher_cache import TeacherCache, cache_key, check_exact
 
@@ -143,6 +144,12 @@ class RunSetup:
         return TeacherCache(
             Path(config.teacher_cache_dir), key, len(self.data.train), self.data.num_classes, config.aug_cycle or 1
         )
+
+    def origin(self, learners: Sequence[Learner]) -> dict[str, str]:
+        """Describe data and teachers, for checkpoints; in the main process, the one that reads and writes them."""
+        if not self.accelerator.is_main_process:
+            return {}
+        return describe_data(self.data) | describe_teachers({each.name: each.teacher for each in learners})
 
     def measure(self, learners: Sequence[Learner]) -> list[dict[str, dict[str, dict[str, float]]]]:
         """Evaluate learners at the end of their training, with one pass of each teacher for all that learn from it.
