@@ -111,20 +111,68 @@ def test_stops_at_what_is_not_finite(make_accelerator, tmp_path, value, term):
     assert not list((tmp_path / 'run' / 'checkpoints').glob('*'))
 
 
+class Root(nn.Module):
+    """A finite loss whose gradient is not, for a batch with an image that begins with a zero: the root of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3 * SIZE * SIZE, CLASSES)
+
+    def forward(self, x):
+        logits = self.layer(x.flatten(1))
+        return logits + (0 * logits).sum().sqrt() if (x[:, 0, 0, 0] == 0).any() else logits
+
+
 def test_gradients_are_looked_at_too(make_accelerator, tmp_path):
-    """A finite loss whose gradient is not: the root of a zero."""
-
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(3 * SIZE * SIZE, CLASSES)
-
-        def forward(self, x):
-            return self.layer(x.flatten(1)) + (0 * x.flatten(1) * self.layer.weight[0]).sum(dim=1, keepdim=True).sqrt()
-
-    trainer = make_trainer(make_accelerator(), tmp_path / 'run', Batches(2 * BATCH), student=Root())
+    data = Batches(2 * BATCH, {3: 0.0})
+    trainer = make_trainer(make_accelerator(), tmp_path / 'run', data, student=Root())
     with pytest.raises(NonFiniteLossError, match='grad_norm is nan at step 1 '):
         trainer.fit()
+
+
+@pytest.mark.parametrize('on_nonfinite', ['stop', 'skip'])
+def test_gradients_that_no_scale_makes_finite(make_accelerator, tmp_path, on_nonfinite):
+    """A gradient scaler would leave out every update for ever, and say nothing; over the end of an epoch, too."""
+    data = Batches(16 * BATCH, dict.fromkeys(range(6 * BATCH, 16 * BATCH), 0.0))
+    data.images[: 2 * BATCH, 0, 0, 0] = 0.0
+    trainer = make_trainer(
+        make_accelerator(), tmp_path / 'run', data, student=Root(), epochs=3, on_nonfinite=on_nonfinite
+    )
+    scale_gradients(trainer.learners[0])
+    # Two, four that are made, ten and two, four that are made, ten and two.
+    trainer.fit()
+    assert json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-1])['updates'] == 48
+    data.images[:, 0, 0, 0] = 0.0
+    trainer = make_trainer(
+        make_accelerator(), tmp_path / 'more', data, student=Root(), epochs=3, on_nonfinite=on_nonfinite
+    )
+    scale_gradients(trainer.learners[0])
+    with pytest.raises(NonFiniteLossError, match='gradients of 20 updates in a row were not finite, the last at step 20'):
+        trainer.fit()
+
+
+def test_the_scale_is_in_the_checkpoint(make_accelerator, tmp_path):
+    """Scale, updates since it grew and those left out in a row, as if nothing had happened between."""
+    data = Batches(4 * BATCH, {3 * BATCH: 0.0})
+
+    def make(name):
+        trainer = make_trainer(make_accelerator(), tmp_path / name, data, student=Root(), epochs=2)
+        scale_gradients(trainer.learners[0], init_scale=2.0**10)
+        return trainer
+
+    trainer = make('run')
+    trainer.fit()
+    # By epoch it grows once, after two updates, and falls once, by half.
+    assert trainer.accelerator.scaler.get_scale() == 2.0**10
+    state = trainer.accelerator.scaler.state_dict()
+    trainer.accelerator.scaler.load_state_dict({**state, 'scale': 2.0**7, '_growth_tracker': 1})
+    trainer._save()
+    (tmp_path / 'run').rename(tmp_path / 'first')
+    again = make('run')
+    (tmp_path / 'first' / 'checkpoints').rename(tmp_path / 'run' / 'checkpoints')
+    again._restore()
+    assert again.accelerator.scaler.state_dict() == {**state, 'scale': 2.0**7, '_growth_tracker': 1}
+    assert again.progress.overflows_in_a_row == {'learner0': 1}
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])

@@ -67,6 +67,8 @@ class Learner:
             task.trainable_module = ShardedRoot(task.trainable_module)
         # Together, since sharding replaces the parameters that an optimizer knows.
         task.trainable_module, *self.optimizers = accelerator.prepare(task.trainable_module, *optimizers)
+        self.overflowed = False
+        """Whether the gradient scaler left out an optimizer in the last update, since its gradient was not finite."""
         self._finite: list[torch.Tensor] = []
         self._buffers: list[torch.Tensor] = []
         self._whole = contextlib.ExitStack()
@@ -212,7 +214,9 @@ class Learner:
         # accelerate changes the scale after each optimizer, and the next would divide by another than was multiplied.
         for optimizer in self.optimizers:
             scaler.step(getattr(optimizer, 'optimizer', optimizer))
+        scale = scaler.get_scale()
         scaler.update()
+        self.overflowed = scaler.get_scale() < scale
 
     def _forward(
         self, input: torch.Tensor, target: torch.Tensor, known: dict[int, torch.Tensor]

@@ -64,6 +64,8 @@ class _Progress:
     # By learner the updates left out in this epoch, and in a row.
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     skipped_in_a_row: dict[str, int] = dataclasses.field(default_factory=dict)
+    # By learner the updates in a row that the gradient scaler left out.
+    overflows_in_a_row: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(eq=False)
@@ -219,6 +221,7 @@ class Trainer:
             self._notes.append(_Note(step, learner.name, terms, index))
             if not self.accelerator.sync_gradients:
                 continue
+            self._count_overflows(learner, step)
             if kept:
                 learner.update_average(step=progress.updates + 1)
             if self.config.on_nonfinite == 'skip':
@@ -251,6 +254,17 @@ class Trainer:
         if in_a_row[learner] >= _MAX_SKIPPED:
             raise NonFiniteLossError(
                 f'{learner}: {_MAX_SKIPPED} updates in a row were not finite, the last at step {step + 1}. {_REMEDY}'
+            )
+
+    def _count_overflows(self, learner: Learner, step: int) -> None:
+        in_a_row = self.progress.overflows_in_a_row
+        in_a_row[learner.name] = in_a_row.get(learner.name, 0) + 1 if learner.overflowed else 0
+        if in_a_row[learner.name] >= _MAX_SKIPPED:
+            # A scaler that looks for the largest scale overflows once, and then not for thousands of updates.
+            raise NonFiniteLossError(
+                f'{learner.name}: the gradients of {_MAX_SKIPPED} updates in a row were not finite, the last at step '
+                f'{step + 1}, though the gradient scaler went down to {self.accelerator.scaler.get_scale():.0e}: no '
+                f'update was made from them. {_REMEDY} Or use --mixed-precision bf16.'
             )
 
     def _describe(self, note: _Note, values: Sequence[float]) -> str | None:
