@@ -2,6 +2,8 @@
 import hashlib
 import json
 import pickle
+import shutil
+import sys
 
 import pytest
 import torch
@@ -55,6 +57,72 @@ def test_the_newest_are_kept(prepared, tmp_path):
         # Going back from 5 to 4 is what a run does whose newest checkpoint was damaged.
         save_checkpoint(prepared[0], tmp_path, step, 2, {}, PROGRESS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['step-00000002', 'step-00000004']
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a SIGKILL."""
+
+
+class Killer:
+    """Ends the work before one of its operations on files, counted from when it is armed."""
+
+    def __init__(self):
+        self.left = None
+        sys.addaudithook(self.look)
+
+    def look(self, event, args):
+        if self.left is None or event not in ('open', 'os.rename', 'os.remove', 'os.rmdir', 'os.mkdir'):
+            return
+        self.left -= 1
+        if self.left < 0:
+            self.left = None
+            raise Killed(event)
+
+
+def test_killed_while_a_checkpoint_replaces_one(prepared, tmp_path):
+    """As at the end of an epoch in whose evaluation a run was stopped: before each operation, and the only one kept."""
+    killer = Killer()
+    moments, found = 0, set()
+    while True:
+        run = tmp_path / str(moments)
+        save_checkpoint(prepared[0], run / 'checkpoints', 6, 1, {}, {'which': 'old'})
+        killer.left = moments
+        try:
+            save_checkpoint(prepared[0], run / 'checkpoints', 6, 1, {}, {'which': 'new'})
+        except Killed:
+            moments += 1
+        else:
+            break
+        finally:
+            killer.left = None
+        remove_leftovers(run)
+        progress = restore_checkpoint(prepared[0], run / 'checkpoints', {})
+        assert progress is not None, f'nothing is left of a save that was killed before operation {moments}'
+        found.add(progress['which'])
+        assert [path.name for path in (run / 'checkpoints').iterdir()] == ['step-00000006']
+    assert moments > 10
+    assert found == {'old', 'new'}
+
+
+def test_killed_again_while_it_is_put_in_place(prepared, tmp_path):
+    """Before each operation of going on from a save that was killed between two renames."""
+    killer = Killer()
+    for moment in range(100):
+        run = tmp_path / str(moment)
+        save_checkpoint(prepared[0], run / 'checkpoints', 6, 1, {}, {'which': 'new'})
+        shutil.copytree(run / 'checkpoints' / 'step-00000006', run / 'checkpoints' / 'step-00000006.incomplete')
+        (run / 'checkpoints' / 'step-00000006' / 'model.safetensors').write_bytes(b'half removed')
+        killer.left = moment
+        try:
+            remove_leftovers(run)
+        except Killed:
+            killer.left = None
+            remove_leftovers(run)
+        else:
+            break
+        assert restore_checkpoint(prepared[0], run / 'checkpoints', {}) == {'which': 'new'}
+    killer.left = None
+    assert 5 < moment < 99
 
 
 def test_nothing_but_tensors_and_json(prepared, tmp_path):

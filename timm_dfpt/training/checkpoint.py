@@ -105,16 +105,15 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _complete(temporary, modules, progress)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            _fsync(folder)
-            _remove_others(folder, final, keep)
     except _WRITE_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
             f'The checkpoint {str(final)!r} cannot be written: {error}. Make room (checkpoint_hist={keep} are kept) or '
             'repair the disk, then continue with --resume; the checkpoint before it is untouched.'
         ) from error
+    if accelerator.is_main_process:
+        _put_in_place(temporary, final)
+        _remove_others(folder, final, keep)
     accelerator.wait_for_everyone()
     return final
 
@@ -128,6 +127,22 @@ def _complete(folder: Path, modules: Mapping[str, nn.Module], progress: Mapping[
         _fsync(path)
     checksums = {str(p.relative_to(folder)): _checksum(p) for p in files}
     write_atomic(folder / _MANIFEST, json.dumps(checksums, indent=1).encode())
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Give a checkpoint that is whole its name, which an older one may have.
+
+    At any moment one of them is whole under a name that is found again: `remove_leftovers` calls this once more.
+    """
+    old = final.with_name(f'{final.name}.old{_INCOMPLETE}')
+    # The new one must be known to the disk before the old one is not.
+    _fsync(final.parent)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(temporary, final)
+    _fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_others(folder: Path, newest: Path, keep: int) -> None:
@@ -249,7 +264,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what interrupted saves have left in a run folder: nothing else is called `*.incomplete`."""
+    """Remove what interrupted saves have left in a run folder: nothing else is called `*.incomplete`.
+
+    A checkpoint that lacks nothing but its name gets it.
+    """
+    for path in list(folder.glob(f'checkpoints/*{_INCOMPLETE}')):
+        final = path.with_name(path.name.removesuffix(_INCOMPLETE))
+        if _NAME.fullmatch(final.name) and _damage(path) is None:
+            _put_in_place(path, final)
     for path in [*folder.glob(f'*{_INCOMPLETE}'), *folder.glob(f'checkpoints/*{_INCOMPLETE}')]:
         if path.is_dir():
             shutil.rmtree(path)
