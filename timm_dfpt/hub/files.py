@@ -21,6 +21,7 @@ __all__ = [
     'read_tensors',
     'write_json',
     'write_tensors',
+    'writing',
 ]
 
 # A config with the names and descriptions of 22,000 classes has some 2 MB.
@@ -68,6 +69,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write `data` as JSON, completely or not at all.
 
     Raises:
+        OSError: It cannot be written, for want of room for one.
         ValueError: A number in it is not finite.
     """
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + '\n'
@@ -81,6 +83,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Tensors that share memory or are in another memory format are written as plain copies.
 
     Raises:
+        OSError: They cannot be written, for want of room for one.
         ValueError: A value is not finite.
     """
     plain = {name: _plain_copy(tensor) for name, tensor in tensors.items()}
@@ -99,10 +102,27 @@ def _replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place at the end, or disappears after an error."""
     temporary = path.with_name(f'.{path.name}.incomplete')
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let an error of a disk that is full or broken say what was being written and what to do about it.
+
+    Raises:
+        OSError: What is done in the context cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f'{str(path)!r} cannot be written: {error}. Make room or repair the disk, then save again: a run goes on '
+            'with --resume.'
+        ) from error
 
 
 def read_specs(path: Path) -> dict[str, TensorSpec]:

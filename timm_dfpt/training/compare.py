@@ -17,6 +17,7 @@ import yaml
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..hub.files import writing
 from .checkpoint import write_atomic
 from .compare_report import markdown_table, plot_comparison
 from .config import TrainConfig, build_parser, resolve_config
@@ -197,8 +198,9 @@ def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool, accelerator: A
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(given, indent=2) + '\n').encode())
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, (json.dumps(given, indent=2) + '\n').encode())
     accelerator.wait_for_everyone()
 
 

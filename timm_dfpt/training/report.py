@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..hub.files import writing
 from .checkpoint import write_atomic
 
 __all__ = ['closing_table', 'measure_cost', 'plot_curves', 'verdicts', 'write_summary']
@@ -116,7 +117,9 @@ def _si(value: float) -> str:
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`."""
-    write_atomic(path, (json.dumps({'format_version': SUMMARY_FORMAT, **summary}, indent=2) + '\n').encode())
+    text = json.dumps({'format_version': SUMMARY_FORMAT, **summary}, indent=2) + '\n'
+    with writing(path):
+        write_atomic(path, text.encode())
 
 
 def plot_curves(metrics_file: Path, path: Path, title: str) -> None:
@@ -161,7 +164,8 @@ def plot_curves(metrics_file: Path, path: Path, title: str) -> None:
                 curve.set_marker('o')
     figure.suptitle(title)
     temporary = path.with_name(path.name + '.incomplete')
-    # Without metadata two equal runs write equal files.
-    figure.savefig(temporary, format='png', dpi=110, metadata={'Software': None})
-    plt.close(figure)
-    temporary.replace(path)
+    with writing(path):
+        # Without metadata two equal runs write equal files.
+        figure.savefig(temporary, format='png', dpi=110, metadata={'Software': None})
+        plt.close(figure)
+        temporary.replace(path)

@@ -6,13 +6,14 @@ long as the batch has the same size; `check_exact` holds the teacher at hand to 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -126,6 +127,7 @@ class TeacherCache:
         """Keep the logits `[B, K]` of a batch of the size that training batches have.
 
         Raises:
+            OSError: There is no room for the file.
             RuntimeError: Some are known already, and were others.
         """
         variant, rows, logits = epoch % self.shape[0], rows.cpu(), logits.detach().cpu()
@@ -161,13 +163,20 @@ class TeacherCache:
         }
         text = json.dumps(header).encode()
         text += b' ' * (-len(text) % 8)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f'{self.path.name}.{os.getpid()}.incomplete')
-        with open(temporary, 'wb') as file:
-            file.write(len(text).to_bytes(8, 'little') + text)
-            # A hole: disk is taken as logits come in.
-            file.truncate(8 + len(text) + size + variants * rows)
-        os.replace(temporary, self.path)
+        count = size + variants * rows
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, 'wb') as file:
+                file.write(len(text).to_bytes(8, 'little') + text)
+                _reserve(file, count)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                f'cache_teacher: {str(self.path)!r} of {count / 2**20:,.0f} MiB cannot be written: {error}. Make room '
+                'or name another --teacher-cache-dir, or leave --cache-teacher out; then continue with --resume.'
+            ) from error
         self._open()
 
     def _open(self) -> None:
@@ -192,3 +201,23 @@ class TeacherCache:
     def _sync(self) -> None:
         with open(self.path, 'rb+') as file:
             os.fsync(file.fileno())
+
+
+def _reserve(file: BinaryIO, count: int) -> None:
+    """Append zeros to a file that has just been written, and take the room for them on the disk.
+
+    Without it a disk that is full later on would be no error: writing to mapped memory then kills the process (SIGBUS).
+    """
+    file.flush()
+    if hasattr(os, 'posix_fallocate'):
+        try:
+            os.posix_fallocate(file.fileno(), file.tell(), count)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    # Not every file system and C library can do that.
+    while count > 0:
+        count -= file.write(bytes(min(count, 1 << 20)))
+    file.flush()
+    os.fsync(file.fileno())
