@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+import shutil
 import socket
 import unicodedata
 from collections import Counter
@@ -9,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from timm_dfpt.training.data import DataSplits, dataset_fingerprint, load_splits
+from timm_dfpt.training.run import main
 
 CARD = '''---
 configs:
@@ -161,6 +165,68 @@ def test_string_and_integer_labels(tmp_path) -> None:
         image = np.asarray(PILImage.open(io.BytesIO(splits.train.encoded([row])[0])))
         original = next(i for i in range(36) if np.array_equal(np.asarray(picture(i)), image))
         assert splits.train.labels[row] == original % 12
+
+
+@pytest.fixture
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def renamed_teacher(tiny, folder: Path, names: list[str]) -> list[str]:
+    """The tests' teacher with other names of its classes."""
+    shutil.copytree(tiny.teacher, folder)
+    config = json.loads((folder / 'config.json').read_text())
+    for holder in (config, config['pretrained_cfg']):
+        if 'label_names' in holder:
+            holder['label_names'] = names
+    (folder / 'config.json').write_text(json.dumps(config))
+    return ['--teacher', f'local-dir:{folder}', '--method', 'kd', '--epochs', '1']
+
+
+def integers(tiny, root: Path) -> list[str]:
+    """The tests' data as parquet with integer labels, whose order is that of the class folders."""
+    for split in ('train', 'val'):
+        files = sorted((tiny.data / split).rglob('*.png'))
+        names = sorted({file.parent.name for file in files})
+        data = {
+            'image': [{'bytes': file.read_bytes(), 'path': None} for file in files],
+            'label': [names.index(file.parent.name) for file in files],
+        }
+        root.mkdir(exist_ok=True)
+        features = Features({'image': Image(), 'label': Value('int64')})
+        Dataset.from_dict(data, features=features).to_parquet(root / f'{split}.parquet')
+    return ['--dataset', str(root)]
+
+
+@pytest.mark.usefixtures('fresh_accelerate')
+@pytest.mark.parametrize('case', ['integer data', 'teacher of integer data', 'neither'])
+def test_integer_labels_are_no_names_to_compare(tiny, tmp_path, caplog, case: str) -> None:
+    names = ['0', '1', '2'] if case != 'integer data' else ['ash', 'birch', 'cedar']
+    argv = renamed_teacher(tiny, tmp_path / 'teacher', names)
+    if case != 'teacher of integer data':
+        argv += integers(tiny, tmp_path / 'data')
+    assert main([*tiny.argv(tmp_path / 'run'), *argv]) == 0
+    assert ('taken on trust' in caplog.text) == (case != 'neither')
+
+
+@pytest.mark.usefixtures('fresh_accelerate')
+def test_integer_labels_of_another_order_are_refused(tiny, tmp_path, capsys) -> None:
+    """The teacher's are those of class folders, sorted as text."""
+    argv = renamed_teacher(tiny, tmp_path / 'teacher', ['0', '10', '2']) + integers(tiny, tmp_path / 'data')
+    assert main([*tiny.argv(tmp_path / 'run'), *argv]) == 1
+    assert "class 1 is '10' for the teacher and '1' in the data" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures('fresh_accelerate')
+def test_names_of_the_teacher_are_compared_in_the_same_unicode_form(tiny, tmp_path, capsys) -> None:
+    shutil.copytree(tiny.data, tmp_path / 'data')
+    for split in ('train', 'val'):
+        (tmp_path / 'data' / split / 'birch').rename(tmp_path / 'data' / split / 'bétula')
+    names = ['ash', unicodedata.normalize('NFD', 'bétula'), 'cedar']
+    argv = renamed_teacher(tiny, tmp_path / 'teacher', names) + ['--dataset', str(tmp_path / 'data')]
+    assert main([*tiny.argv(tmp_path / 'run'), *argv]) == 0, capsys.readouterr().err
 
 
 def test_unlabelled_test_split_is_not_used(tmp_path, caplog) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,15 +105,39 @@ def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module
             'Fine-tune it on these data first (--method supervised --student TEACHER --student-pretrained) and give '
             'the result as --teacher local-dir:RUN/student.'
         )
-    names = teacher.pretrained_cfg.get('label_names')
-    if names and list(names) != list(class_names):
-        where = next(i for i, (a, b) in enumerate(zip(names, class_names, strict=True)) if a != b)
-        raise ValueError(
-            f'teacher {config.teacher!r} and the data name their classes differently: class {where} is '
-            f'{names[where]!r} for the teacher and {class_names[where]!r} in the data. '
-            'Use the data (or the class order) that the teacher was trained on.'
-        )
+    _check_class_order(config.teacher, teacher.pretrained_cfg.get('label_names') or [], class_names)
     return teacher
+
+
+def _check_class_order(teacher: str | None, known: Sequence[str], class_names: Sequence[str]) -> None:
+    """Refuse a teacher that has other names for the classes, or the same in another order."""
+    # Those of the data are NFC; a decomposed é of the teacher's is the same letter.
+    known = [unicodedata.normalize('NFC', name) for name in known]
+    if not known or known == list(class_names):
+        return
+    if len(known) != len(class_names):
+        raise ValueError(
+            f'teacher {teacher!r} has {len(known)} names for {len(class_names)} classes: repair label_names in its '
+            'config.json.'
+        )
+    where = next(i for i, (a, b) in enumerate(zip(known, class_names, strict=True)) if a != b)
+    if _are_numbers(known) != _are_numbers(class_names):
+        _logger.warning(
+            f'Either the teacher {teacher!r} or the data have numbers for names of the classes (class {where} is '
+            f'{known[where]!r} for the teacher and {class_names[where]!r} in the data): that their order is the same '
+            'is taken on trust.'
+        )
+        return
+    raise ValueError(
+        f'teacher {teacher!r} and the data name their classes differently: class {where} is {known[where]!r} for the '
+        f'teacher and {class_names[where]!r} in the data. Use the data (or the class order) that the teacher was '
+        'trained on.'
+    )
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    # What integer labels are called, here and in a student that was trained on them: no names of their own.
+    return all(name.removeprefix('-').isdecimal() for name in names)
 
 
 def load_checkpoint(model: nn.Module, path: str) -> None:
