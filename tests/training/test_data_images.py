@@ -2,12 +2,17 @@
 
 import contextlib
 import io
+import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from timm_dfpt.training.images import BadImageError, check_image, decode_image
+from timm_dfpt.training.run import main
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (12, 17), dtype=np.uint8)
@@ -92,6 +97,26 @@ def corrupt_png() -> bytes:
     return bytes(data)
 
 
+def short_png() -> bytes:
+    """A PNG whose checksums are right, and whose compressed pixels end in the middle."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+    packed = zlib.compress(b''.join(b'\0' + row.tobytes() for row in RGB))
+    header = struct.pack('>IIBBBBB', RGB.shape[1], RGB.shape[0], 8, 2, 0, 0, 0)
+    chunks = chunk(b'IHDR', header) + chunk(b'IDAT', packed[: len(packed) // 2]) + chunk(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + chunks
+
+
+def jpeg_without_tables() -> bytes:
+    """A JPEG with its end marker, whose Huffman tables are overwritten."""
+    data = bytearray(jpeg())
+    start = data.index(b'\xff\xc4') + 5
+    data[start : start + 16] = b'\xff' * 16
+    return bytes(data)
+
+
 BAD = {
     'no image': (None, 'no image'),
     'zero bytes': (b'', '0 bytes'),
@@ -108,12 +133,51 @@ BAD = {
 }
 
 
+# What only decoding finds.
+BAD_INSIDE = {
+    'png that ends too early': (short_png(), 'truncated'),
+    'jpeg without tables': (jpeg_without_tables(), 'broken data stream'),
+}
+
+
 @pytest.mark.parametrize('name', BAD)
 def test_bad_images_are_found_without_and_with_decoding(name: str) -> None:
     source, message = BAD[name]
     assert message in str(check_image(source))
     with pytest.raises(BadImageError, match=message or None):
         decode_image(source)
+
+
+@pytest.mark.parametrize('name', BAD | BAD_INSIDE)
+def test_a_check_in_full_finds_what_decoding_finds(name: str) -> None:
+    source, message = (BAD | BAD_INSIDE)[name]
+    assert message in str(check_image(source, in_full=True))
+    with pytest.raises(BadImageError, match=message or None):
+        decode_image(source)
+
+
+@pytest.mark.parametrize('name', SAME_AS_PILLOW)
+def test_a_check_in_full_has_nothing_against_good_images(name: str) -> None:
+    assert check_image(SAME_AS_PILLOW[name], in_full=True) is None
+
+
+@pytest.fixture
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures('fresh_accelerate')
+def test_a_job_that_skips_bad_images_gets_to_its_end(tiny, tmp_path, capsys) -> None:
+    """Whatever only decoding finds, in the training and in the validation images."""
+    shutil.copytree(tiny.data, tmp_path / 'data')
+    for split, name in (('train', 'png that ends too early'), ('val', 'jpeg without tables')):
+        next((tmp_path / 'data' / split / 'ash').iterdir()).write_bytes(BAD_INSIDE[name][0])
+    argv = tiny.argv(tmp_path / 'run', '--dataset', str(tmp_path / 'data'), '--method', 'kd', '--epochs', '1')
+    assert main([*argv, '--on-bad-image', 'skip']) == 0
+    train, val = (len(list((tiny.data / split).rglob('*.png'))) - 1 for split in ('train', 'val'))
+    assert f'{train} images to train on, {val} to validate on' in capsys.readouterr().out
 
 
 def test_a_picture_too_large_to_be_one_is_refused(monkeypatch) -> None:

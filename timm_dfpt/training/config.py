@@ -127,7 +127,10 @@ class TrainConfig:
     validation_batch_size: int | None = _opt(None, 'images an evaluation step (default: batch_size)', 'data')
     workers: int = _opt(0, 'loader processes', 'data')
     cache_images: str = _opt('auto', 'decode a small data set once into memory', 'data', choices=('auto', 'on', 'off'))
-    on_bad_image: str = _opt('stop', 'what to do with an unreadable image', 'data', choices=('stop', 'skip'))
+    on_bad_image: str = _opt(
+        'stop', 'what to do with an unreadable image; to skip them, all are decoded once before training', 'data',
+        choices=('stop', 'skip'),
+    )  # fmt: skip
     # --- augmentation
     no_aug: bool = _opt(False, 'no augmentation', 'augmentation')
     train_crop_mode: str | None = _opt(None, 'timm training crop: rrc, rkrc or rkrr', 'augmentation')

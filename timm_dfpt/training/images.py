@@ -54,20 +54,22 @@ def decode_image(source: EncodedImage, channels: int = 3) -> Image.Image:
     return _reading(source, lambda image: _convert(image, _MODES[channels]))
 
 
-def check_image(source: EncodedImage) -> str | None:
+def check_image(source: EncodedImage, in_full: bool = False) -> str | None:
     """Say what is wrong with an image, without decoding it where the format allows that.
 
     PNG carries checksums and JPEG an end marker, which find truncated files at the price of reading them. Files that
-    fail here, and all other formats, are decoded, and that decides.
+    fail here, and all other formats, are decoded, and that decides. What was damaged before its checksum was made, or
+    in the middle of a JPEG, is found by decoding alone: 4 to 50 times slower, the larger the image the more.
 
     Args:
         source: The bytes of the file, or its path.
+        in_full: Decode files of all formats.
 
     Returns:
         The reason why the image cannot be used, or `None` if it can.
     """
     try:
-        if not _reading(source, lambda image: _looks_whole(image, source)):
+        if in_full or not _reading(source, lambda image: _looks_whole(image, source)):
             decode_image(source)
     except BadImageError as error:
         return str(error)
