@@ -147,7 +147,7 @@ def test_gradients_that_no_scale_makes_finite(make_accelerator, tmp_path, on_non
         make_accelerator(), tmp_path / 'more', data, student=Root(), epochs=3, on_nonfinite=on_nonfinite
     )
     scale_gradients(trainer.learners[0])
-    with pytest.raises(NonFiniteLossError, match='gradients of 20 updates in a row were not finite, the last at step 20'):
+    with pytest.raises(NonFiniteLossError, match='of 20 updates in a row were not finite, the last at step 20'):
         trainer.fit()
 
 
@@ -173,6 +173,33 @@ def test_the_scale_is_in_the_checkpoint(make_accelerator, tmp_path):
     again._restore()
     assert again.accelerator.scaler.state_dict() == {**state, 'scale': 2.0**7, '_growth_tracker': 1}
     assert again.progress.overflows_in_a_row == {'learner0': 1}
+
+
+# The last image is in the short batch that training leaves out.
+ONLY_VALIDATED = {2 * BATCH: float('nan')}
+
+
+def test_metrics_of_validation_are_looked_at_too(make_accelerator, tmp_path):
+    trainer = make_trainer(make_accelerator(), tmp_path / 'run', Batches(2 * BATCH + 1, ONLY_VALIDATED))
+    with pytest.raises(NonFiniteLossError, match='loss is nan, .* for student on the validation data after epoch 1'):
+        trainer.fit()
+    assert (tmp_path / 'run' / 'metrics.jsonl').read_text() == ''
+    assert not list((tmp_path / 'run').glob('checkpoints/*'))
+
+
+def test_metrics_that_are_not_finite_are_null(make_accelerator, tmp_path, caplog):
+    """NaN is no JSON."""
+    data = Batches(2 * BATCH + 1, ONLY_VALIDATED)
+    make_trainer(make_accelerator(), tmp_path / 'run', data, on_nonfinite='skip', epochs=1).fit()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    line = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text(), parse_constant=refuse)
+    metrics = line['learner0']['val']['student']
+    assert metrics['loss'] is None
+    assert 0 <= metrics['top1'] <= 100
+    assert 'loss is nan, ' in caplog.text
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])

@@ -1,6 +1,7 @@
 """Two processes against one, and what happens to the others when one of them is stopped or dies."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from training_jobs import Job
+
+from timm_dfpt.training.run import exit_code
 
 ROOT = Path(__file__).parents[2]
 # Sums in another order: differences of single precision, which AdamW carries on from step to step.
@@ -96,3 +100,43 @@ def test_launcher_ends_all_when_one_dies(tiny, tmp_path):
     os.kill(workers[1], signal.SIGKILL)
     assert launcher.wait(timeout=60) != 0
     assert not [pid for pid in workers if Path(f'/proc/{pid}').exists()]
+
+
+class Deadly(torch.utils.data.Dataset):
+    """Kills the process that asks for an image, as the kernel does when memory is short."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Broken(Deadly):
+    def __getitem__(self, row):
+        raise RuntimeError('a mistake in the program')
+
+
+def read(dataset):
+    return list(torch.utils.data.DataLoader(dataset, num_workers=1))
+
+
+@pytest.mark.parametrize(
+    ('job', 'message'),
+    [
+        (lambda: torch.empty(10**15), r"can't allocate memory.*--batch-size"),
+        (lambda: bytes(10**15), r'--batch-size'),
+        (lambda: read(Deadly()), r'DataLoader worker \(pid.*--workers'),
+    ],
+    ids=['memory of torch', 'memory of Python', 'worker'],
+)
+def test_errors_of_the_machine_are_told_in_one_line(capsys, job, message):
+    assert exit_code(job) == 1
+    shown = capsys.readouterr().err.strip()
+    assert re.fullmatch(rf'error: .*{message}.*', shown)
+
+
+@pytest.mark.parametrize('job', [lambda: torch.ones(2) @ torch.ones(3), lambda: read(Broken())])
+def test_mistakes_keep_their_traceback(job):
+    with pytest.raises(RuntimeError):
+        exit_code(job)

@@ -153,7 +153,7 @@ def running(group: int) -> list[int]:
 
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='finds the processes in /proc')
 def test_group_asked_to_stop(runs, tmp_path):
-    """SIGTERM to all processes of the job, as Slurm sends it: those that load the images must not die before the save."""
+    """SIGTERM to all processes of the job, as Slurm sends it: those that load images must live until the save."""
     run = tmp_path / 'run'
     argv = [sys.executable, 'train/distill.py', *runs.argv(run, 1), '--workers', '2']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}

@@ -346,7 +346,7 @@ class Trainer:
         due = epoch % self.config.val_interval == 0 or epoch == self.config.epochs
         return due or epoch in learner.config.export_epochs
 
-    def _evaluate(self, learner: Learner) -> dict[str, dict[str, float]]:
+    def _evaluate(self, learner: Learner) -> dict[str, dict[str, float | None]]:
         def batches() -> Iterator[Any]:
             for batch in self.val_loader:
                 if self._asked_to_stop():
@@ -356,7 +356,19 @@ class Trainer:
                 yield batch
 
         learner.eval()
-        return evaluate(learner.outputs, batches(), self.accelerator)
+        metrics = evaluate(learner.outputs, batches(), self.accelerator)
+        return {who: self._finite_metrics(learner, who, values) for who, values in metrics.items()}
+
+    def _finite_metrics(self, learner: Learner, who: str, values: Mapping[str, float]) -> dict[str, float | None]:
+        """Stop at a metric that is NaN or infinite, or make it `None`: JSON has no such numbers."""
+        bad = {key: value for key, value in values.items() if not math.isfinite(value)}
+        if bad:
+            found = ', '.join(f'{key} is {value}' for key, value in bad.items())
+            found = f'{learner.name}: {found} for {who} on the validation data after epoch {self.progress.epoch + 1}'
+            if self.config.on_nonfinite == 'stop':
+                raise NonFiniteLossError(f'{found}. The last checkpoint is from before. {_REMEDY}')
+            _logger.warning(f'{found}: null in {METRICS_FILE}.')
+        return {key: None if key in bad else value for key, value in values.items()}
 
     def _write_metrics(self) -> None:
         if self.accelerator.is_main_process:

@@ -67,7 +67,31 @@ def exit_code(job: Callable[[], Any]) -> int:
     except (ValueError, TypeError, NonFiniteLossError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        remedy = _remedy(error)
+        if remedy is None:
+            raise
+        print(f'error: {" ".join(str(error).split())} {remedy}', file=sys.stderr)
+        return 1
     return 0
+
+
+def _remedy(error: RuntimeError | MemoryError) -> str | None:
+    """Say what to do about an error of the machine; `None` if it may be a mistake in the program."""
+    text = str(error)
+    # torch has a class for the memory of accelerators only.
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in text:
+        return (
+            'Continue with --resume when there is more memory, or start with another --output and a smaller '
+            '--batch-size (and --grad-accum-steps) or --validation-batch-size.'
+        )
+    # With its number: it has died, and did not just pass an exception on.
+    if 'DataLoader worker (pid' in text:
+        return (
+            'A process that prepares images was ended from outside, mostly for want of memory (in a container also '
+            'of /dev/shm): continue with --resume and fewer --workers.'
+        )
+    return None
 
 
 def _stop() -> None:
