@@ -5,6 +5,9 @@ Images, labels and splits that are refused, or trained on where that is sensible
 import os
 import re
 import shutil
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from training_jobs import Job
 
+from tests.forked import CONTEXT
 from timm_dfpt.hub.student import save_student
 from timm_dfpt.training.run import main
 
@@ -228,10 +232,27 @@ def test_refused(tiny, tmp_path, capsys, name):
     assert set(tmp_path.rglob('*')) == before
 
 
-@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
-def test_folder_that_may_not_be_written(tiny, tmp_path, capsys):
-    tmp_path.chmod(0o555)
-    assert 'is no folder to write in' in refuse(tiny.argv(tmp_path / 'run'), capsys)
+def _main_as_nobody(argv, log):
+    """root may write everywhere, so it has to become somebody else first."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    if os.geteuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    sys.exit(main(argv))
+
+
+def test_folder_that_may_not_be_written(tiny, tmp_path):
+    # Other users cannot come near pytest's own folders.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        argv, log = tiny.argv(Path(folder, 'run')), tmp_path / 'log'
+        job = CONTEXT.Process(target=_main_as_nobody, args=(argv, str(log)))
+        job.start()
+        job.join()
+        shown = log.read_text()
+        assert job.exitcode == 1, shown
+        assert shown == f"error: output: '{folder}/run' cannot be made: '{folder}' is no folder to write in.\n"
+        os.chmod(folder, 0o755)
 
 
 @pytest.fixture(scope='module')
