@@ -136,7 +136,8 @@ def _same_recipe(study: Study, regimes: Sequence[str]) -> dict[str, list[str]]:
     for regime in regimes:
         values = study.plan.values['regimes'].get(regime, {})
         recipe = [values.get(key) for key in ('data', 'epochs', 'options')]
-        if study.gap(regime) is not None and study.difference(regime, 'kd', 'scratch'):
+        # A teacher that is worse than the student alone is not ahead of it by any gap.
+        if (study.gap(regime) or 0) > 0 and study.difference(regime, 'kd', 'scratch'):
             groups.setdefault(str(recipe), []).append(regime)
     return {f'{names[0]} and alike': names for names in groups.values() if len(names) > 1}
 
