@@ -87,7 +87,10 @@ def in_use(folder):
 # Name: arguments, or a function of a folder that makes them; and what the error must say.
 CASES = {
     # options
-    'flag that is none': (['--temprature', '3'], 'unrecognized arguments: --temprature'),
+    'flag that is none': (
+        ['--temprature', '3'], "unrecognized arguments: --temprature 3. Did you mean '--temperature'"
+    ),
+    'flag that is none, with its value': (['--batchsize=3'], "arguments: --batchsize=3. Did you mean '--batch-size'"),
     'flag abbreviated': (['--temp', '3'], 'unrecognized arguments: --temp'),
     'flag without value': (['--lr'], '--lr: expected one argument'),
     'word for a number': (['--lr', 'high'], "--lr: invalid float value: 'high'"),
@@ -114,26 +117,87 @@ CASES = {
         for name in (
             'student-task-weight', 'prompt-task-weight', 'prompt-teacher-weight', 'prompt-student-weight',
             'student-teacher-weight', 'student-prompt-weight', 'task-loss-weight', 'distill-loss-weight',
-            'weight-decay', 'prompt-lr', 'mixup', 'cutmix', 'workers', 'warmup-epochs', 'checkpoint-steps',
+            'weight-decay', 'prompt-lr', 'mixup', 'cutmix', 'workers', 'warmup-epochs', 'checkpoint-steps', 'momentum',
         )  # fmt: skip
     },
     'lr 0': (['--lr', '0'], 'lr must be greater than 0'),
     **{
         f'{name} 0': ([f'--{name}', '0'], f'{name.replace("-", "_")} must be at least 1')
-        for name in ('batch-size', 'epochs', 'grad-accum-steps', 'checkpoint-hist', 'log-interval')
+        for name in (
+            'batch-size', 'validation-batch-size', 'epochs', 'grad-accum-steps', 'checkpoint-hist', 'log-interval'
+        )  # fmt: skip
     },
     'flip above 1': (['--hflip', '1.5'], 'hflip must be between 0 and 1'),
     'smoothing 1': (['--smoothing', '1'], 'smoothing must be less than 1'),
     'validation share 1': (['--val-fraction', '1'], 'val_fraction must be between 0 and 1'),
+    'validation batch below 0': (['--validation-batch-size=-3'], 'validation_batch_size must be at least 1, got -3'),
+    **{
+        f'crop share {value}': ([f'--crop-pct={value}'], f'crop_pct must be greater than 0 and at most 1, got {value}')
+        for value in ('0.0', '3.0', '-1.0')
+    },
+    'warm-up longer than the run': (['--warmup-epochs', '4'], 'warmup_epochs must be at most epochs=3, got 4'),
+    'lr that ends higher': (['--min-lr', '0.1'], 'min_lr must be between 0 and lr=0.05, got 0.1'),
+    'momentum 5': (['--momentum', '5'], 'momentum must be 0 or greater and less than 1, got 5.0'),
+    'all dropped': (['--drop', '1'], 'drop must be less than 1, got 1.0'),
+    'more than all paths dropped': (['--drop-path', '2'], 'drop_path must be 0 or greater and less than 1, got 2.0'),
+    'no spread': (['--std', '0'], r'std must be greater than 0 in every channel, got \[0.0\]'),
+    'no spread in one channel': (['--std', '1', '0', '1'], 'std must be greater than 0 in every channel'),
     'seed below 0': (['--seed=-1'], 'seed must be between 0'),
     'clipping to 0': (['--clip-grad', '0'], 'clip_grad must be greater than 0'),
     'input of two numbers': (['--input-size', '16', '16'], 'input_size must be C H W'),
     'input of 0': (['--input-size', '3', '0', '16'], 'input_size must be C H W'),
-    'input of 2 channels': (['--input-size', '2', '16', '16'], '2'),
+    'input of 2 channels': (['--input-size', '2', '16', '16'], r'input_size=\(2, 16, 16\) must be \(1 or 3 channels'),
     'two means': (['--mean', '0.5', '0.5'], 'mean=.* must have 3 values'),
     # contradictions
     'supervised with a teacher': (['--method', 'supervised'], 'supervised trains without a teacher'),
     'method twice': (['--baselines', 'dfpt'], 'names a method twice'),
+    'supervised with weights of a teacher': (
+        ['--method', 'supervised', '--teacher', '', '--teacher-checkpoint', 'x.safetensors'],
+        r"teacher_checkpoint='x.safetensors' has the weights of --teacher, .*leave --teacher-checkpoint out",
+    ),
+    'loss of dfpt with kd': (
+        ['--method', 'kd', '--kd-loss', 'dkd'], "kd_loss='dkd' has no effect with method=kd: .*choose --method dfpt"
+    ),
+    'norm of prompt blocks with kd': (
+        ['--method', 'kd', '--prompt-norm', 'layer'], "prompt_norm='layer' has no effect with method=kd: .*Leave it out"
+    ),
+    'weight of dfpt with two others': (
+        ['--method', 'kd', '--baselines', 'dist', '--student-prompt-weight', '0.5'],
+        'student_prompt_weight=0.5 has no effect with method=kd, dist: .*choose --method dfpt',
+    ),
+    'dfpt student without a teacher': (
+        ['--student-task-weight', '0', '--student-teacher-weight', '0', '--student-prompt-weight', '0'],
+        'student_task_weight, student_teacher_weight, student_prompt_weight are all 0.* Raise one',
+    ),
+    'kd student without a teacher': (
+        ['--method', 'kd', '--task-loss-weight', '0', '--distill-loss-weight', '0'],
+        'task_loss_weight, distill_loss_weight are all 0.* Raise one',
+    ),
+    'kd beside it without a teacher': (
+        ['--baselines', 'kd', '--task-loss-weight', '0', '--distill-loss-weight', '0'],
+        'task_loss_weight, distill_loss_weight are all 0.* Raise one',
+    ),
+    **{
+        f'no augmentation and {name}': (
+            ['--crop-padding', '0', '--no-aug', f'--{name}={value}'],
+            f'no_aug and {name}={value} contradict each other: give one of them',
+        )
+        for name, value in (('aa', 'rand-m9'), ('hflip', '0.5'), ('vflip', '0.2'), ('reprob', '0.1'))
+    },
+    'no augmentation and crops': (['--no-aug'], 'no_aug and crop_padding=2 contradict each other'),
+    'no augmentation and a recipe with some': (
+        lambda f: [*recipe(f, 'reprob: 0.1'), '--crop-padding', '0', '--no-aug'], 'no_aug and reprob=0.1 contradict'
+    ),
+    'pairs of an odd batch': (
+        ['--batch-size', '31', '--cutmix', '1'], 'batch_size=31 is 31 images a process, .*let that be an even number'
+    ),
+    'one image for BatchNorm': (
+        ['--batch-size', '1'], 'batch_size=1 is one image a process, and BatchNorm needs more.*--batch-size of 2'
+    ),
+    'one image for the BatchNorm of prompt blocks': (
+        ['--batch-size', '1', '--student', 'test_vit', '--student-kwargs', 'img_size=16', 'patch_size=4'],
+        'batch_size=1 is one image a process, and BatchNorm needs more.*--batch-size of 2',
+    ),
     'frozen without prompt path': (['--freeze-prompt-path'], 'freeze_prompt_path needs a tuned one'),
     'prompt path without dfpt': (['--method', 'kd', '--prompt-path', 'x'], 'prompt_path options need method dfpt'),
     'dkd with mixup': (['--kd-loss', 'dkd', '--mixup', '0.2'], 'dkd needs class indices'),
@@ -148,6 +212,12 @@ CASES = {
     'student nearly right': (['--student', 'restnet18'], "='restnet18' is no timm model. Did you mean.*resnet18"),
     'student of a folder that is not there': (['--student', 'local-dir:nowhere'], 'student=.* has no config.json'),
     'student argument unknown': (['--student-kwargs', 'depht=3'], "student='resnet18' cannot be created.*depht"),
+    'student of other classes': (
+        ['--student-kwargs', 'num_classes=7'], 'student_kwargs: num_classes=7 would be overridden .*leave it out'
+    ),
+    'student of other channels': (
+        ['--student-kwargs', 'in_chans=1'], 'student_kwargs: in_chans=1 would be overridden .*give --input-size C H W'
+    ),
     'student argument without value': (['--student-kwargs', 'depth'], 'not of the form key=value'),
     'ViT of another input size': (
         ['--student', 'test_vit', '--student-kwargs', 'patch_size=5', '--input-size', '3', '16', '17'],
@@ -171,22 +241,38 @@ CASES = {
     'checkpoint pickled': (lambda f: weights(f, 'w.pth', b'x'), 'Pickled checkpoints are never loaded'),
     'checkpoint damaged': (lambda f: weights(f, 'w.safetensors', b'\xff' * 99), 'does not fit'),
     'checkpoint of another model': (other_weights, 'does not fit'),
-    'prompt path not there': (['--prompt-path', './nowhere'], 'nowhere'),
-    'stages unknown': (['--prompt-stages', 'layer1', 'layer9'], 'layer9'),
-    'too many stages': (['--prompt-stages', '99'], '99'),
-    'even kernel': (['--prompt-kernel-sizes', '2'], 'kernel'),
-    'norm unknown': (['--prompt-norm', 'group'], 'norm'),
-    'activation unknown': (['--prompt-act', 'rleu'], 'rleu'),
-    'fusion unknown': (['--prompt-fusion', 'add'], 'fusion'),
-    'reduction 0': (['--prompt-reduction', '0'], 'reduction'),
+    'prompt path not there': (
+        ['--prompt-path', './nowhere'], "prompt_path='.*nowhere' cannot be loaded: There is no folder '.*nowhere'"
+    ),
+    'stages unknown': (
+        ['--prompt-stages', 'layer1', 'layer9'],
+        "stages names 'layer9', which is no module of resnet18.*See .*named_modules",
+    ),
+    'too many stages': (['--prompt-stages', '99'], 'stages=99 asks for more stages than the 5 that resnet18'),
+    'even kernel': (['--prompt-kernel-sizes', '2'], r'kernel_sizes must be 1 to 8 odd integers .*got \(2,\)'),
+    'norm unknown': (['--prompt-norm', 'group'], "norm_layer must be one of .*'batch', 'layer', 'none'.*got 'group'"),
+    'activation unknown': (
+        ['--prompt-act', 'rleu'], "act_layer must name a timm activation such as 'relu' .*got 'rleu'"
+    ),
+    'fusion unknown': (['--prompt-fusion', 'add'], "fusion must be one of .*'conv', 'depthwise', 'none'.*got 'add'"),
+    'reduction 0': (['--prompt-reduction', '0'], r'reduction must be a number in \(0, 1024\], got 0.0'),
     # optimisation
-    'optimizer unknown': (['--opt', 'adamww'], 'adamww'),
-    'prompt optimizer unknown': (['--prompt-opt', 'adamww'], 'adamww'),
+    'optimizer unknown': (['--opt', 'adamww'], "^error: opt must be .* got 'adamww'. Did you mean 'adamw'"),
+    'prompt optimizer unknown': (
+        ['--prompt-opt', 'adamww'], "^error: prompt_opt .* got 'adamww'. Did you mean 'adamw'"
+    ),
+    'optimizer far from any': (['--opt', 'qqq'], "opt must be .*, got 'qqq'. See timm.optim.list_optimizers()"),
     'optimizer not fused': (['--opt-fused', '--prompt-opt', 'lion'], 'prompt_opt=lion has no fused'),
-    'schedule unknown': (['--sched', 'cosin'], 'cosin'),
-    'schedule that needs metrics': (['--sched', 'plateau'], 'plateau'),
-    'policy unknown': (['--aa', 'wild-m9', '--crop-padding', '0'], 'wild'),
-    'interpolation unknown': (['--interpolation', 'cubical'], 'cubical'),
+    'schedule unknown': (['--sched', 'cosin'], "--sched: invalid choice: 'cosin' .*choose from '?cosine"),
+    'schedule that needs metrics': (
+        ['--sched', 'plateau'], "--sched: invalid choice: 'plateau' .*choose from '?cosine"
+    ),
+    'policy unknown': (
+        ['--aa', 'wild-m9', '--crop-padding', '0'], "auto_augment='wild-m9'.*Unknown AutoAugment config"
+    ),
+    'interpolation unknown': (
+        ['--interpolation', 'cubical'], "--interpolation: invalid choice: 'cubical' .*choose from .*bilinear"
+    ),
     # data
     'data not there': (['--dataset', './nowhere'], "dataset='.*/nowhere': no such file or folder"),
     'batch larger than the data': (['--batch-size', '5000'], 'fewer than batch_size=5000'),
@@ -194,9 +280,14 @@ CASES = {
     # the run folder
     'folder in use': (in_use, 'exists and is not empty'),
     'resumed folder is something else': (lambda f: [*in_use(f), '--resume'], 'is not empty and holds no run'),
-    'folder is a file': (lambda f: ['--output', str(file(f / 'notes'))], 'notes'),
-    'folder in a file': (lambda f: ['--output', str(file(f / 'notes') / 'run')], 'notes'),
-    'folder of too long a name': (lambda f: ['--output', str(f / ('x' * 300))], 'too long'),
+    'folder is a file': (
+        lambda f: ['--output', str(file(f / 'notes'))], "output: '.*notes' exists .*name another folder"
+    ),
+    'folder in a file': (
+        lambda f: ['--output', str(file(f / 'notes') / 'run')],
+        "output: '.*run' cannot be made: '.*notes' is no folder to write in",
+    ),
+    'folder of too long a name': (lambda f: ['--output', str(f / ('x' * 300))], "File name too long: '.*/x{300}'"),
 }  # fmt: skip
 
 

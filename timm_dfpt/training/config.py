@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.optim import list_optimizers
 
 from ._fields import add_argument, checked, default_of, nearest
 
@@ -17,7 +18,13 @@ METHODS = (
     'supervised', 'kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm', 'ctkd', 'takd', 'eskd', 'dfpt', 'dfpt+',
 )  # fmt: skip
 _DUAL = ('dfpt', 'dfpt+')
-_NOT_NEGATIVE = ('momentum', 'warmup_epochs', 'distill_warmup_epochs', 'workers')
+# What the student of a dual method learns from; of no use to others, as is all that is called prompt_*.
+_DUAL_STUDENT_WEIGHTS = ('student_task_weight', 'student_teacher_weight', 'student_prompt_weight')
+_NOT_NEGATIVE = ('warmup_epochs', 'distill_warmup_epochs', 'workers')
+# How images are changed in training, but for mixup and cutmix, which are of batches.
+_AUGMENTATIONS = (
+    'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob'
+)  # fmt: skip
 _PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'early_teacher', 'student', 'prompt_path', 'output')
 _BASE_KEY = 'base'
 # timm's, but for plateau: what a learning rate is must follow from the number of the update alone.
@@ -204,6 +211,8 @@ class TrainConfig:
         for name in ('prompt_temperature', 'clip_grad'):
             check(name, getattr(self, name) is None or getattr(self, name) > 0, 'greater than 0')
         check('prompt_lr', self.prompt_lr >= 0, '0 or greater')
+        size = self.validation_batch_size
+        check('validation_batch_size', size is None or size >= 1, 'at least 1')
         for name in ('batch_size', 'epochs', 'val_interval', 'grad_accum_steps', 'log_interval', 'checkpoint_hist'):
             check(name, getattr(self, name) >= 1, 'at least 1')
         for field in dataclasses.fields(self):
@@ -214,7 +223,14 @@ class TrainConfig:
         for name in ('hflip', 'vflip', 'reprob', 'smoothing', 'mixup_prob', 'drop', 'model_ema_decay'):
             check(name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
         check('val_fraction', 0 < self.val_fraction < 1, 'between 0 and 1, both excluded')
-        check('smoothing', self.smoothing < 1, 'less than 1')
+        for name in ('smoothing', 'drop'):
+            check(name, getattr(self, name) < 1, 'less than 1')
+        check('drop_path', 0 <= (self.drop_path or 0) < 1, '0 or greater and less than 1')
+        check('momentum', 0 <= self.momentum < 1, '0 or greater and less than 1')
+        check('crop_pct', self.crop_pct is None or 0 < self.crop_pct <= 1, 'greater than 0 and at most 1')
+        check('std', all(value > 0 for value in self.std), 'greater than 0 in every channel')
+        check('warmup_epochs', self.warmup_epochs <= self.epochs, f'at most epochs={self.epochs}')
+        check('min_lr', 0 <= self.min_lr <= self.lr, f'between 0 and lr={self.lr:g}')
         check('mixup', self.mixup >= 0, '0 or greater')
         check('cutmix', self.cutmix >= 0, '0 or greater')
         check('crop_padding', self.crop_padding >= 0, '0 or greater')
@@ -225,6 +241,12 @@ class TrainConfig:
         check('export_epochs', inside, f'epochs of the run, 1 to {self.epochs}')
         sized = len(self.input_size) in (0, 3) and all(side > 0 for side in self.input_size)
         check('input_size', sized, 'C H W, e.g. 3 224 224')
+        for name in ('opt', 'prompt_opt'):
+            value = getattr(self, name)
+            # timm's own error names neither the option nor the optimizer that was meant.
+            if value.lower().removeprefix('lookahead_') not in list_optimizers():
+                hint = nearest(value, list_optimizers()) or ' See timm.optim.list_optimizers().'
+                raise ValueError(f'{name} must be an optimizer of timm, got {value!r}.{hint}')
 
     def _check_combinations(self) -> None:
         if self.student is None:
@@ -238,6 +260,13 @@ class TrainConfig:
                 raise ValueError('baselines need a teacher beside them: choose another method than supervised.')
         elif self.teacher is None and self.prompt_path is None and self.method != 'eskd':
             raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
+        if self.teacher_checkpoint and self.teacher is None:
+            raise ValueError(
+                f'teacher_checkpoint={self.teacher_checkpoint!r} has the weights of --teacher, which is not given: '
+                f'name it, or leave --teacher-checkpoint out (method={self.method}).'
+            )
+        self._check_weights()
+        self._check_student_kwargs()
         dual = self.method in _DUAL
         if not dual and (self.prompt_path or self.push_prompt_path or self.freeze_prompt_path):
             raise ValueError(f'prompt_path options need method dfpt or dfpt+, got method={self.method}.')
@@ -271,6 +300,33 @@ class TrainConfig:
             self._check_cache()
         if self.train_crop_mode and self.crop_padding:
             raise ValueError('train_crop_mode and crop_padding contradict each other: give one of them.')
+        if self.no_aug:
+            _refuse_augmentation({name: getattr(self, name) for name in _AUGMENTATIONS if self._differs(name)})
+
+    def _differs(self, name: str) -> bool:
+        """Say whether an option is another than by default."""
+        return bool(getattr(self, name) != default_of(_fields_by_name()[name]))
+
+    def _check_weights(self) -> None:
+        """Refuse a student that has nothing to learn from."""
+        if self.method == 'supervised':
+            return
+        names = _DUAL_STUDENT_WEIGHTS if self.method in _DUAL else ('task_loss_weight', 'distill_loss_weight')
+        # Weights of dual methods may also end at another value than 0.
+        if not any(getattr(self, name) or getattr(self, f'{name}_end', None) for name in names):
+            raise ValueError(f'{", ".join(names)} are all 0: the student has nothing to learn from. Raise one of them.')
+
+    def _check_student_kwargs(self) -> None:
+        if 'num_classes' in self.student_kwargs:
+            raise ValueError(
+                f'student_kwargs: num_classes={self.student_kwargs["num_classes"]} would be overridden by the number '
+                'of classes of the data: leave it out.'
+            )
+        if 'in_chans' in self.student_kwargs:
+            raise ValueError(
+                f'student_kwargs: in_chans={self.student_kwargs["in_chans"]} would be overridden by the channels of '
+                'input_size: leave it out, and give --input-size C H W.'
+            )
 
     def _check_cache(self) -> None:
         if self.method == 'supervised':
@@ -298,11 +354,22 @@ class TrainConfig:
             # They are arguments of one loss, which others do not know.
             dropped['kd_loss_kwargs'] = {}
         if method == 'supervised':
-            dropped |= {'teacher': None, 'cache_teacher': False}
+            dropped |= {'teacher': None, 'teacher_checkpoint': None, 'cache_teacher': False}
         if method not in _DUAL:
             dropped |= {'prompt_path': None, 'push_prompt_path': None, 'freeze_prompt_path': False}
         own = self.method_options.get(method, {})
         return dataclasses.replace(self, **{'method': method, **dropped, **own, **changes})
+
+
+def _fields_by_name() -> dict[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def _refuse_augmentation(options: Mapping[str, Any]) -> None:
+    """Refuse options of augmentation beside `no_aug`, but for those that are off."""
+    for name, value in options.items():
+        if value:
+            raise ValueError(f'no_aug and {name}={value} contradict each other: give one of them.')
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -399,10 +466,21 @@ def save_config(config: TrainConfig, path: str | Path) -> None:
     temporary.replace(path)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names the nearest flag to one that it does not know."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((text.partition('=')[0] for text in unknown if text.startswith('--')), '')
+            self.error(f'unrecognized arguments: {" ".join(unknown)}.{nearest(flag, [*self._option_string_actions])}')
+        return found
+
+
 def build_parser(description: str, without: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the command line of all options, but for those named in `without`, plus `--config`."""
     # Abbreviations would turn a misspelt flag into another one.
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument('--config', metavar='YAML', help='recipe with any of these options; the command line wins')
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
@@ -432,6 +510,7 @@ def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe
     base['baselines'] = [] if method == 'supervised' else [b for b in base.get('baselines', []) if b != method]
     if method == 'supervised':
         base.pop('teacher', None)
+        base.pop('teacher_checkpoint', None)
     own = _complete_method_options(base, given)
     return TrainConfig(**{**base, **own.get(method, {}), **given, 'method_options': own})
 
@@ -445,7 +524,7 @@ def _complete_method_options(base: Mapping[str, Any], given: Mapping[str, Any]) 
     options = base.get('method_options') or {}
     if not isinstance(options, dict) or not all(isinstance(own, dict) for own in options.values()):
         return options
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    fields = _fields_by_name()
     keys = [key for key in dict.fromkeys(k for own in options.values() for k in own) if key not in given]
     common = {key: base.get(key, default_of(fields[key])) for key in keys if key in fields}
     methods = METHODS if keys else ()
@@ -471,6 +550,27 @@ def parse_config(
     parser = build_parser(description)
     args = vars(parser.parse_args(argv))
     try:
-        return resolve_config(args, args.pop('config'), default_recipe)
+        config = resolve_config(args, args.pop('config'), default_recipe)
+        _check_given(args, config)
+        return config
     except ValueError as error:
         parser.exit(2, f'error: {error}\n')
+
+
+def _check_given(given: Mapping[str, Any], config: TrainConfig) -> None:
+    """Refuse what is given on the command line and would have no effect.
+
+    A recipe may say more than one of its methods has use for.
+    """
+    if config.no_aug:
+        _refuse_augmentation({name: given[name] for name in _AUGMENTATIONS if name in given})
+    methods = (config.method, *config.baselines)
+    if set(methods) & set(_DUAL):
+        return
+    for name in given:
+        dual_only = name == 'kd_loss' or name.startswith(('prompt_', *_DUAL_STUDENT_WEIGHTS))
+        if dual_only and config._differs(name):
+            raise ValueError(
+                f'{name}={getattr(config, name)!r} has no effect with method={", ".join(methods)}: it is an option of '
+                'dfpt and dfpt+. Leave it out, or choose --method dfpt.'
+            )

@@ -25,7 +25,10 @@ from ..teacher import DualForwardPathTeacher
 from ..wrapping import wrap
 from .config import TrainConfig
 
-__all__ = ['check_source', 'create_student', 'create_task', 'create_teacher', 'resolve_input_config', 'wrap_teacher']
+__all__ = [
+    'check_source', 'create_student', 'create_task', 'create_teacher', 'load_prompt_path', 'resolve_input_config',
+    'wrap_teacher',
+]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
@@ -157,10 +160,22 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
         raise ValueError(f'teacher_checkpoint {path!r} does not fit {type(model).__name__}: {error}') from error
 
 
+def load_prompt_path(path: str, model: nn.Module | None = None) -> DualForwardPathTeacher:
+    """Load a tuned prompt path, around `model` or the teacher that it names.
+
+    Raises:
+        ValueError: It is not there, damaged, or of another teacher.
+    """
+    try:
+        return DualForwardPathTeacher.from_pretrained(path, model=model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'prompt_path={path!r} cannot be loaded: {error}') from error
+
+
 def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeacher:
     """Give the teacher its second path, new or from `prompt_path`."""
     if config.prompt_path:
-        teacher = DualForwardPathTeacher.from_pretrained(config.prompt_path, model=model)
+        teacher = load_prompt_path(config.prompt_path, model)
         if teacher.variant != config.method:
             raise ValueError(
                 f'prompt_path {config.prompt_path!r} is of the variant {teacher.variant!r}: use --method '

@@ -1,6 +1,7 @@
 """What a run needs beside what it trains: devices, data, and teachers that are loaded once."""
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -15,16 +16,23 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from timm.task import TrainingTask
 from torch import nn
 
-from ..teacher import DualForwardPathTeacher
 from ..version import __version__
 from .augment import AugmentConfig
 from .chain import with_actual_teacher
 from .config import TrainConfig
 from .data import DataSplits, dataset_fingerprint, load_splits
 from .evaluate import evaluate_together
-from .factory import create_student, create_task, create_teacher, resolve_input_config, wrap_teacher
+from .factory import (
+    create_student,
+    create_task,
+    create_teacher,
+    load_prompt_path,
+    resolve_input_config,
+    wrap_teacher,
+)
 from .learner import Learner
 from .loader import create_loader
 from .origin import describe_data, describe_teachers
@@ -75,6 +83,7 @@ class RunSetup:
                 'This is the only process, though MASTER_PORT is set. Of `accelerate launch --cpu --num_processes N` '
                 'one process comes: use --config_file train/accelerate/multi_cpu.yaml, or torchrun.'
             )
+        _check_batch_size(config, self.accelerator.num_processes)
         set_seed(config.seed)
         self.input_config = resolve_input_config(config)
         self.data = _load_data(config)
@@ -102,6 +111,8 @@ class RunSetup:
         set_seed(config.seed)
         student = create_student(config, self.data.num_classes, self.data.class_names, self.input_config)
         task = create_task(config, student, teacher, self.input_config, self.accelerator)
+        if config.batch_size == self.accelerator.num_processes:
+            _check_takes_one_image(config, task, self.input_config)
         updates_per_epoch = -(-len(self.loaders['train']) // config.grad_accum_steps)
         return Learner(name, config, task, self.accelerator, updates_per_epoch)
 
@@ -114,7 +125,7 @@ class RunSetup:
         if key not in self._teachers:
             if actual.teacher is None:
                 # The prompt path knows its teacher.
-                self._teachers[key] = DualForwardPathTeacher.from_pretrained(str(actual.prompt_path)).unwrap()
+                self._teachers[key] = load_prompt_path(str(actual.prompt_path)).unwrap()
             else:
                 teacher = create_teacher(actual, self.data.class_names)
                 # Blocks, heads and students stay in float32: only what is frozen is converted.
@@ -202,6 +213,32 @@ class RunSetup:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.free_memory()
+
+
+def _check_batch_size(config: TrainConfig, processes: int) -> None:
+    share = config.batch_size // processes
+    if (config.mixup or config.cutmix) and share % 2:
+        raise ValueError(
+            f'batch_size={config.batch_size} is {share} images a process, of which mixup and cutmix make pairs: let '
+            'that be an even number, or set both to 0.'
+        )
+
+
+def _check_takes_one_image(config: TrainConfig, task: TrainingTask, input_config: Mapping[str, Any]) -> None:
+    """Prove that a step of one image a process works, before anything is written."""
+    # A copy: batch statistics see what is tried.
+    trial: Any = copy.deepcopy(task).cpu()
+    trial.get_trainable_module().train()
+    if config.freeze_prompt_path:
+        trial.teacher.prompt_path.eval()
+    try:
+        with torch.no_grad():
+            trial(torch.zeros(1, *input_config['input_size']), torch.zeros(1, dtype=torch.long))
+    except ValueError as error:
+        raise ValueError(
+            f'batch_size={config.batch_size} is one image a process, and BatchNorm needs more ({error}): choose a '
+            '--batch-size of 2 images or more a process.'
+        ) from error
 
 
 def _load_data(config: TrainConfig) -> DataSplits:
