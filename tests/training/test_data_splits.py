@@ -242,6 +242,20 @@ def test_unlabelled_test_split_is_not_used(tmp_path, caplog) -> None:
         load_splits(str(root), test_split='test', cache_dir=str(tmp_path / 'c'))
 
 
+def test_files_of_other_types_are_left_out_with_a_warning(tmp_path, caplog) -> None:
+    root = make_folder(tmp_path / 'd', {'a': 4, 'b': 4})
+    (root / 'b' / '.DS_Store').write_bytes(b'x')
+    assert len(load_splits(str(root)).train) == 6
+    assert 'left out' not in caplog.text
+    (root / 'a' / 'deeper').mkdir()
+    for name in ('a/1.gif', 'a/deeper/2.GIF', 'b/3.avif'):
+        picture(1).save(root / name, format='gif')
+    assert len(load_splits(str(root)).train) == 6
+    assert '3 files in the class folders' in caplog.text
+    assert str(root / 'a' / '1.gif') in caplog.text
+    assert '.png' in caplog.text
+
+
 def test_bad_images_stop_or_are_left_out(tmp_path, caplog) -> None:
     root = make_folder(tmp_path / 'd', {'a': 6, 'b': 6})
     (root / 'a' / '1.png').write_bytes(b'')

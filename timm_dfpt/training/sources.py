@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ['SPLIT_NAMES', 'open_dataset']
+
+_logger = logging.getLogger(__name__)
 
 # What the splits are called in the wild, the usual name first.
 SPLIT_NAMES = {
@@ -161,9 +164,26 @@ def _read_folder(path: Path, classes: list[str]) -> Dataset:
             f'class folder {str(path / empty[0])!r} holds no image ({len(empty)} such folders); '
             f'add images ({", ".join(IMG_EXTENSIONS)}) or remove it'
         )
+    _warn_of_other_files(path, classes)
     names = [os.fsencode(name).decode(errors='replace') for name in classes]
     if names != classes:
         raise ValueError(f'{str(path)!r} has a class folder whose name is not UTF-8; rename it')
     features = Features({'image': Image(decode=False), 'label': ClassLabel(names=classes)})
     images = [{'bytes': None, 'path': file} for file, _ in samples]
     return Dataset.from_dict({'image': images, 'label': [label for _, label in samples]}, features=features)
+
+
+def _warn_of_other_files(path: Path, classes: list[str]) -> None:
+    """Say how many files of class folders are left out because of their ending."""
+    others = [
+        os.path.join(folder, file)
+        for name in classes
+        for folder, _, files in os.walk(path / name, followlinks=True)
+        for file in files
+        if not file.startswith('.') and not file.lower().endswith(IMG_EXTENSIONS)
+    ]
+    if others:
+        _logger.warning(
+            '%d files in the class folders of %r are left out, the first is %r: convert them if they are images (%s)',
+            len(others), str(path), min(others), ', '.join(IMG_EXTENSIONS),
+        )  # fmt: skip
