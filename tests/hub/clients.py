@@ -67,6 +67,14 @@ def push_model(repo_id: str, name: str, model: dict[str, Any] | None = None, **k
     return logits_of(made, made.pretrained_cfg['input_size'][0] if not model else model.get('in_chans', 3), 64)
 
 
+def validate_card(text: str) -> None:
+    """What `ModelCard.validate` does, but on the Hub of the test: huggingface_hub 1 knows only the real one."""
+    from huggingface_hub import constants, get_session
+
+    reply = get_session().post(f'{constants.ENDPOINT}/api/validate-yaml', json={'repoType': 'model', 'content': text})
+    assert reply.status_code == 200, reply.text
+
+
 def save_model(folder: str) -> None:
     from timm_dfpt import save_student
 

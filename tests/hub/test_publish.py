@@ -59,10 +59,6 @@ def _run_blocks(blocks: list[str]) -> list[str]:
     return printed
 
 
-def _validate(text: str) -> None:
-    ModelCard(text).validate()
-
-
 def _files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
@@ -97,7 +93,7 @@ def test_run_is_published_once_and_its_cards_hold(hub: Hub, trainer: Client, tmp
     cards = {kind: files['README.md'].decode() for kind, files in contents.items()}
     for card in cards.values():
         assert not re.search(r'More Information|\{\{|\}\}|\bNone\b|TODO', card)
-        reader.run(_validate, card)
+        reader.run(clients.validate_card, card)
     data = {kind: ModelCard(card).data.to_dict() for kind, card in cards.items()}
     assert data['student']['library_name'] == 'timm'
     assert data['student']['license'] == data['prompt_path']['license'] == 'mit'

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from . import clients
 from .processes import Client
 from .server import Hub
 
@@ -40,7 +41,7 @@ def _life_of_a_repo(folder: str) -> dict[str, Any]:
     seen['exists'] = [api.file_exists('alice/life', f, revision='exp/1') for f in ('config.json', 'notes/a.txt')]
     seen['titles'] = [c.title for c in api.list_repo_commits('alice/life')]
     seen['verified'] = not api.verify_repo_checksums('alice/life').mismatches
-    ModelCard.load('alice/life').validate()
+    clients.validate_card(str(ModelCard.load('alice/life')))
     api.delete_repo('alice/life')
     seen['gone'] = api.repo_exists('alice/life')
     return seen
