@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -154,9 +154,16 @@ def _open_folder(path: Path, named_splits: tuple[str, ...]) -> dict[str, Dataset
 def _read_folder(path: Path, classes: list[str]) -> Dataset:
     from datasets import ClassLabel, Dataset, Features, Image
 
-    samples = make_dataset(
-        str(path), {name: i for i, name in enumerate(classes)}, extensions=IMG_EXTENSIONS, allow_empty=True
-    )
+    others: list[str] = []
+
+    def is_image(file: str) -> bool:
+        taken = has_file_allowed_extension(file, IMG_EXTENSIONS)
+        if not taken and not os.path.basename(file).startswith('.'):
+            others.append(file)
+        return taken
+
+    numbers = {name: i for i, name in enumerate(classes)}
+    samples = make_dataset(str(path), numbers, is_valid_file=is_image, allow_empty=True)
     filled = {label for _, label in samples}
     empty = [name for i, name in enumerate(classes) if i not in filled and (path / name).is_dir()]
     if empty:
@@ -164,26 +171,14 @@ def _read_folder(path: Path, classes: list[str]) -> Dataset:
             f'class folder {str(path / empty[0])!r} holds no image ({len(empty)} such folders); '
             f'add images ({", ".join(IMG_EXTENSIONS)}) or remove it'
         )
-    _warn_of_other_files(path, classes)
+    if others:
+        _logger.warning(
+            '%d files in the class folders of %r are left out, the first is %r: convert them if they are images (%s)',
+            len(others), str(path), min(others), ', '.join(IMG_EXTENSIONS),
+        )  # fmt: skip
     names = [os.fsencode(name).decode(errors='replace') for name in classes]
     if names != classes:
         raise ValueError(f'{str(path)!r} has a class folder whose name is not UTF-8; rename it')
     features = Features({'image': Image(decode=False), 'label': ClassLabel(names=classes)})
     images = [{'bytes': None, 'path': file} for file, _ in samples]
     return Dataset.from_dict({'image': images, 'label': [label for _, label in samples]}, features=features)
-
-
-def _warn_of_other_files(path: Path, classes: list[str]) -> None:
-    """Say how many files of class folders are left out because of their ending."""
-    others = [
-        os.path.join(folder, file)
-        for name in classes
-        for folder, _, files in os.walk(path / name, followlinks=True)
-        for file in files
-        if not file.startswith('.') and not file.lower().endswith(IMG_EXTENSIONS)
-    ]
-    if others:
-        _logger.warning(
-            '%d files in the class folders of %r are left out, the first is %r: convert them if they are images (%s)',
-            len(others), str(path), min(others), ', '.join(IMG_EXTENSIONS),
-        )  # fmt: skip
