@@ -20,6 +20,7 @@ from safetensors.torch import load_model, save_model
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..hub.files import writing
 from .origin import changes
 from .sharding import load_optimizer_state, load_weights, optimizer_state, whole_weights
 
@@ -37,7 +38,16 @@ _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Raises:
+        OSError: It cannot be written; the message names it and what to do.
+    """
+    with writing(path):
+        _write(path, data)
+
+
+def _write(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + _INCOMPLETE)
     try:
         with open(temporary, 'wb') as file:
@@ -126,7 +136,7 @@ def _complete(folder: Path, modules: Mapping[str, nn.Module], progress: Mapping[
     for path in (*files, *(p for p in folder.rglob('*') if p.is_dir())):
         _fsync(path)
     checksums = {str(p.relative_to(folder)): _checksum(p) for p in files}
-    write_atomic(folder / _MANIFEST, json.dumps(checksums, indent=1).encode())
+    _write(folder / _MANIFEST, json.dumps(checksums, indent=1).encode())
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:

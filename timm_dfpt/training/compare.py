@@ -198,9 +198,9 @@ def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool, accelerator: A
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not resume:
-        with writing(path):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, (json.dumps(given, indent=2) + '\n').encode())
+        write_atomic(path, (json.dumps(given, indent=2) + '\n').encode())
     accelerator.wait_for_everyone()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..hub.files import writing
 from .config import TrainConfig, load_recipe, save_config
 from .loop import METRICS_FILE
 
@@ -79,8 +80,9 @@ def _check_same_run(config: TrainConfig, path: Path) -> None:
 def open_run_dir(config: TrainConfig, path: Path, accelerator: Accelerator) -> None:
     """Make the run folder, or open it again; to be called when all that can be known to be wrong has been checked."""
     if accelerator.is_main_process:
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / CONFIG_FILE).is_file():
-            save_config(config, path / CONFIG_FILE)
-        (path / METRICS_FILE).touch()
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if not (path / CONFIG_FILE).is_file():
+                save_config(config, path / CONFIG_FILE)
+            (path / METRICS_FILE).touch()
     accelerator.wait_for_everyone()

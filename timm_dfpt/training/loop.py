@@ -21,7 +21,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..hub.files import writing
 from .augment import derive_seed
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint, write_atomic
 from .config import TrainConfig
@@ -372,9 +371,7 @@ class Trainer:
 
     def _write_metrics(self) -> None:
         if self.accelerator.is_main_process:
-            path = self.run_dir / METRICS_FILE
-            with writing(path):
-                write_atomic(path, ''.join(f'{line}\n' for line in self.progress.lines).encode())
+            write_atomic(self.run_dir / METRICS_FILE, ''.join(f'{line}\n' for line in self.progress.lines).encode())
 
     def _averages(self) -> dict[str, nn.Module]:
         return {

@@ -117,9 +117,7 @@ def _si(value: float) -> str:
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`."""
-    text = json.dumps({'format_version': SUMMARY_FORMAT, **summary}, indent=2) + '\n'
-    with writing(path):
-        write_atomic(path, text.encode())
+    write_atomic(path, (json.dumps({'format_version': SUMMARY_FORMAT, **summary}, indent=2) + '\n').encode())
 
 
 def plot_curves(metrics_file: Path, path: Path, title: str) -> None:

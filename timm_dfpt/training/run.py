@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..hub.files import writing
 from ..hub.upload import check_repo_id
 from ..task import DFPTDistillationTask
 from .chain import assistant_configs, with_actual_teacher
@@ -161,8 +160,7 @@ def train_side_by_side(
     for assistant in chain:
         check_source('assistants', assistant.student)
     if chain:
-        with writing(run_dir):
-            open_run_dir(config, run_dir, accelerator)
+        open_run_dir(config, run_dir, accelerator)
     for assistant in chain:
         if not Path(str(assistant.output), SUMMARY_FILE).is_file():
             accelerator.print(f'teacher assistant {assistant.student}, taught by {assistant.teacher}')
@@ -179,8 +177,7 @@ def train_side_by_side(
         name, top1 = with_actual_teacher(first.config).teacher, before['teacher']['top1']
         accelerator.print(f'teacher {name}: {top1:.2f}% top-1 on the validation data')
     teacher_cache = setup.open_teacher_cache(first)
-    with writing(run_dir):
-        open_run_dir(config, run_dir, accelerator)
+    open_run_dir(config, run_dir, accelerator)
     accelerator.print(f'run folder: {run_dir}')
     if config.log_with:
         accelerator.init_trackers('timm_dfpt', config={k: str(v) for k, v in dataclasses.asdict(config).items()})
