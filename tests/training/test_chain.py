@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from timm_dfpt.training.arguments import build_parser, load_recipe, resolve_config
 from timm_dfpt.training.chain import assistant_configs, with_actual_teacher
-from timm_dfpt.training.config import METHODS, TrainConfig, build_parser, load_recipe, resolve_config
+from timm_dfpt.training.config import METHODS, TrainConfig
 from timm_dfpt.training.loop import Trainer
 from timm_dfpt.training.run import main, run
 from timm_dfpt.training.setup import RunSetup

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from timm_dfpt.training import compare as compare_module
+from timm_dfpt.training.arguments import build_parser, resolve_config
 from timm_dfpt.training.compare import Arm, compare, main, parse_arm
-from timm_dfpt.training.config import build_parser, resolve_config
 from timm_dfpt.training.loop import Trainer
 from timm_dfpt.training.run import main as distill
 from timm_dfpt.training.setup import RunSetup

@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..hub.files import writing
+from .arguments import build_parser, resolve_config
 from .checkpoint import write_atomic
 from .compare_report import markdown_table, plot_comparison
-from .config import TrainConfig, build_parser, resolve_config
+from .config import TrainConfig
 from .export import export
 from .folder import CONFIG_FILE, SUMMARY_FILE, claim_run_dir
 from .learner import Learner

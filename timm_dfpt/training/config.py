@@ -1,18 +1,16 @@
-"""The options of a training run: one dataclass that is the command line, the recipe file and the saved record."""
+"""The options of a training run, and which of them go together; `arguments.py` tells where they come from."""
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from timm.optim import list_optimizers
 
-from ._fields import add_argument, checked, default_of, nearest
+from ._fields import checked, default_of, nearest
 
-__all__ = ['METHODS', 'TrainConfig', 'load_recipe', 'parse_config', 'public_options', 'save_config']
+__all__ = ['METHODS', 'TrainConfig', 'public_options', 'resolve_paths']
 
 METHODS = (
     'supervised', 'kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm', 'ctkd', 'takd', 'eskd', 'dfpt', 'dfpt+',
@@ -26,7 +24,6 @@ _AUGMENTATIONS = (
     'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob'
 )  # fmt: skip
 _PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'early_teacher', 'student', 'prompt_path', 'output')
-_BASE_KEY = 'base'
 # timm's, but for plateau: what a learning rate is must follow from the number of the update alone.
 _SCHEDULES = ('cosine', 'tanh', 'step', 'constant', 'multistep', 'poly', 'wsd', 'rsqrt', 'none')
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -197,7 +194,7 @@ class TrainConfig:
             value = checked(TrainConfig, field, getattr(self, field.name))
             setattr(self, field.name, value)
         # As in a recipe, so that the saved options mean the same wherever they are read.
-        vars(self).update(_resolved_paths({key: getattr(self, key) for key in _PATH_KEYS}, Path()))
+        vars(self).update(resolve_paths({key: getattr(self, key) for key in _PATH_KEYS}, Path()))
         self._check_ranges()
         self._check_combinations()
 
@@ -241,11 +238,12 @@ class TrainConfig:
         check('export_epochs', inside, f'epochs of the run, 1 to {self.epochs}')
         sized = len(self.input_size) in (0, 3) and all(side > 0 for side in self.input_size)
         check('input_size', sized, 'C H W, e.g. 3 224 224')
+        optimizers = list_optimizers()
         for name in ('opt', 'prompt_opt'):
             value = getattr(self, name)
             # timm's own error names neither the option nor the optimizer that was meant.
-            if value.lower().removeprefix('lookahead_') not in list_optimizers():
-                hint = nearest(value, list_optimizers()) or ' See timm.optim.list_optimizers().'
+            if value.lower().removeprefix('lookahead_') not in optimizers:
+                hint = nearest(value, optimizers) or ' See timm.optim.list_optimizers().'
                 raise ValueError(f'{name} must be an optimizer of timm, got {value!r}.{hint}')
 
     def _check_combinations(self) -> None:
@@ -305,7 +303,7 @@ class TrainConfig:
 
     def _differs(self, name: str) -> bool:
         """Say whether an option is another than by default."""
-        return bool(getattr(self, name) != default_of(_fields_by_name()[name]))
+        return bool(getattr(self, name) != default_of(self.__dataclass_fields__[name]))
 
     def _check_weights(self) -> None:
         """Refuse a student that has nothing to learn from."""
@@ -339,6 +337,30 @@ class TrainConfig:
                 'repeat after N epochs with --aug-cycle N, or switch it off with --no-aug.'
             )
 
+    def check_given(self, given: Mapping[str, Any]) -> None:
+        """Refuse what is given on the command line and would have no effect.
+
+        A recipe may say more than one of its methods has use for.
+
+        Args:
+            given: The options that were given.
+
+        Raises:
+            ValueError: One of them has no effect.
+        """
+        if self.no_aug:
+            _refuse_augmentation({name: given[name] for name in _AUGMENTATIONS if name in given})
+        methods = (self.method, *self.baselines)
+        if set(methods) & set(_DUAL):
+            return
+        for name in given:
+            dual_only = name == 'kd_loss' or name.startswith(('prompt_', *_DUAL_STUDENT_WEIGHTS))
+            if dual_only and self._differs(name):
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r} has no effect with method={", ".join(methods)}: it is an option '
+                    'of dfpt and dfpt+. Leave it out, or choose --method dfpt.'
+                )
+
     def for_method(self, method: str, **changes: Any) -> TrainConfig:
         """Return these options for another method: with that method's own, and without what it has no use for.
 
@@ -361,10 +383,6 @@ class TrainConfig:
         return dataclasses.replace(self, **{'method': method, **dropped, **own, **changes})
 
 
-def _fields_by_name() -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(TrainConfig)}
-
-
 def _refuse_augmentation(options: Mapping[str, Any]) -> None:
     """Refuse options of augmentation beside `no_aug`, but for those that are off."""
     for name, value in options.items():
@@ -372,60 +390,8 @@ def _refuse_augmentation(options: Mapping[str, Any]) -> None:
             raise ValueError(f'no_aug and {name}={value} contradict each other: give one of them.')
 
 
-def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Read a recipe: a YAML mapping of options.
-
-    Paths in it that start with `./` or `../` (also behind `local-dir:`) count from the recipe's own folder. The key
-    `base` names another recipe, from that folder too, whose options count where this one has none.
-
-    Args:
-        path: The YAML file.
-
-    Returns:
-        The options.
-
-    Raises:
-        ValueError: The file is missing, is no mapping, has a key that is no option, or is its own base.
-    """
-    return _load_recipe(Path(path), ())
-
-
-def _load_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    full = path.resolve()
-    if full in seen:
-        raise ValueError(f'config: {str(path)!r} is its own base: {" -> ".join(p.name for p in (*seen, full))}.')
-    if not path.is_file():
-        named = f', named as base by {str(seen[-1])!r}' if seen else ''
-        raise ValueError(f'config: there is no file {str(path)!r}{named}.')
-    try:
-        values = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f'config: {str(path)!r} is no valid YAML: {error}') from error
-    if not isinstance(values, dict):
-        raise ValueError(f'config: {str(path)!r} must hold a mapping of options, such as "epochs: 30".')
-    base = values.pop(_BASE_KEY, None)
-    if not isinstance(base, str | None):
-        raise ValueError(f'config: base in {str(path)!r} must be the name of a recipe, got {base!r}.')
-    known = [field.name for field in dataclasses.fields(TrainConfig)]
-    for key in values:
-        if key not in known:
-            raise ValueError(f'config: {str(path)!r} has the unknown option {key!r}.{nearest(key, known)}')
-    values = _resolved_paths(values, path.parent)
-    if base is None:
-        return values
-    inherited = _load_recipe(path.parent / base, (*seen, full))
-    return {**inherited, **values, **_joined_method_options(inherited, values)}
-
-
-def _joined_method_options(inherited: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Join the options of each method, where both recipes have some; `TrainConfig` checks what they are."""
-    first, second = (each.get('method_options') or {} for each in (inherited, values))
-    if not (first and second and isinstance(first, dict) and isinstance(second, dict)):
-        return {}
-    return {'method_options': {m: {**first.get(m, {}), **second.get(m, {})} for m in {**first, **second}}}
-
-
-def _resolved_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return options in which relative paths, those with dots, count from the working directory instead of `folder`."""
     resolved = dict(values)
     for key in _PATH_KEYS:
         value = values.get(key)
@@ -457,120 +423,3 @@ def public_options(config: TrainConfig) -> dict[str, Any]:
             options[key] = prefix + path.name if prefix or path.exists() else value
     options['output'] = None
     return options
-
-
-def save_config(config: TrainConfig, path: str | Path) -> None:
-    """Write the resolved configuration as a recipe that `load_recipe` reads, whole or not at all."""
-    temporary = Path(f'{path}.incomplete')
-    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding='utf-8')
-    temporary.replace(path)
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that names the nearest flag to one that it does not know."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = next((text.partition('=')[0] for text in unknown if text.startswith('--')), '')
-            self.error(f'unrecognized arguments: {" ".join(unknown)}.{nearest(flag, [*self._option_string_actions])}')
-        return found
-
-
-def build_parser(description: str, without: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return the command line of all options, but for those named in `without`, plus `--config`."""
-    # Abbreviations would turn a misspelt flag into another one.
-    parser = _Parser(description=description, allow_abbrev=False)
-    parser.add_argument('--config', metavar='YAML', help='recipe with any of these options; the command line wins')
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainConfig):
-        if field.metadata.get('recipe_only') or field.name in without:
-            continue
-        name = field.metadata['group']
-        groups.setdefault(name, parser.add_argument_group(name))
-        add_argument(TrainConfig, groups[name], field)
-    return parser
-
-
-def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe: str | Path | None) -> TrainConfig:
-    """Merge a recipe and the values given on the command line.
-
-    Args:
-        values: Options from the command line, which win.
-        recipe: The recipe that was named, if any.
-        default_recipe: The recipe that counts when neither a recipe nor a data set is named.
-    """
-    base: dict[str, Any] = {}
-    if recipe is not None:
-        base = load_recipe(recipe)
-    elif default_recipe is not None and 'dataset' not in values:
-        base = load_recipe(default_recipe)
-    given = {k: dict(v) if k.endswith('_kwargs') else v for k, v in values.items()}
-    method = given.get('method', base.get('method', TrainConfig.method))
-    base['baselines'] = [] if method == 'supervised' else [b for b in base.get('baselines', []) if b != method]
-    if method == 'supervised':
-        base.pop('teacher', None)
-        base.pop('teacher_checkpoint', None)
-    own = _complete_method_options(base, given)
-    return TrainConfig(**{**base, **own.get(method, {}), **given, 'method_options': own})
-
-
-def _complete_method_options(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of each method without those given by the user, who wins, and complete.
-
-    Complete: an option that one method sets is told of every method, so that going from one to another leaves nothing
-    of the first behind.
-    """
-    options = base.get('method_options') or {}
-    if not isinstance(options, dict) or not all(isinstance(own, dict) for own in options.values()):
-        return options
-    fields = _fields_by_name()
-    keys = [key for key in dict.fromkeys(k for own in options.values() for k in own) if key not in given]
-    common = {key: base.get(key, default_of(fields[key])) for key in keys if key in fields}
-    methods = METHODS if keys else ()
-    return {method: {**common, **{k: v for k, v in options.get(method, {}).items() if k in keys}} for method in methods}
-
-
-def parse_config(
-    argv: Sequence[str] | None = None, default_recipe: str | Path | None = None, description: str = ''
-) -> TrainConfig:
-    """Read the command line.
-
-    Args:
-        argv: Arguments; `None` for those of the process.
-        default_recipe: The recipe that counts when neither `--config` nor `--dataset` is given.
-        description: First line of `--help`.
-
-    Returns:
-        The resolved configuration.
-
-    Raises:
-        SystemExit: An option is wrong; the message says which and why.
-    """
-    parser = build_parser(description)
-    args = vars(parser.parse_args(argv))
-    try:
-        config = resolve_config(args, args.pop('config'), default_recipe)
-        _check_given(args, config)
-        return config
-    except ValueError as error:
-        parser.exit(2, f'error: {error}\n')
-
-
-def _check_given(given: Mapping[str, Any], config: TrainConfig) -> None:
-    """Refuse what is given on the command line and would have no effect.
-
-    A recipe may say more than one of its methods has use for.
-    """
-    if config.no_aug:
-        _refuse_augmentation({name: given[name] for name in _AUGMENTATIONS if name in given})
-    methods = (config.method, *config.baselines)
-    if set(methods) & set(_DUAL):
-        return
-    for name in given:
-        dual_only = name == 'kd_loss' or name.startswith(('prompt_', *_DUAL_STUDENT_WEIGHTS))
-        if dual_only and config._differs(name):
-            raise ValueError(
-                f'{name}={getattr(config, name)!r} has no effect with method={", ".join(methods)}: it is an option of '
-                'dfpt and dfpt+. Leave it out, or choose --method dfpt.'
-            )

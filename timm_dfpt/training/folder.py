@@ -9,7 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..hub.files import writing
-from .config import TrainConfig, load_recipe, save_config
+from .arguments import load_recipe, save_config
+from .config import TrainConfig
 from .loop import METRICS_FILE
 
 __all__ = ['CONFIG_FILE', 'SUMMARY_FILE', 'claim_run_dir', 'open_run_dir']

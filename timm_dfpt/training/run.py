@@ -13,8 +13,9 @@ import torch
 
 from ..hub.upload import check_repo_id
 from ..task import DFPTDistillationTask
+from .arguments import parse_config
 from .chain import assistant_configs, with_actual_teacher
-from .config import TrainConfig, parse_config
+from .config import TrainConfig
 from .evaluate import evaluate
 from .export import export, export_student
 from .factory import check_source, create_mixup
