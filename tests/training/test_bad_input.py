@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import save_file
 from training_jobs import Job
@@ -20,6 +19,8 @@ from training_jobs import Job
 from tests.forked import CONTEXT
 from timm_dfpt.hub.student import save_student
 from timm_dfpt.training.run import main
+
+pytestmark = pytest.mark.usefixtures('fresh_accelerate')
 
 NAMES = ('ash', 'birch', 'cedar')
 RESNET = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16], 'stem_type': 'deep', 'stem_width': 4}
@@ -289,13 +290,6 @@ CASES = {
     ),
     'folder of too long a name': (lambda f: ['--output', str(f / ('x' * 300))], "File name too long: '.*/x{300}'"),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def refuse(argv, capsys):

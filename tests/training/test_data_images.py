@@ -8,7 +8,6 @@ import zlib
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from timm_dfpt.training.images import BadImageError, check_image, decode_image
@@ -159,13 +158,6 @@ def test_a_check_in_full_finds_what_decoding_finds(name: str) -> None:
 @pytest.mark.parametrize('name', SAME_AS_PILLOW)
 def test_a_check_in_full_has_nothing_against_good_images(name: str) -> None:
     assert check_image(SAME_AS_PILLOW[name], in_full=True) is None
-
-
-@pytest.fixture
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.mark.usefixtures('fresh_accelerate')

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
@@ -165,13 +164,6 @@ def test_string_and_integer_labels(tmp_path) -> None:
         image = np.asarray(PILImage.open(io.BytesIO(splits.train.encoded([row])[0])))
         original = next(i for i in range(36) if np.array_equal(np.asarray(picture(i)), image))
         assert splits.train.labels[row] == original % 12
-
-
-@pytest.fixture
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def renamed_teacher(tiny, folder: Path, names: list[str]) -> list[str]:

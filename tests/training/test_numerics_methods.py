@@ -1,43 +1,34 @@
 """The rivals of DFPT-KD in bfloat16, against float32 and against their formula in float64."""
 import pytest
-import timm
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from learner_steps import BATCH, CLASSES, SIZE, assert_bfloat16_follows_float32, make_student, steps_on
 
 from timm_dfpt.training.config import TrainConfig
 from timm_dfpt.training.factory import create_task
 from timm_dfpt.training.learner import Learner
 
-SIZE, CLASSES, BATCH, STEPS = 16, 5, 8, 12
-KWARGS = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16], 'stem_type': 'deep', 'stem_width': 4}
+STEPS = 12
 INPUT = {'input_size': (3, SIZE, SIZE), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
 METHODS = ['kd', 'dkd', 'ctkd']
 
 
 @pytest.fixture
-def make_learner():
+def make_learner(make_accelerator):
     def make(method, mixed_precision):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+        accelerator = make_accelerator(mixed_precision=mixed_precision)
         config = TrainConfig(
             method=method, student='resnet18', teacher='resnet18', dataset='none', cpu=True, epochs=2,
             batch_size=BATCH, lr=0.05, sched='constant', temperature=4.0, mixed_precision=mixed_precision,
         )  # fmt: skip
-        models = []
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            models.append(timm.create_model('resnet18', num_classes=CLASSES, **KWARGS))
-            models[-1].pretrained_cfg = {**models[-1].pretrained_cfg, **INPUT}
+        student, teacher = make_student(0), make_student(1)
+        for model in (student, teacher):
+            model.pretrained_cfg = {**model.pretrained_cfg, **INPUT}
         with torch.no_grad():
             # Else the logits of the teacher are so small that there is hardly anything to learn.
-            models[1].fc.weight *= 20
-        return Learner(method, config, create_task(config, *models, INPUT, accelerator), accelerator, 10)
+            teacher.fc.weight *= 20
+        return Learner(method, config, create_task(config, student, teacher, INPUT, accelerator), accelerator, 10)
 
-    yield make
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    return make
 
 
 def batches():
@@ -49,28 +40,10 @@ def batches():
         )
 
 
-def train(learner):
-    learner.train()
-    history = []
-    for i, (images, labels) in enumerate(batches()):
-        learner.set_update(i, 0)
-        with learner.accelerator.accumulate(learner.module):
-            history.append(learner.step(images, labels, i, {})[0])
-    return history
-
-
 @pytest.mark.parametrize('method', METHODS)
 def test_bfloat16_follows_float32(make_learner, method):
-    """Every term of the first step within what 8 bits of mantissa leave, and training ends up at the same loss."""
-    single, half = train(make_learner(method, 'no')), train(make_learner(method, 'bf16'))
-    for key, value in single[0].items():
-        assert half[0][key].dtype == torch.float32
-        if key.endswith('loss'):
-            assert abs(float(half[0][key] - value)) < 0.02 * max(1.0, abs(float(value))), key
-    last = [float(sum(t['loss'] for t in history[-4:])) / 4 for history in (single, half)]
-    assert abs(last[0] - last[1]) < 0.05 * last[0]
-    # Not the same numbers: else nothing was computed in bfloat16.
-    assert float(half[0]['loss']) != float(single[0]['loss'])
+    single, half = (steps_on(make_learner(method, precision), batches()) for precision in ('no', 'bf16'))
+    assert_bfloat16_follows_float32(half, single)
 
 
 def divergence(student, teacher, temperature):
