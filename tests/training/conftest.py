@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from timm_dfpt.hub.student import save_student
@@ -93,22 +92,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
     return TinyJob(root / 'data', root / 'teacher', root / 'vit_teacher')
 
 
-def forget_accelerate() -> None:
-    """What accelerate keeps for as long as a process lives would be that of the job before."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
 @pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    forget_accelerate()
-
-
-@pytest.fixture
-def make_accelerator(fresh_accelerate: None) -> Callable[..., Accelerator]:
+def make_accelerator(fresh_accelerate: Callable[[], None]) -> Callable[..., Accelerator]:
     def make(**kwargs: object) -> Accelerator:
-        forget_accelerate()
+        fresh_accelerate()
         return Accelerator(cpu=True, **kwargs)
 
     return make

@@ -20,8 +20,6 @@ from tests.forked import CONTEXT
 from timm_dfpt.hub.student import save_student
 from timm_dfpt.training.run import main
 
-pytestmark = pytest.mark.usefixtures('fresh_accelerate')
-
 NAMES = ('ash', 'birch', 'cedar')
 RESNET = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16], 'stem_type': 'deep', 'stem_width': 4}
 

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from timm_dfpt.training.checkpoint import (
@@ -30,9 +29,7 @@ def prepared():
     module, optimizer = accelerator.prepare(module, torch.optim.AdamW(module.parameters()))
     module(torch.randn(8, 4)).sum().backward()
     optimizer.step()
-    yield accelerator, module, optimizer
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    return accelerator, module, optimizer
 
 
 def test_round_trip(prepared, tmp_path):

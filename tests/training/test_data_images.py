@@ -160,7 +160,6 @@ def test_a_check_in_full_has_nothing_against_good_images(name: str) -> None:
     assert check_image(SAME_AS_PILLOW[name], in_full=True) is None
 
 
-@pytest.mark.usefixtures('fresh_accelerate')
 def test_a_job_that_skips_bad_images_gets_to_its_end(tiny, tmp_path, capsys) -> None:
     """Whatever only decoding finds, in the training and in the validation images."""
     shutil.copytree(tiny.data, tmp_path / 'data')

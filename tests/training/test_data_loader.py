@@ -1,7 +1,6 @@
 """Batches against timm's and torchvision's own transforms and a second loader; order and randomness against splits."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import BatchSampler, DataLoader
@@ -56,10 +54,8 @@ def train(folder: Path) -> ImageSplit:
 
 
 @pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
 
 
 def loader(split: ImageSplit, **arguments: object) -> DataLoader:

@@ -192,7 +192,6 @@ def integers(tiny, root: Path) -> list[str]:
     return ['--dataset', str(root)]
 
 
-@pytest.mark.usefixtures('fresh_accelerate')
 @pytest.mark.parametrize('case', ['integer data', 'teacher of integer data', 'neither'])
 def test_integer_labels_are_no_names_to_compare(tiny, tmp_path, caplog, case: str) -> None:
     names = ['0', '1', '2'] if case != 'integer data' else ['ash', 'birch', 'cedar']
@@ -203,7 +202,6 @@ def test_integer_labels_are_no_names_to_compare(tiny, tmp_path, caplog, case: st
     assert ('taken on trust' in caplog.text) == (case != 'neither')
 
 
-@pytest.mark.usefixtures('fresh_accelerate')
 def test_integer_labels_of_another_order_are_refused(tiny, tmp_path, capsys) -> None:
     """The teacher's are those of class folders, sorted as text."""
     argv = renamed_teacher(tiny, tmp_path / 'teacher', ['0', '10', '2']) + integers(tiny, tmp_path / 'data')
@@ -211,7 +209,6 @@ def test_integer_labels_of_another_order_are_refused(tiny, tmp_path, capsys) -> 
     assert "class 1 is '10' for the teacher and '1' in the data" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures('fresh_accelerate')
 def test_names_of_the_teacher_are_compared_in_the_same_unicode_form(tiny, tmp_path, capsys) -> None:
     shutil.copytree(tiny.data, tmp_path / 'data')
     for split in ('train', 'val'):

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from timm_dfpt.task import DFPTDistillationTask
@@ -17,14 +16,13 @@ STEPS = 214 // 32  # an epoch, without the last batch
 
 
 @pytest.fixture
-def train(tiny, tmp_path):
+def train(tiny, tmp_path, fresh_accelerate):
     """Runs one epoch of the main job in this process; returns the student's weights."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
     def train(name, *more):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        fresh_accelerate()
         assert main([*tiny.argv(tmp_path / name), '--epochs', '1', *more]) == 0
         return load_file(tmp_path / name / 'student' / 'model.safetensors')
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from test_processes import RELATIVE, WEIGHTS, lines
 from torch import nn
@@ -169,8 +168,6 @@ def one_of_one(monkeypatch):
         monkeypatch.setenv(name, value)
     yield monkeypatch
     torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ import hashlib
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,14 +20,13 @@ KEY = {'teacher': 'a'}
 
 
 @pytest.fixture
-def train(tiny, tmp_path):
+def train(tiny, tmp_path, fresh_accelerate):
     """Runs the main job in this process; returns the hash of the student."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
     def train(name, *more):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        fresh_accelerate()
         folder = tmp_path / name
         cache = ['--teacher-cache-dir', str(tmp_path / 'cache')]
         run(parse_config(tiny.argv(folder, '--mixup', '0', '--epochs', '3', *cache, *more)))
