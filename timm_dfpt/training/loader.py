@@ -179,7 +179,8 @@ def create_loader(
 
     Input is float32 `[B, C, H, W]`, normalised; target int64 `[B]`; index, int64 `[B]`, the row in the split. Order and
     augmentation are functions of seed, epoch and row, not of workers, processes, batches or earlier epochs: call
-    `loader.dataset.set_epoch(epoch)`, or `set_epoch` of a loader that accelerate prepared, before each epoch.
+    `loader.dataset.set_epoch(epoch)`, or `set_epoch` of a loader that accelerate prepared, before each epoch; after
+    `skip_first_batches`, too, since accelerate before 1.15 forgets it there.
 
     In evaluation, and in training when `AugmentConfig` asks for nothing but `crop_padding` and flips (or `no_aug`),
     images are resized by timm's transform and the rest is done on whole batches; then images can be decoded once and

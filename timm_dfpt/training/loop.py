@@ -183,6 +183,7 @@ class Trainer:
         loader.set_epoch(progress.epoch)
         if progress.step_in_epoch:
             loader = skip_first_batches(loader, progress.step_in_epoch)
+            # accelerate before 1.15 starts what is left at epoch 0.
             loader.set_epoch(progress.epoch)
         for learner in self.learners:
             learner.train()
