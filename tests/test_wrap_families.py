@@ -20,19 +20,19 @@ TEST_CASES: dict[str, dict[str, Any]] = {
     'convit_tiny': {'depth': 6, 'local_up_to_layer': 5},
     'convmixer_768_32': {},
     'cpubone_nano': {},
-    'crossvit_tiny_240': {},
+    'crossvit_tiny_240': {'depth': ((1, 1, 0), (1, 1, 0))},
     'cs3darknet_focus_s': {},
     'csatv2': {},
     'cspnext_tiny': {},
     'davit_tiny': {'embed_dims': (16, 32, 64, 128), 'depths': (1, 1, 1, 1), 'num_heads': (1, 2, 4, 8)},
     'deepseek_vit_412m': {'embed_dim': 64, 'depth': 4, 'num_heads': 2},
     'deit_tiny_distilled_patch16_224': {'depth': 4},
-    'densenet121': {},
+    'densenet121': {'block_config': (2, 2, 2, 2)},
     'dla46x_c': {},
     'dpn48b': {},
     'eca_botnext26ts_256': {},
     'edgenext_xx_small': {},
-    'efficientformer_l1': {},
+    'efficientformer_l1': {'depths': (1, 1, 1, 2)},
     'efficientformerv2_s0': {},
     'efficientvim_m1': {},
     'efficientvim_m1_dist': {},
@@ -41,7 +41,7 @@ TEST_CASES: dict[str, dict[str, Any]] = {
     'efficientvit_m0': {},
     'ese_vovnet19b_slim_dw': {},
     'fasternet_t0': {},
-    'fastvit_t8': {},
+    'fastvit_t8': {'layers': (1, 1, 1, 1)},
     'focalnet_tiny_srf': {},
     'gcvit_xxtiny': {},
     'gemma4_vit_167m': {'embed_dim': 96, 'depth': 4, 'num_heads': 2},
@@ -63,11 +63,11 @@ TEST_CASES: dict[str, dict[str, Any]] = {
     'levit_256d': {},
     'lowformer_b0': {},
     'mobilenetv3_small_050': {},
-    'mobilenetv5_base': {},
+    'mobilenetv5_base': {'channel_multiplier': 0.25},
     'mobilevit_xxs': {},
     'mvitv2_tiny': {},
     'naflexvit_base_patch16_parfac_gap': {'embed_dim': 48, 'depth': 4, 'num_heads': 2},
-    'nasnetalarge': {},
+    'nasnetalarge': {'num_features': 480, 'stem_size': 24},
     'nest_tiny': {},
     'nextvit_small': {},
     'pit_ti_224': {},
@@ -78,8 +78,8 @@ TEST_CASES: dict[str, dict[str, Any]] = {
     'rdnet_tiny': {},
     'regnetx_002': {},
     'repghostnet_050': {},
-    'repvit_m1': {},
-    'res2next50': {},
+    'repvit_m1': {'depth': (1, 1, 2, 1)},
+    'res2next50': {'layers': (1, 1, 1, 1)},
     'resnest14d': {},
     'resnetv2_18': {},
     'rexnet_100': {},
@@ -116,6 +116,8 @@ TEST_CASES: dict[str, dict[str, Any]] = {
     'xception41p': {},
     'xcit_nano_12_p8_224': {'depth': 4},
 }
+# Nothing makes them smaller.
+LARGE = ('inception_resnet_v2', 'inception_v4', 'pnasnet5large')
 
 
 def make(name: str, **kwargs: Any) -> tuple[nn.Module, torch.Tensor]:
@@ -123,7 +125,9 @@ def make(name: str, **kwargs: Any) -> tuple[nn.Module, torch.Tensor]:
     return build(name, create(name, 'meta'), num_classes=5, **kwargs)
 
 
-@pytest.mark.parametrize('name', TEST_CASES)
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in TEST_CASES]
+)
 def test_family(name: str) -> None:
     row = check_real(*make(name, **TEST_CASES[name]))
     assert row['stages']
