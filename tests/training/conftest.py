@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 
 from timm_dfpt.hub.student import save_student
 
+ROOT = Path(__file__).parents[2]
 SIZE = 16
 CLASSES = ('ash', 'birch', 'cedar')
 DATA_CONFIG = {
@@ -99,3 +102,17 @@ def make_accelerator(fresh_accelerate: Callable[[], None]) -> Callable[..., Acce
         return Accelerator(cpu=True, **kwargs)
 
     return make
+
+
+@pytest.fixture
+def default_job(tmp_path: Path) -> Path:
+    """What `train/` has for the default job, with the first 200 images of each split."""
+    for name in ('distill.py', 'recipes/quickstart.yaml'):
+        (tmp_path / 'train' / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / 'train' / name, tmp_path / 'train' / name)
+    quickstart = tmp_path / 'train' / 'quickstart'
+    shutil.copytree(ROOT / 'train' / 'quickstart' / 'teacher', quickstart / 'teacher')
+    (quickstart / 'data').mkdir()
+    for file in (ROOT / 'train' / 'quickstart' / 'data').glob('*.parquet'):
+        pq.write_table(pq.read_table(file).slice(0, 200), quickstart / 'data' / file.name)
+    return tmp_path / 'train' / 'distill.py'

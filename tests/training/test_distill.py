@@ -1,5 +1,6 @@
 """The main job as a newcomer runs it: the embedded default, shortened, as a process of its own."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,18 +41,15 @@ def run_job(output, *arguments):
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('default')
-    done = {}
-    for name in ('first', 'second'):
-        process = run_job(folder / name)
-        assert process.returncode == 0, process.stderr
-        done[name] = (folder / name, process.stdout)
-    return done
+def default_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('default') / 'run'
+    process = run_job(folder)
+    assert process.returncode == 0, process.stderr
+    return folder, process.stdout
 
 
-def test_leaves_everything_a_run_folder_should_hold(runs):
-    folder, stdout = runs['first']
+def test_leaves_everything_a_run_folder_should_hold(default_run):
+    folder, stdout = default_run
     for name in (
         'student/config.json',
         'student/model.safetensors',
@@ -75,8 +73,13 @@ def test_leaves_everything_a_run_folder_should_hold(runs):
     assert f'{dfpt:.2f} against {kd:.2f}, {dfpt - kd:+.2f} points' in stdout
 
 
-def test_two_runs_of_one_seed_are_bit_identical(runs):
-    first, second = runs['first'][0], runs['second'][0]
+def test_two_runs_of_one_seed_are_bit_identical(default_job, tmp_path):
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    for folder in (first, second):
+        command = [sys.executable, str(default_job), '--epochs', '2', '--output', str(folder)]
+        environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert process.returncode == 0, process.stderr
     for name in (
         'student/model.safetensors',
         'prompt_path/prompt_path.safetensors',
@@ -87,8 +90,8 @@ def test_two_runs_of_one_seed_are_bit_identical(runs):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-def test_student_loads_with_timm_alone_and_scores_what_was_reported(runs, tmp_path):
-    folder, _ = runs['first']
+def test_student_loads_with_timm_alone_and_scores_what_was_reported(default_run, tmp_path):
+    folder, _ = default_run
     process = subprocess.run(
         [sys.executable, '-c', EVALUATE, str(folder / 'student'), str(tmp_path / 'logits.pt')],
         cwd=ROOT, capture_output=True, text=True, timeout=200, check=True,
@@ -104,10 +107,10 @@ def test_student_loads_with_timm_alone_and_scores_what_was_reported(runs, tmp_pa
         torch.testing.assert_close(student(saved['images']), saved['logits'][:8], rtol=1e-5, atol=1e-5)
 
 
-def test_original_path_is_still_the_teacher(runs):
+def test_original_path_is_still_the_teacher(default_run):
     import timm
 
-    folder, _ = runs['first']
+    folder, _ = default_run
     source = f'local-dir:{ROOT / "train" / "quickstart" / "teacher"}'
     plain = timm.create_model(source, pretrained=True).eval()
     teacher = timm_dfpt.DualForwardPathTeacher.from_pretrained(
@@ -120,8 +123,8 @@ def test_original_path_is_still_the_teacher(runs):
         assert not torch.equal(teacher(x).prompt, expected)
 
 
-def test_an_existing_run_is_never_overwritten(runs):
-    folder, _ = runs['first']
+def test_an_existing_run_is_never_overwritten(default_run):
+    folder, _ = default_run
     before = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
     process = run_job(folder)
     assert process.returncode != 0

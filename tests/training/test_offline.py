@@ -1,12 +1,8 @@
 """The default job needs no network, and tells nobody about itself."""
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pyarrow.parquet as pq
-import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,20 +33,6 @@ def getaddrinfo(host, *args, **kwargs):
 socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = connect, connect_ex, getaddrinfo
 """
 OFFLINE = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HF_HUB_DISABLE_TELEMETRY', 'DO_NOT_TRACK')
-
-
-@pytest.fixture
-def default_job(tmp_path):
-    """What `train/` has for the default job, with the first 200 images of each split."""
-    for name in ('distill.py', 'recipes/quickstart.yaml'):
-        (tmp_path / 'train' / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / 'train' / name, tmp_path / 'train' / name)
-    quickstart = tmp_path / 'train' / 'quickstart'
-    shutil.copytree(ROOT / 'train' / 'quickstart' / 'teacher', quickstart / 'teacher')
-    (quickstart / 'data').mkdir()
-    for file in (ROOT / 'train' / 'quickstart' / 'data').glob('*.parquet'):
-        pq.write_table(pq.read_table(file).slice(0, 200), quickstart / 'data' / file.name)
-    return tmp_path / 'train' / 'distill.py'
 
 
 def test_default_job_without_network(default_job, tmp_path):
