@@ -104,15 +104,16 @@ def make_accelerator(fresh_accelerate: Callable[[], None]) -> Callable[..., Acce
     return make
 
 
-@pytest.fixture
-def default_job(tmp_path: Path) -> Path:
-    """What `train/` has for the default job, with the first 200 images of each split."""
+@pytest.fixture(scope='session')
+def default_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what `train/` has for the default job, and of each split the first 500 images."""
+    root = tmp_path_factory.mktemp('default')
     for name in ('distill.py', 'recipes/quickstart.yaml'):
-        (tmp_path / 'train' / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / 'train' / name, tmp_path / 'train' / name)
-    quickstart = tmp_path / 'train' / 'quickstart'
+        (root / 'train' / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / 'train' / name, root / 'train' / name)
+    quickstart = root / 'train' / 'quickstart'
     shutil.copytree(ROOT / 'train' / 'quickstart' / 'teacher', quickstart / 'teacher')
     (quickstart / 'data').mkdir()
     for file in (ROOT / 'train' / 'quickstart' / 'data').glob('*.parquet'):
-        pq.write_table(pq.read_table(file).slice(0, 200), quickstart / 'data' / file.name)
-    return tmp_path / 'train' / 'distill.py'
+        pq.write_table(pq.read_table(file).slice(0, 500), quickstart / 'data' / file.name)
+    return root
