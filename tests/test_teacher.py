@@ -433,7 +433,15 @@ def test_reparameterization_after_wrapping(name: str, kwargs: dict[str, Any]) ->
     assert torch.equal(teacher(x).prompt, expected.prompt)
 
 
-@pytest.mark.parametrize('name', [CNN, 'test_convnext', 'test_efficientnet', TOKENS, 'swin_s3_tiny_224', 'regnetx_002'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        CNN,
+        TOKENS,
+        'swin_s3_tiny_224',
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ('test_convnext', 'test_efficientnet', 'regnetx_002')),
+    ],
+)
 def test_compiles_to_one_graph(name: str) -> None:
     kwargs = {'img_size': 64, 'embed_dim': 24, 'depths': (1, 1, 1, 1)} if 'swin' in name else {}
     teacher = timm_dfpt.wrap(make_model(name, num_classes=5, **kwargs))
