@@ -1,8 +1,16 @@
 """One thread a test process: pytest-xdist runs one process a core, and more threads would only fight."""
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+
+# The copies that `datasets` makes of what the tests make must not fill the user's cache.
+if 'HF_DATASETS_CACHE' not in os.environ:
+    os.environ['HF_DATASETS_CACHE'] = tempfile.mkdtemp(prefix='timm_dfpt-datasets-')
+    atexit.register(shutil.rmtree, os.environ['HF_DATASETS_CACHE'], ignore_errors=True)
 
 from collections.abc import Callable, Iterator  # noqa: E402
 

@@ -1,4 +1,7 @@
-"""Every family of timm, really run: one small architecture of each model class through all checks of the sweep."""
+"""Every family of timm, really run: one small architecture of each model class through all checks of the sweep.
+
+Three, which are large, are among the slow tests.
+"""
 from __future__ import annotations
 
 import copy

@@ -37,4 +37,18 @@ def make_run() -> int:
     return main(OPTIONS.split())
 
 
-__all__ = ['OPTIONS', 'make_images', 'make_model', 'make_run', 'make_teacher_folder']
+def run_of_teacher(name: str) -> str:
+    """Run the main job with another teacher; return what it says of that."""
+    import contextlib
+    import io
+
+    from timm_dfpt.training.run import main
+
+    make_images('images', LABELS)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        main(OPTIONS.replace('hf-hub:alice/teacher', name).split())
+    return said.getvalue()
+
+
+__all__ = ['OPTIONS', 'make_images', 'make_model', 'make_run', 'make_teacher_folder', 'run_of_teacher']

@@ -66,6 +66,8 @@ def _load_again_and_again(names: list[str]) -> dict[str, dict[str, Any]]:
             return clients.load_any(name, **kwargs)
         except timm_dfpt.hub.HubError as error:
             return f'HubError: {error}'
+        except Exception as error:
+            raise AssertionError(name) from error
 
     seen: dict[str, dict[str, Any]] = {}
     for name in names:

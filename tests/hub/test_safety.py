@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from . import clients
+from . import clients, runs
 from .processes import Client
 from .server import Hub
 
@@ -126,7 +129,7 @@ def _load_all(folders: list[str]) -> dict[str, str]:
     [('prompt', 'prompt_config.json', PROMPT_CONFIGS), ('student', 'config.json', STUDENT_CONFIGS)],
     ids=['prompt path', 'student'],
 )
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 def test_absurd_and_hostile_configs(
     saved: Path, hub: Hub, client: Client, kind: str, config_name: str, changes: dict[str, tuple[Change, str]]
 ) -> None:
@@ -209,6 +212,19 @@ def test_weights_are_read_strictly_and_never_unpickled(saved: Path, hub: Hub, cl
         assert errors[how].startswith('ValueError'), errors[how]
         assert words in errors[how], errors[how]
     assert not (client.cwd / 'harmed').exists()
+
+
+def test_the_main_job_takes_no_pickled_teacher(saved: Path, hub: Hub, client: Client) -> None:
+    """timm by itself would read it."""
+    weights = io.BytesIO()
+    torch.save(load_file(saved / 'teacher' / 'model.safetensors'), weights)
+    config = (saved / 'teacher' / 'config.json').read_bytes()
+    hub.add_repo('bob/pickle', {'config.json': config, 'pytorch_model.bin': weights.getvalue()})
+    said = client.run(runs.run_of_teacher, 'hf-hub:bob/pickle')
+    assert "teacher='hf-hub:bob/pickle' cannot be loaded" in said
+    assert 'pytorch_model.bin, a pickle' in said
+    assert not [line for line in hub.requests if line.endswith('.bin')]
+    assert not (client.cwd / 'run').exists()
 
 
 BAD_JSON = {

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from training_jobs import Job
 
 from timm_dfpt.hub.files import write_json, write_tensors
+from timm_dfpt.training.compare_report import plot_comparison
 from timm_dfpt.training.report import plot_curves, write_summary
 from timm_dfpt.training.teacher_cache import TeacherCache
 
@@ -49,7 +50,13 @@ def curves(path):
     plot_curves(path.parent / 'metrics.jsonl', path, 'title')
 
 
-@pytest.mark.parametrize('write', [tensors, json, summary, curves])
+def comparison(path):
+    (path.parent / 'metrics.jsonl').write_text(LINE)
+    result = {'arms': {'kd': {'val': {'values': [50.0], 'mean': 50.0}}}, 'seeds': [0], 'eval_split': 'val'}
+    plot_comparison(result, [path.parent], path)
+
+
+@pytest.mark.parametrize('write', [tensors, json, summary, curves, comparison])
 def test_what_is_exported(tmp_path, write):
     path = tmp_path / 'run' / 'file'
     path.parent.mkdir()

@@ -38,7 +38,7 @@ def origin_of(base: Any) -> tuple[str | None, str | None]:
     if not hub_id:
         return name, None
     repo_id, revision = split_hub_id(hub_id)
-    return name, _commit_in_cache(repo_id, revision, _safe_weights_name(cfg))
+    return name, _commit_in_cache(repo_id, revision, safe_weights_name(cfg))
 
 
 def _commit_in_cache(repo_id: str, revision: str | None, filename: str) -> str | None:
@@ -48,7 +48,7 @@ def _commit_in_cache(repo_id: str, revision: str | None, filename: str) -> str |
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def _safe_weights_name(cfg: Mapping[str, Any]) -> str:
+def safe_weights_name(cfg: Mapping[str, Any]) -> str:
     """Return the name of a pretrained model's weights file in safetensors form (timm's own rule)."""
     name = cfg.get('hf_hub_filename') or 'pytorch_model.bin'
     known = {'pytorch_model.bin': WEIGHTS, 'open_clip_pytorch_model.bin': 'open_clip_model.safetensors'}
@@ -168,7 +168,7 @@ def build_base(config: PromptPathConfig, source: Source) -> nn.Module:
 def _timm_weights(name: str) -> tuple[str, str]:
     """Return repository and file of the weights that timm has under a name."""
     cfg = timm.get_pretrained_cfg(name)
-    filename = _safe_weights_name(cfg.to_dict()) if cfg is not None else ''
+    filename = safe_weights_name(cfg.to_dict()) if cfg is not None else ''
     if cfg is None or not cfg.hf_hub_id or not filename.endswith('.safetensors'):
         raise ValueError(
             f'The weights of {name} are not on the Hub as safetensors for this timm ({timm.__version__}). Create the '

@@ -150,8 +150,7 @@ def load_student(source: Source) -> nn.Module:
         HubError: A file cannot be had or is damaged.
         ValueError: Config and weights are not of one valid model.
     """
-    if not source.has(WEIGHTS):
-        raise HubError(_without_weights(source))
+    require_weights(source)
     config = read_student_config(source)
     weights = source.get(WEIGHTS)
     found = read_specs(weights)
@@ -164,14 +163,21 @@ def load_student(source: Source) -> nn.Module:
     return model.eval()
 
 
-def _without_weights(source: Source) -> str:
+def require_weights(source: Source, filename: str = WEIGHTS) -> None:
+    """Refuse a folder or repository that has no safetensors.
+
+    Raises:
+        HubError: It has none; the message says what it has instead.
+    """
+    if source.has(filename):
+        return
     pickles = [name for name in source.names() or [] if name.endswith(_PICKLES)]
     if pickles:
-        return (
+        raise HubError(
             f'Loading {source.name} refused: it has {pickles[0]}, a pickle, which can run code when it is read, and no '
-            f'{WEIGHTS}. Ask its author for safetensors.'
+            f'{filename}. Ask its author for safetensors.'
         )
-    return f'Loading {source.name} failed: there is no {WEIGHTS} in it (or not in the cache, when offline).'
+    raise HubError(f'Loading {source.name} failed: there is no {filename} in it (or not in the cache, when offline).')
 
 
 def read_student_config(source: Source) -> dict[str, Any]:

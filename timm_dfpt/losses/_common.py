@@ -109,7 +109,7 @@ def check_temperature(temperature: float | Tensor) -> None:
 
 def full_precision(logits: Tensor) -> contextlib.AbstractContextManager[None]:
     """Return a context in which autocast leaves the loss on the device of `logits` alone."""
-    # Not torch.amp.is_autocast_available, which torch 2.9 cannot compile.
+    # The meta device has no autocast; torch.amp.is_autocast_available would say so, but torch 2.9 cannot compile it.
     return contextlib.nullcontext() if logits.is_meta else torch.autocast(logits.device.type, enabled=False)
 
 

@@ -135,7 +135,7 @@ def _complete_method_options(base: Mapping[str, Any], given: Mapping[str, Any]) 
     options = base.get('method_options') or {}
     if not isinstance(options, dict) or not all(isinstance(own, dict) for own in options.values()):
         return options
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    fields = TrainConfig.__dataclass_fields__
     keys = [key for key in dict.fromkeys(k for own in options.values() for k in own) if key not in given]
     common = {key: base.get(key, default_of(fields[key])) for key in keys if key in fields}
     methods = METHODS if keys else ()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .loop import METRICS_FILE
+from .report import save_figure
 
 __all__ = ['markdown_table', 'plot_comparison']
 
@@ -115,8 +116,4 @@ def plot_comparison(result: Mapping[str, Any], run_dirs: Sequence[Path], path: P
         right.legend(fontsize='small')
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    temporary = path.with_name(path.name + '.incomplete')
-    # Without metadata two equal comparisons write equal files.
-    figure.savefig(temporary, format='png', dpi=90, metadata={'Software': None})
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path, dpi=90)

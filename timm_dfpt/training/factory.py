@@ -18,6 +18,9 @@ from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
 from ..blocks import PromptConfig
+from ..hub.base import safe_weights_name
+from ..hub.download import open_source
+from ..hub.student import require_weights
 from ..losses import KD_LOSSES, DFPTWeights
 from ..rivals import AdaptedTeacher, CTKDTask, LogitLossTask
 from ..task import DFPTDistillationTask
@@ -365,8 +368,21 @@ def _create(
         options['num_classes'] = num_classes
     if input_config is not None:
         options['in_chans'] = input_config['input_size'][0]
+    if pretrained and str(name).startswith('hf-hub:'):
+        _fetch_weights(role, name)
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         shown = ', '.join(f'{k}={v!r}' for k, v in {'pretrained': pretrained, **options}.items())
         raise ValueError(f'{role}={name!r} cannot be created with {shown}: {error}') from error
+
+
+def _fetch_weights(role: str, name: str) -> None:
+    """Fetch the safetensors of a repository and verify them: where there are none timm would read a pickle."""
+    filename = safe_weights_name(_pretrained_cfg(role, name))
+    try:
+        source = open_source(name)
+        require_weights(source, filename)
+        source.get(filename)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{role}={name!r} cannot be loaded: {error}') from error

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..hub.files import writing
 from .checkpoint import write_atomic
 
-__all__ = ['closing_table', 'measure_cost', 'plot_curves', 'verdicts', 'write_summary']
+__all__ = ['closing_table', 'measure_cost', 'plot_curves', 'save_figure', 'verdicts', 'write_summary']
 
 SUMMARY_FORMAT = 1
 
@@ -161,9 +161,20 @@ def plot_curves(metrics_file: Path, path: Path, title: str) -> None:
             if len(curve.get_xdata()) == 1:
                 curve.set_marker('o')
     figure.suptitle(title)
+    save_figure(figure, path, dpi=110)
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all, and close it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from matplotlib import pyplot as plt
+
     temporary = path.with_name(path.name + '.incomplete')
     with writing(path):
         # Without metadata two equal runs write equal files.
-        figure.savefig(temporary, format='png', dpi=110, metadata={'Software': None})
+        figure.savefig(temporary, format='png', dpi=dpi, metadata={'Software': None})
         plt.close(figure)
         temporary.replace(path)

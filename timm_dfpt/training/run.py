@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
     Returns:
         The exit code: 0, 1 after an error that was told in one line, or `EXIT_PREEMPTED`.
     """
-    config = parse_config(
-        argv, default_recipe, 'Distill a student from a dual-forward path teacher (DFPT-KD), or a baseline.'
-    )
+    about = 'Distill a student from a dual-forward path teacher (DFPT-KD), or a baseline.'
+    if default_recipe is not None:
+        recipe = Path(default_recipe).name
+        about += f' Without --config and --dataset the recipe {recipe} counts instead of the defaults below.'
+    config = parse_config(argv, default_recipe, about)
     command = shlex.join(['train/distill.py', *(sys.argv[1:] if argv is None else argv)])
     return exit_code(lambda: run(config, command))
 
