@@ -145,8 +145,9 @@ class Study:
         for name, trial in self.chosen(regime).items():
             tuned = trials[trial][0]['config']
             for arm, options in final.items():
-                # An arm of its own name, or one more arm of that method: a variant, or one that trains longer.
-                same = arm == name or (arm not in self.chosen(regime) and options['method'] == tuned['method'])
+                # An arm of its own name, or one more of that method and teacher: a variant, or one that trains longer.
+                alike = all(options.get(key) == tuned.get(key) for key in ('method', 'teacher'))
+                same = arm == name or (arm not in self.chosen(regime) and alike)
                 if same and (differing := unlike(options, tuned)):
                     lines.append(f'{arm}: {differing}')
         return lines
