@@ -152,11 +152,11 @@ def _differences(titles: Sequence[str], rows: Mapping[str, Sequence[Mapping[str,
     return _table(['regime', *(word for title in titles for word in (title, 'wins'))], lines)
 
 
-def _images(study: Study, *kinds: str) -> list[str]:
+def _images(study: Study, *beginnings: str) -> list[str]:
     return [
         f'![{figure.caption}](results/{name})'
         for name, figure in figures(study).items()
-        if name.removesuffix('.png').startswith(kinds)
+        if name.startswith(beginnings)
     ]
 
 
@@ -195,7 +195,7 @@ def _final(study: Study, regime: str) -> str:
     if borrowed:
         others = ', '.join(study.alike(regime))
         lines.append(f'{" and ".join(borrowed)}: of the regime with the same set-up ({others}).')
-    return '\n\n'.join([*lines, *_images(study, f'variants-{regime}')])
+    return '\n\n'.join([*lines, *_images(study, f'variants-{regime}.png')])
 
 
 def _tuning(study: Study, regime: str) -> str:
