@@ -223,8 +223,14 @@ def test_the_main_job_takes_no_pickled_teacher(saved: Path, hub: Hub, client: Cl
     said = client.run(runs.run_of_teacher, 'hf-hub:bob/pickle')
     assert "teacher='hf-hub:bob/pickle' cannot be loaded" in said
     assert 'pytorch_model.bin, a pickle' in said
-    assert not [line for line in hub.requests if line.endswith('.bin')]
+    config = json.loads(config)
+    config['pretrained_cfg']['hf_hub_filename'] = 'weights.pth'
+    hub.add_repo('bob/named', {'config.json': json.dumps(config).encode(), 'weights.pth': weights.getvalue()})
+    other = Client(hub.endpoint, client.root / 'other')
+    assert 'has its weights in weights.pth' in other.run(runs.run_of_teacher, 'hf-hub:bob/named')
+    assert not [line for line in hub.requests if line.endswith(('.bin', '.pth'))]
     assert not (client.cwd / 'run').exists()
+    assert not (other.cwd / 'run').exists()
 
 
 BAD_JSON = {

@@ -380,6 +380,8 @@ def _create(
 def _fetch_weights(role: str, name: str) -> None:
     """Fetch the safetensors of a repository and verify them: where there are none timm would read a pickle."""
     filename = safe_weights_name(_pretrained_cfg(role, name))
+    if not filename.endswith('.safetensors'):
+        raise ValueError(f'{role}={name!r} has its weights in {filename}, and only safetensors are loaded.')
     try:
         source = open_source(name)
         require_weights(source, filename)
