@@ -87,10 +87,9 @@ def test_faults_on_a_cold_cache(hub: Hub, tmp_path: Path, files: dict[str, bytes
         hub.fault(where.format(repo=f'alice/fault{i:02}'), **fault)
     hub.add_repo('alice/sound', files)
     expected = Client(hub.endpoint, tmp_path / 'sound', token=None).run(clients.load_any, 'alice/sound')
-    stalls = [fault['kind'] == 'stall' for _, _, fault, _ in FAULTS]
-    names = [f'alice/fault{i:02}' for i in range(len(FAULTS))]
-    calm = [name for name, stall in zip(names, stalls, strict=True) if not stall]
-    waiting = [name for name, stall in zip(names, stalls, strict=True) if stall]
+    kinds = {f'alice/fault{i:02}': fault['kind'] for i, (_, _, fault, _) in enumerate(FAULTS)}
+    waiting = [name for name, kind in kinds.items() if kind == 'stall']
+    calm = [name for name in kinds if name not in waiting]
     # Several at a time: some wait for a Hub that does not answer.
     pending = [
         Client(hub.endpoint, tmp_path / group[0], token=None).start(_load_again_and_again, group, env=env, timeout=180)
@@ -101,8 +100,8 @@ def test_faults_on_a_cold_cache(hub: Hub, tmp_path: Path, files: dict[str, bytes
         outcome = process.outcome()
         assert not outcome.errors, outcome.trace
         seen_of |= outcome.value
-    assert seen_of.keys() == set(names)
-    for repo, (name, _, fault, words) in zip(names, FAULTS, strict=True):
+    assert seen_of.keys() == kinds.keys()
+    for repo, (name, _, fault, words) in zip(kinds, FAULTS, strict=True):
         seen = seen_of[repo]
         if words == OK:
             assert seen['in trouble'] == expected, f'{name}: {seen}'

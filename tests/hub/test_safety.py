@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from . import clients, runs
 from .processes import Client
@@ -151,9 +151,6 @@ def test_absurd_and_hostile_configs(
 
 
 def _spoil_tensors(path: Path, how: str) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(path)
     name = next(name for name, t in tensors.items() if t.is_floating_point() and t.ndim > 1)
     if how == 'NaN':

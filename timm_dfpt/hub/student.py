@@ -164,11 +164,13 @@ def load_student(source: Source) -> nn.Module:
 
 
 def require_weights(source: Source, filename: str = WEIGHTS) -> None:
-    """Refuse a folder or repository that has no safetensors.
+    """Refuse a folder or repository whose weights are no safetensors.
 
     Raises:
-        HubError: It has none; the message says what it has instead.
+        HubError: They are not, or there are none; the message says what there is instead.
     """
+    if not filename.endswith('.safetensors'):
+        raise HubError(f'Loading {source.name} refused: it has its weights in {filename}, which is no safetensors.')
     if source.has(filename):
         return
     pickles = [name for name in source.names() or [] if name.endswith(_PICKLES)]

@@ -20,7 +20,8 @@ from torch import nn
 from ..blocks import PromptConfig
 from ..hub.base import safe_weights_name
 from ..hub.download import open_source
-from ..hub.student import require_weights
+from ..hub.files import MAX_JSON_BYTES, read_json
+from ..hub.student import CONFIG, require_weights
 from ..losses import KD_LOSSES, DFPTWeights
 from ..rivals import AdaptedTeacher, CTKDTask, LogitLossTask
 from ..task import DFPTDistillationTask
@@ -379,11 +380,12 @@ def _create(
 
 def _fetch_weights(role: str, name: str) -> None:
     """Fetch the safetensors of a repository and verify them: where there are none timm would read a pickle."""
-    filename = safe_weights_name(_pretrained_cfg(role, name))
-    if not filename.endswith('.safetensors'):
-        raise ValueError(f'{role}={name!r} has its weights in {filename}, and only safetensors are loaded.')
     try:
         source = open_source(name)
+        config = read_json(source.get(CONFIG, MAX_JSON_BYTES))
+        cfg = config.get('pretrained_cfg')
+        # Old repositories have what is there at the top.
+        filename = safe_weights_name(cfg if isinstance(cfg, dict) else config)
         require_weights(source, filename)
         source.get(filename)
     except (OSError, ValueError) as error:
