@@ -31,7 +31,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import timm_dfpt
-from timm_dfpt.prompt_path import PromptPath
+from timm_dfpt.teacher.prompt_path import PromptPath
 
 _HERE = Path(__file__).parent
 _MAX_REAL = 100e6

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_dfpt.training.arguments import parse_config
-from timm_dfpt.training.config import TrainConfig
+from timm_dfpt.training.cli import parse_config
+from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.setup import RunSetup
 
 from .measure import spread

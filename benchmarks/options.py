@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_dfpt.rivals import AdaptedTeacher
+from timm_dfpt.tasks.baselines import AdaptedTeacher
 
 from .measure import interleaved, spread
 from .step import _RESULTS, Pair, Steps, all_pairs, create_optimizers

@@ -34,9 +34,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dfpt.models
-from timm_dfpt.blocks import FusionBlock, PromptBlock
-from timm_dfpt.rivals import AdaptedTeacher, LogitLossTask
-from timm_dfpt.task import DFPTDistillationTask
+from timm_dfpt.tasks.baselines import AdaptedTeacher, LogitLossTask
+from timm_dfpt.tasks.dfpt import DFPTDistillationTask
+from timm_dfpt.teacher.blocks import FusionBlock, PromptBlock
 
 from .measure import PeakMemory, count_flops, interleaved, saved_bytes, spread
 

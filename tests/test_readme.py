@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_dfpt.training.arguments import parse_config
+from timm_dfpt.training.cli import parse_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

@@ -6,14 +6,12 @@ DFPT-KD and DFPT-KD+ (arXiv 2506.18244) give a frozen teacher a second, prompt-b
 together with the student.
 """
 from . import models
-from .blocks import PromptConfig
+from .backbone import find_stages
 from .hub import from_pretrained, push_student, save_student
 from .losses import DFPTWeights
-from .stages import find_stages
-from .task import DFPTDistillationTask
-from .teacher import DualForwardOutput, DualForwardPathTeacher
+from .tasks import DFPTDistillationTask
+from .teacher import DualForwardOutput, DualForwardPathTeacher, PromptConfig, wrap
 from .version import __version__
-from .wrapping import wrap
 
 __all__ = [
     'DFPTDistillationTask',

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from timm_dfpt.training.compare import Arm
-from timm_dfpt.training.config import TrainConfig
+from timm_dfpt.training.options import TrainConfig
 
 __all__ = ['PLAN_FILE', 'Cell', 'Plan']
 

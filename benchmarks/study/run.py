@@ -30,11 +30,11 @@ from accelerate import Accelerator
 
 from benchmarks.study.plan import PLAN_FILE, Cell, Plan
 from timm_dfpt import DualForwardPathTeacher
+from timm_dfpt.data.datasets import load_splits
+from timm_dfpt.data.loader import create_loader
 from timm_dfpt.training.compare import Arm, compare
-from timm_dfpt.training.config import TrainConfig
-from timm_dfpt.training.data import load_splits
 from timm_dfpt.training.evaluate import evaluate
-from timm_dfpt.training.loader import create_loader
+from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run import run
 
 RESULTS = Path(__file__).with_name('results')

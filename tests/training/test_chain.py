@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from timm_dfpt.training.arguments import build_parser, load_recipe, resolve_config
 from timm_dfpt.training.chain import assistant_configs, with_actual_teacher
-from timm_dfpt.training.config import METHODS, TrainConfig
-from timm_dfpt.training.loop import Trainer
+from timm_dfpt.training.cli import build_parser, load_recipe, resolve_config
+from timm_dfpt.training.options import METHODS, TrainConfig
 from timm_dfpt.training.run import main, run
 from timm_dfpt.training.setup import RunSetup
+from timm_dfpt.training.trainer import Trainer
 
 STUDENT = ['--student', 'resnet18', '--student-kwargs', 'layers=[1, 1, 1, 1]', 'channels=[8, 8, 16, 16]']
 

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from timm_dfpt.training import compare as compare_module
-from timm_dfpt.training.arguments import build_parser, resolve_config
+from timm_dfpt.training.cli import build_parser, resolve_config
 from timm_dfpt.training.compare import Arm, compare, main, parse_arm
-from timm_dfpt.training.loop import Trainer
 from timm_dfpt.training.run import main as distill
 from timm_dfpt.training.setup import RunSetup
 from timm_dfpt.training.stats import summarise, t_quantile
+from timm_dfpt.training.trainer import Trainer
 
 METHODS = ['scratch', 'kd', 'dkd', 'ctkd', 'dfpt', 'dfpt+']
 

@@ -4,8 +4,8 @@ import dataclasses
 import pytest
 import yaml
 
-from timm_dfpt.training.arguments import load_recipe, parse_config, save_config
-from timm_dfpt.training.config import TrainConfig, public_options
+from timm_dfpt.training.cli import load_recipe, parse_config, save_config
+from timm_dfpt.training.options import TrainConfig, public_options
 from timm_dfpt.training.run import main
 
 REQUIRED = ['--dataset', 'photos', '--student', 'resnet18', '--teacher', 'resnet50']

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_dfpt.training.images import BadImageError, check_image, decode_image
+from timm_dfpt.data.images import BadImageError, check_image, decode_image
 from timm_dfpt.training.run import main
 
 RNG = np.random.default_rng(0)

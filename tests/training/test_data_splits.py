@@ -14,7 +14,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from timm_dfpt.training.data import DataSplits, dataset_fingerprint, load_splits
+from timm_dfpt.data.datasets import DataSplits, dataset_fingerprint, load_splits
 from timm_dfpt.training.run import main
 
 CARD = '''---

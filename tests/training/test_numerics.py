@@ -24,11 +24,11 @@ from torch import nn
 
 import timm_dfpt
 from timm_dfpt.losses import DFPTWeights
-from timm_dfpt.task import DFPTDistillationTask
-from timm_dfpt.training.config import TrainConfig
+from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 from timm_dfpt.training.evaluate import evaluate
 from timm_dfpt.training.learner import Learner
-from timm_dfpt.training.loop import NonFiniteLossError, Trainer
+from timm_dfpt.training.options import TrainConfig
+from timm_dfpt.training.trainer import NonFiniteLossError, Trainer
 
 LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-3
 # All equal, so that the reference need not know about schedules.

@@ -3,9 +3,9 @@ import pytest
 import torch
 from learner_steps import BATCH, CLASSES, SIZE, assert_bfloat16_follows_float32, make_student, steps_on
 
-from timm_dfpt.training.config import TrainConfig
-from timm_dfpt.training.factory import create_task
+from timm_dfpt.training.build import create_task
 from timm_dfpt.training.learner import Learner
+from timm_dfpt.training.options import TrainConfig
 
 STEPS = 12
 INPUT = {'input_size': (3, SIZE, SIZE), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}

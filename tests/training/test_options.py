@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from timm_dfpt.task import DFPTDistillationTask
+from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 from timm_dfpt.training import export, setup
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.run import main

@@ -8,7 +8,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from timm_dfpt.training.data import load_splits
+from timm_dfpt.data.datasets import load_splits
 from timm_dfpt.training.origin import changes, describe_data, describe_teachers
 
 CLASSES = ('ash', 'birch')

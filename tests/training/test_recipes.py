@@ -12,8 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as PILImage
 
 from timm_dfpt.hub.student import save_student
-from timm_dfpt.training.arguments import build_parser, load_recipe, resolve_config
-from timm_dfpt.training.config import METHODS
+from timm_dfpt.training.cli import build_parser, load_recipe, resolve_config
+from timm_dfpt.training.options import METHODS
 from timm_dfpt.training.run import main
 from timm_dfpt.training.setup import RunSetup
 

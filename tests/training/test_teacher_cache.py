@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from timm_dfpt.data.augment import AugmentConfig
+from timm_dfpt.data.datasets import load_splits
+from timm_dfpt.data.loader import create_loader
 from timm_dfpt.training import teacher_cache
-from timm_dfpt.training.arguments import parse_config
-from timm_dfpt.training.augment import AugmentConfig
-from timm_dfpt.training.config import TrainConfig
-from timm_dfpt.training.data import load_splits
-from timm_dfpt.training.loader import create_loader
+from timm_dfpt.training.cli import parse_config
+from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run import run
 from timm_dfpt.training.teacher_cache import TeacherCache, cache_key, check_exact
 

@@ -13,10 +13,10 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from .config import Fingerprint, PromptPathConfig
 from .download import Source, open_source, split_hub_id
 from .errors import HubError
 from .files import MAX_JSON_BYTES
-from .prompt_config import Fingerprint, PromptPathConfig
 from .student import BUILD_ERRORS, CONFIG, WEIGHTS, build_meta, read_student_config, remember_origin
 
 __all__ = ['build_base', 'build_meta_base', 'check_base', 'commit_of', 'fingerprint', 'hub_repo_of', 'origin_of']

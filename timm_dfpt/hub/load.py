@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..teacher import DualForwardPathTeacher
+from ..teacher.teacher import DualForwardPathTeacher
 from .download import Source, open_source
 from .files import MAX_JSON_BYTES, read_json
 from .prompt_path import PROMPT_CONFIG, load_prompt_path

@@ -14,12 +14,14 @@ from timm.data import resolve_model_data_config
 from timm.models._input import get_model_args
 from torch import nn
 
-from ..prompt_path import PromptPath
-from ..stages import Stage, find_stages
-from ..teacher import DualForwardPathTeacher
+from ..backbone.stages import find_stages
+from ..backbone.types import Stage
+from ..teacher.prompt_path import PromptPath
+from ..teacher.teacher import DualForwardPathTeacher
+from ..teacher.wrapping import wrap
 from ..version import __version__
-from ..wrapping import wrap
 from .base import build_base, build_meta_base, check_base, fingerprint, origin_of
+from .config import PromptPathConfig, check_label_names
 from .download import Source
 from .files import (
     MAX_JSON_BYTES,
@@ -31,7 +33,6 @@ from .files import (
     write_json,
     write_tensors,
 )
-from .prompt_config import PromptPathConfig, check_label_names
 from .student import BUILD_ERRORS, specs_of
 
 __all__ = ['PROMPT_CONFIG', 'PROMPT_WEIGHTS', 'describe', 'load_prompt_path', 'save_prompt_path']

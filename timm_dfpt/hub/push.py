@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..teacher import DualForwardPathTeacher
-from .stage import stage_prompt_path, stage_student
+from ..teacher.teacher import DualForwardPathTeacher
+from .repo_folder import stage_prompt_path, stage_student
 from .upload import check_repo_id, push_folder
 
 __all__ = ['empty_folder', 'push_prompt_path', 'push_student']

@@ -13,6 +13,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..version import __version__
+from .config import check_data_config, check_label_names, check_model_args
 from .download import Source
 from .errors import HubError
 from .files import (
@@ -25,7 +26,6 @@ from .files import (
     write_json,
     write_tensors,
 )
-from .prompt_config import check_data_config, check_label_names, check_model_args
 
 __all__ = ['CONFIG', 'DISTILLATION', 'WEIGHTS', 'load_student', 'save_student']
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import (
+from .checks import (
     check_logits,
     check_target,
     check_temperature,

@@ -5,8 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
-from .folder import CONFIG_FILE
+from .options import TrainConfig
+from .run_folder import CONFIG_FILE
 
 __all__ = ['assistant_configs', 'with_actual_teacher']
 

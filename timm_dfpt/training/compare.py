@@ -18,18 +18,18 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..hub.files import writing
-from .arguments import build_parser, resolve_config
 from .checkpoint import write_atomic
+from .cli import build_parser, resolve_config
 from .compare_report import markdown_table, plot_comparison
-from .config import TrainConfig
 from .export import export
-from .folder import CONFIG_FILE, SUMMARY_FILE, claim_run_dir
 from .learner import Learner
-from .loop import Preempted
+from .options import TrainConfig
 from .report import write_summary
 from .run import exit_code, train_side_by_side
+from .run_folder import CONFIG_FILE, SUMMARY_FILE, claim_run_dir
 from .setup import RunSetup
 from .stats import summarise
+from .trainer import Preempted
 
 __all__ = ['Arm', 'compare', 'main', 'parse_arm']
 
@@ -52,7 +52,7 @@ class Arm:
 
     Args:
         name: What to call it in tables and folders.
-        method: One of `timm_dfpt.training.config.METHODS`.
+        method: One of `timm_dfpt.training.options.METHODS`.
         changes: Options that differ from the recipe's.
     """
 

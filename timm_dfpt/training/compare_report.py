@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .loop import METRICS_FILE
 from .report import save_figure
+from .trainer import METRICS_FILE
 
 __all__ = ['markdown_table', 'plot_comparison']
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from ..hub.prompt_path import save_prompt_path
 from ..hub.student import save_student
-from ..task import DFPTDistillationTask
+from ..tasks.dfpt import DFPTDistillationTask
 from .chain import with_actual_teacher
-from .config import public_options
 from .learner import Learner
+from .options import public_options
 from .report import measure_cost
 
 __all__ = ['export', 'export_student']

@@ -16,11 +16,11 @@ from timm.task import LogitDistillationTask, TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..data.seeding import derive_seed
 from ..losses import DFPTWeights
-from ..rivals import AdaptedTeacher, CTKDTask
-from ..task import DFPTDistillationTask
-from .augment import derive_seed
-from .config import TrainConfig
+from ..tasks.baselines import AdaptedTeacher, CTKDTask
+from ..tasks.dfpt import DFPTDistillationTask
+from .options import TrainConfig
 from .sharding import ShardedRoot, clip_gradients, is_sharding, whole_weights
 
 __all__ = ['Learner']

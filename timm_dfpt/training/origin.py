@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
+from ..data.datasets import DataSplits, ImageSplit, dataset_fingerprint
 from ..hub.base import fingerprint
-from .data import DataSplits, ImageSplit, dataset_fingerprint
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]

@@ -13,16 +13,16 @@ from typing import Any
 
 import yaml
 
-from ..cards import NOT_RECIPE, ModelRow, RunFacts, public
 from ..hub.base import hub_repo_of
+from ..hub.cards import NOT_RECIPE, ModelRow, RunFacts, public
 from ..hub.errors import HubError
 from ..hub.files import read_json
 from ..hub.prompt_path import PROMPT_CONFIG
 from ..hub.push import empty_folder
-from ..hub.stage import CURVES, stage_prompt_path, stage_student
+from ..hub.repo_folder import CURVES, stage_prompt_path, stage_student
 from ..hub.student import DISTILLATION
 from ..hub.upload import check_repo_id, push_folder
-from .config import TrainConfig
+from .options import TrainConfig
 
 __all__ = ['main', 'publish_run']
 

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 
 from ..hub.upload import check_repo_id
-from ..task import DFPTDistillationTask
-from .arguments import parse_config
+from ..tasks.dfpt import DFPTDistillationTask
+from .build import check_source, create_mixup
 from .chain import assistant_configs, with_actual_teacher
-from .config import TrainConfig
+from .cli import parse_config
 from .evaluate import evaluate
 from .export import export, export_student
-from .factory import check_source, create_mixup
-from .folder import SUMMARY_FILE, claim_run_dir, open_run_dir
 from .learner import Learner
-from .loop import METRICS_FILE, NonFiniteLossError, Preempted, Trainer
+from .options import TrainConfig
 from .publish import publish_run
 from .report import closing_table, plot_curves, verdicts, write_summary
+from .run_folder import SUMMARY_FILE, claim_run_dir, open_run_dir
 from .setup import RunSetup
 from .sigterm import on_sigterm
+from .trainer import METRICS_FILE, NonFiniteLossError, Preempted, Trainer
 
 __all__ = ['EXIT_PREEMPTED', 'exit_code', 'main', 'run', 'train_side_by_side']
 

@@ -19,13 +19,11 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from timm.task import TrainingTask
 from torch import nn
 
+from ..data.augment import AugmentConfig
+from ..data.datasets import DataSplits, dataset_fingerprint, load_splits
+from ..data.loader import create_loader
 from ..version import __version__
-from .augment import AugmentConfig
-from .chain import with_actual_teacher
-from .config import TrainConfig
-from .data import DataSplits, dataset_fingerprint, load_splits
-from .evaluate import evaluate_together
-from .factory import (
+from .build import (
     create_student,
     create_task,
     create_teacher,
@@ -33,8 +31,10 @@ from .factory import (
     resolve_input_config,
     wrap_teacher,
 )
+from .chain import with_actual_teacher
+from .evaluate import evaluate_together
 from .learner import Learner
-from .loader import create_loader
+from .options import TrainConfig
 from .origin import describe_data, describe_teachers
 from .sharding import refuse_deepspeed, set_up_sharding
 from .teacher_cache import TeacherCache, cache_key, check_exact

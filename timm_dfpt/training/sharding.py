@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .config import TrainConfig
+from .options import TrainConfig
 
 __all__ = [
     'ShardedRoot', 'clip_gradients', 'is_sharding', 'load_optimizer_state', 'load_weights', 'optimizer_state',

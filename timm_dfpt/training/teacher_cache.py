@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..hub.base import fingerprint
-from .config import TrainConfig
+from .options import TrainConfig
 
 __all__ = ['TeacherCache', 'cache_key', 'check_exact']
 

@@ -1,0 +1,1 @@
+"""Images and labels in, batches out; knows nothing of distillation."""

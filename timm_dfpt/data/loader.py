@@ -1,0 +1,284 @@
+"""From a checked split to batches: the same ones whatever the workers, processes and interruptions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .augment import AugmentConfig, BatchTransform, create_transforms
+from .datasets import ImageSplit
+from .images import BadImageError, decode_image
+from .seeding import derive_seed, preserved_rng, seed_rng
+
+__all__ = ['EpochSampler', 'ImageDataset', 'create_loader']
+
+_logger = logging.getLogger(__name__)
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+_CACHE_BYTES = 512 * 2**20
+_DECODE_ROWS = 256  # images in flight while the cache is filled
+
+
+class ImageDataset(Dataset):
+    """Images of a split as batches, decoded at each access or once for all.
+
+    All randomness is a function of seed, epoch and row. Rows are asked for as `(epoch, row)`, so that workers that live
+    longer than an epoch know the right one; a plain row means the epoch of `set_epoch`.
+
+    Args:
+        split: The images.
+        data_config: Input size and statistics, see `create_loader`.
+        augment: Augmentation, `None` for evaluation.
+        seed: Seed of the augmentation.
+        cache: Decode all images now and keep them as uint8.
+        aug_cycle: Augment epoch `e` as epoch `e % aug_cycle`; 0 for every epoch anew.
+
+    Raises:
+        ValueError: If `cache` is asked for and the augmentation works image by image.
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        data_config: Mapping[str, Any],
+        augment: AugmentConfig | None,
+        seed: int,
+        cache: bool,
+        aug_cycle: int = 0,
+    ) -> None:
+        self.split = split
+        self.aug_cycle = aug_cycle
+        self.seed = seed
+        self.epoch = 0
+        self.channels = int(data_config['input_size'][0])
+        self.transform, complete = create_transforms(data_config, augment)
+        self.batch_transform: BatchTransform | None = None
+        if not complete:
+            flips = augment is not None and not augment.no_aug
+            self.batch_transform = BatchTransform(
+                len(split),
+                data_config['mean'],
+                data_config['std'],
+                seed,
+                padding=augment.crop_padding if augment is not None else 0,
+                hflip=augment.hflip if augment is not None and flips else 0.0,
+                vflip=augment.vflip if augment is not None and flips else 0.0,
+            )
+        self.cached: torch.Tensor | None = None
+        if cache:
+            if complete:
+                reason = augment.per_image() if augment is not None else None
+                raise ValueError(f'images cannot be decoded once for all: {reason} works image by image')
+            self.cached = self._decode_all(tuple(data_config['input_size']))
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that augmentation and order are drawn for."""
+        self.epoch = epoch
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Batch:
+        """Get one image: input `[C, H, W]`, target `[]`, index `[]`."""
+        inputs, target, index = self.__getitems__([key])
+        return inputs[0], target[0], index[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Batch:
+        """Get a batch: input float32 `[B, C, H, W]`, target int64 `[B]`, index (row in the split) int64 `[B]`."""
+        pairs = [key if isinstance(key, tuple) else (self.epoch, key) for key in keys]
+        if self.aug_cycle:
+            pairs = [(epoch % self.aug_cycle, row) for epoch, row in pairs]
+        epoch, rows = pairs[0][0], [row for _, row in pairs]
+        index = torch.tensor(rows)
+        if self.batch_transform is None:
+            with preserved_rng():
+                inputs = torch.stack([self._augmented(*each) for each in zip(self._decode(rows), pairs, strict=True)])
+        else:
+            images = self.cached.index_select(0, index) if self.cached is not None else self._resized(rows)
+            inputs = self.batch_transform(images, index, epoch)
+        return inputs, self.split.labels[index], index
+
+    def _augmented(self, image: Image.Image, pair: tuple[int, int]) -> torch.Tensor:
+        seed_rng(derive_seed(self.seed, 2, *pair))
+        return self.transform(image)
+
+    def _resized(self, rows: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self.transform(image) for image in self._decode(rows)])
+
+    def _decode(self, rows: Sequence[int]) -> Iterator[Image.Image]:
+        for row, source in zip(rows, self.split.encoded(rows), strict=True):
+            try:
+                yield decode_image(source, self.channels)
+            except BadImageError as error:
+                raise BadImageError(f'{self.split.describe(row)}: {error}; repair or remove it') from error
+
+    def _decode_all(self, size: tuple[int, ...]) -> torch.Tensor:
+        images = torch.empty(len(self), *size, dtype=torch.uint8)
+        for start in range(0, len(self), _DECODE_ROWS):
+            rows = range(start, min(start + _DECODE_ROWS, len(self)))
+            images[start : rows.stop] = self._resized(rows)
+        return images
+
+
+class EpochSampler(Sampler):
+    """Rows of a data set as `(epoch, row)`, in an order that is a function of seed and epoch only.
+
+    The epoch is the data set's: accelerate sets it on the sampler or on the data set, depending on how many processes
+    and skipped batches there are, and either must do.
+
+    Args:
+        dataset: The data set.
+        shuffle: Draw a new order for each epoch, else the order of the rows.
+        seed: Seed of the orders.
+    """
+
+    def __init__(self, dataset: ImageDataset, shuffle: bool, seed: int) -> None:
+        self.dataset = dataset
+        self.shuffle = shuffle
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch on the data set."""
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.dataset.epoch
+        order = torch.arange(len(self))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
+            order = torch.randperm(len(self), generator=generator)
+        return ((epoch, row) for row in order.tolist())
+
+
+def create_loader(
+    dataset: ImageSplit,
+    *,
+    data_config: Mapping[str, Any],
+    batch_size: int,
+    is_training: bool,
+    seed: int = 0,
+    num_workers: int = 0,
+    drop_last: bool | None = None,
+    augmentation: AugmentConfig | None = None,
+    cache_images: str = 'auto',
+    pin_memory: bool = False,
+    aug_cycle: int = 0,
+) -> DataLoader:
+    """Create a loader of `(input, target, index)` batches.
+
+    Input is float32 `[B, C, H, W]`, normalised; target int64 `[B]`; index, int64 `[B]`, the row in the split. Order and
+    augmentation are functions of seed, epoch and row, not of workers, processes, batches or earlier epochs: call
+    `loader.dataset.set_epoch(epoch)`, or `set_epoch` of a loader that accelerate prepared, before each epoch; after
+    `skip_first_batches`, too, since accelerate before 1.15 forgets it there.
+
+    In evaluation, and in training when `AugmentConfig` asks for nothing but `crop_padding` and flips (or `no_aug`),
+    images are resized by timm's transform and the rest is done on whole batches; then images can be decoded once and
+    kept in memory as uint8. All other augmentation is timm's, image by image.
+
+    Args:
+        dataset: A split of `load_splits`.
+        data_config: `input_size` `(C, H, W)`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, as timm's
+            `resolve_data_config` returns them. `C` is 1 (grey) or 3 (RGB).
+        batch_size: Images a batch.
+        is_training: Shuffle and augment.
+        seed: Seed of order and augmentation, not negative.
+        num_workers: Processes that prepare batches, 0 for none.
+        drop_last: Leave out a last batch that is too short; by default in training only.
+        augmentation: Augmentation in training, timm's defaults if not given.
+        cache_images: `'on'`: decode images once and keep them in memory, `'off'`: at each access, `'auto'`: once if
+            the augmentation allows it and they take no more than 512 MiB.
+        pin_memory: Return batches in pinned memory, for faster copies to an accelerator.
+        aug_cycle: Augment epoch `e` as epoch `e % aug_cycle`, in an order of its own; 0 for every epoch anew.
+
+    Returns:
+        The loader. accelerate's `prepare` and `skip_first_batches` work on it.
+
+    Raises:
+        ValueError: If an argument is out of its range, does not fit another or the data set.
+    """
+    drop_last = is_training if drop_last is None else drop_last
+    _check_data_config(data_config)
+    if batch_size < 1:
+        raise ValueError(f'batch_size={batch_size} must be 1 at least')
+    if seed < 0 or num_workers < 0 or aug_cycle < 0:
+        raise ValueError(f'seed={seed}, num_workers={num_workers} and aug_cycle={aug_cycle} must not be negative')
+    if drop_last and len(dataset) < batch_size:
+        raise ValueError(
+            f'split {dataset.name!r} has {len(dataset)} images, fewer than batch_size={batch_size}: '
+            'there would be no batch; lower batch_size'
+        )
+    if cache_images not in ('auto', 'on', 'off'):
+        raise ValueError(f"cache_images={cache_images!r} must be 'auto', 'on' or 'off'")
+    augment = (augmentation or AugmentConfig()) if is_training else None
+    obstacle = augment.per_image() if augment is not None else None
+    num_bytes = len(dataset) * int(torch.Size(data_config['input_size']).numel())
+    if cache_images == 'on' and obstacle is not None:
+        raise ValueError(f"cache_images='on' is not possible with {obstacle}, which works image by image; use 'auto'")
+    cache = cache_images == 'on' or (cache_images == 'auto' and obstacle is None and num_bytes <= _CACHE_BYTES)
+    _logger.info(
+        'Images of split %r: %s',
+        dataset.name,
+        f'decoded once ({num_bytes / 2**20:.0f} MiB)' if cache else f'decoded at each access ({obstacle or "size"})',
+    )
+    images = ImageDataset(dataset, data_config, augment, seed, cache, aug_cycle)
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=EpochSampler(images, is_training, seed),
+        num_workers=num_workers,
+        collate_fn=_identity,
+        pin_memory=pin_memory,
+        drop_last=drop_last,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_sigterm_to_main_process,
+        # A generator of its own: else each epoch would draw from the global one, and evaluation change training.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def _leave_sigterm_to_main_process(worker: int) -> None:
+    """Make a worker end by SIGTERM only if that comes from the main process.
+
+    Job queues send it to a whole process group, and the main process can save only if its workers outlive it.
+    """
+    if not hasattr(signal, 'sigwaitinfo'):
+        return
+    main = os.getppid()
+    # Blocked before there are other threads, which inherit that: else one of them would be ended by it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+            pass
+        # torch ends workers so that are slow to leave, and wants to see no error then.
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _check_data_config(data_config: Mapping[str, Any]) -> None:
+    missing = [name for name in ('input_size', 'mean', 'std') if name not in data_config]
+    if missing:
+        raise ValueError(f'data_config lacks {missing}')
+    size = tuple(data_config['input_size'])
+    if len(size) != 3 or size[0] not in (1, 3) or min(size) < 1:
+        raise ValueError(f'input_size={size} must be (1 or 3 channels, height, width)')
+    for name in ('mean', 'std'):
+        if len(data_config[name]) != size[0]:
+            raise ValueError(f'{name}={data_config[name]} must have one value per channel, and input_size is {size}')

@@ -1,0 +1,404 @@
+"""Model cards of students and prompt paths: front matter that the Hub understands, and text from templates."""
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import timm
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..version import __version__
+
+__all__ = ['NOT_RECIPE', 'ModelRow', 'RunFacts', 'prompt_path_card', 'public', 'student_card']
+
+_PAPER = '[arXiv 2506.18244](https://arxiv.org/abs/2506.18244)'
+_DFPT = f"""\
+DFPT-KD ({_PAPER}) gives a frozen, pre-trained teacher a second way through itself, the *prompt path*: the same stages
+with small trainable blocks between them and a head of its own. While the student learns from labels, teacher and prompt
+path, the prompt path learns from labels, teacher and student: it stays accurate, but within the student's reach.
+The teacher's own path is not changed."""
+_DFPT_PLUS = _DFPT + ' In DFPT-KD+ the prompt path also tunes a copy of the teacher\'s backbone.'
+_ROLES = {'teacher': 'Teacher', 'prompt_path': 'Prompt path', 'student': 'Student'}
+_HUB_ID = re.compile(r'[\w.\-]+/[\w.\-]+')
+NOT_RECIPE = ('output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval')
+_VERSIONS = {'timm_dfpt': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
+_TEMPLATES = Path(__file__).parent / 'templates'
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRow:
+    """One model of a run.
+
+    Args:
+        role: `'teacher'`, `'prompt_path'`, `'student'`, or what else it is.
+        name: Architecture or id.
+        splits: By split, `top1` (and `top5`) in percent and whatever else was measured on it.
+        params: Number of parameters, if known.
+    """
+
+    role: str
+    name: str
+    splits: Mapping[str, Mapping[str, float]]
+    params: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFacts:
+    """What a card tells of the run that a model is from. What is not known is left out of the card.
+
+    Args:
+        method: As given to `train/distill.py --method`.
+        teacher: Id or name of the teacher.
+        dataset: Id or name of the data set.
+        eval_split: Split that the table is of.
+        eval_size: Number of images in it.
+        rows: The models that were measured.
+        recipe: The resolved options.
+        seed: Random seed.
+        command: The command that started the run.
+        versions: Versions by package name.
+        prompt_path: Repository of the prompt path.
+        student_base: Repository that the student's weights started from; `None` when it started from scratch.
+    """
+
+    method: str | None = None
+    teacher: str | None = None
+    dataset: str | None = None
+    eval_split: str | None = None
+    eval_size: int | None = None
+    rows: Sequence[ModelRow] = ()
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int | None = None
+    command: str | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prompt_path: str | None = None
+    student_base: str | None = None
+
+
+def student_card(
+    repo_id: str,
+    config: Mapping[str, Any],
+    *,
+    params: int,
+    license: str | None = None,
+    run: RunFacts | None = None,
+    curves: str | None = None,
+    needs_timm_dfpt: bool = False,
+) -> ModelCard:
+    """Write the card of a student.
+
+    Args:
+        repo_id: Repository it is for.
+        config: Its `config.json`.
+        params: Number of its parameters.
+        license: Licence of the weights.
+        run: The run it is from.
+        curves: File name of the picture of the curves.
+        needs_timm_dfpt: Whether its architecture is registered by `timm_dfpt.models`.
+
+    Returns:
+        The card.
+    """
+    run = run or RunFacts()
+    classes, cfg = config['num_classes'], config['pretrained_cfg']
+    taught = f', taught by `{run.teacher}` with {_method_name(run.method)}' if run.teacher else ''
+    facts = {
+        'Architecture': f'`{config["architecture"]}`' + _args_text(config.get('model_args')),
+        'Parameters': f'{params:,}',
+        'Input': _input_text(cfg),
+        'Started from': _link(run.student_base) if run.student_base else 'random weights' if run.method else None,
+        'Teacher': _link(run.teacher),
+        'Prompt path': _link(run.prompt_path),
+        **_common_facts(run, license),
+    }
+    data = _card_data(
+        repo_id,
+        license,
+        run,
+        role='student',
+        library_name='timm',
+        tags=['image-classification', 'timm', *([] if needs_timm_dfpt else ['transformers']), *_tags(run.method)],
+        base_model=run.student_base,
+        base_model_relation='finetune' if run.student_base else None,
+    )
+    return _render(
+        'student.md',
+        data,
+        run,
+        repo_id=repo_id,
+        summary=f'`{config["architecture"]}` with {params:,} parameters, for images of {classes} classes{taught}.',
+        facts=_cells(facts),
+        architecture=config['architecture'],
+        needs_timm_dfpt=needs_timm_dfpt,
+        image_mode='L' if cfg['input_size'][0] == 1 else 'RGB',
+        method=_method_text(run.method),
+        num_classes=classes,
+        classes=_classes_text(config.get('label_names')),
+        teacher=run.teacher,
+        limits=f'It sees {_input_text(cfg, short=True)}.',
+        curves=curves,
+    )
+
+
+def prompt_path_card(
+    repo_id: str,
+    config: Any,
+    *,
+    params: int,
+    size_bytes: int,
+    base_link: str | None = None,
+    license: str | None = None,
+    run: RunFacts | None = None,
+    curves: str | None = None,
+) -> ModelCard:
+    """Write the card of a prompt path.
+
+    Args:
+        repo_id: Repository it is for.
+        config: Its `PromptPathConfig`.
+        params: Number of its own parameters.
+        size_bytes: Size of its weights file.
+        base_link: Repository of the base model, for the Hub's model tree.
+        license: Licence of the weights.
+        run: The run it is from.
+        curves: File name of the picture of the curves.
+
+    Returns:
+        The card.
+    """
+    run = run or RunFacts(method=config.variant)
+    base = config.base_model or config.base_architecture or 'a model that is not of timm'
+    prompt = ', '.join(f'{key} {value}' for key, value in config.prompt.to_dict().items())
+    share = 100 * params / config.base_fingerprint.parameters
+    facts = {
+        'Variant': f'`{config.variant}`',
+        'Teacher': _link(base_link) if base_link else f'`{base}`',
+        'Teacher revision': f'`{config.base_revision}`' if config.base_revision else None,
+        'Teacher fingerprint': str(config.base_fingerprint),
+        'Parameters': f'{params:,} of its own, {share:.1f}% of the teacher',
+        'File': f'{size_bytes:,} bytes',
+        'Blocks after': ', '.join(f'`{stage.module}`' for stage in config.stages),
+        'Blocks': prompt,
+        'Input': _input_text(config.data_config) if config.data_config else None,
+        **_common_facts(run, license),
+    }
+    data = _card_data(
+        repo_id,
+        license,
+        run,
+        role='prompt_path',
+        library_name='timm_dfpt',
+        tags=['image-classification', 'timm', *_tags(config.variant)],
+        base_model=base_link,
+        base_model_relation='adapter' if base_link else None,
+    )
+    return _render(
+        'prompt_path.md',
+        data,
+        run,
+        repo_id=repo_id,
+        summary=(
+            f'A prompt path of {params:,} parameters for the frozen teacher `{base}`: with it the teacher says what a '
+            f'smaller student can learn, for {config.num_classes} classes.'
+        ),
+        facts=_cells(facts),
+        base_model=config.base_model,
+        base_link=_link(base_link) if base_link else f'`{base}`',
+        reuse=' '.join(
+            [
+                *(['--teacher local-dir:teacher'] if config.base_model is None else []),
+                f'--dataset {run.dataset if _is_hub_id(run.dataset) else "images"}',
+                f'--student {run.recipe.get("student", "resnet18")}',
+            ]
+        ),
+        variant=config.variant,
+        image_mode='L' if (config.data_config.get('input_size') or [3])[0] == 1 else 'RGB',
+        method=_method_text(config.variant),
+        num_classes=config.num_classes,
+        classes=_classes_text(config.label_names),
+        curves=curves,
+    )
+
+
+def _render(template: str, data: ModelCardData, run: RunFacts, **values: Any) -> ModelCard:
+    return ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATES / template),
+        title=values['repo_id'].split('/')[-1],
+        results=_table(run),
+        results_note=_results_note(run),
+        recipe=_recipe_text(run.recipe),
+        command=_command_text(run.command),
+        versions=', '.join(f'{name} {version}' for name, version in (run.versions or _VERSIONS).items()),
+        **values,
+    )
+
+
+def _card_data(repo_id: str, license: str | None, run: RunFacts, role: str, **values: Any) -> ModelCardData:
+    dataset = run.dataset if _is_hub_id(run.dataset) else None
+    splits = next((row.splits for row in run.rows if row.role == role), {})
+    results = [
+        EvalResult(
+            task_type='image-classification',
+            task_name='Image Classification',
+            dataset_type=dataset or _slug(run.dataset),
+            dataset_name=public(run.dataset) or 'unknown',
+            dataset_split=split,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+        )
+        for split, metrics in splits.items()
+        for kind, name, value in map(_metric, metrics.items())
+        if math.isfinite(value)
+    ]
+    return ModelCardData(
+        license=license,
+        pipeline_tag='image-classification',
+        datasets=[dataset] if dataset else None,
+        metrics=['accuracy'] if results else None,
+        model_name=repo_id.split('/')[-1] if results else None,
+        eval_results=results or None,
+        **{key: value for key, value in values.items() if value is not None},
+    )
+
+
+def _metric(item: tuple[str, float]) -> tuple[str, str, float]:
+    """Return type, name and value as the Hub has them, where accuracies are fractions."""
+    key, value = item
+    known = {'top1': ('accuracy', 'Accuracy (top-1)'), 'top5': ('top_5_accuracy', 'Accuracy (top-5)')}
+    if key in known:
+        return (*known[key], round(value / 100, 6))
+    return key, key.replace('_', ' '), round(value, 6)
+
+
+def _table(run: RunFacts) -> str:
+    if not run.rows:
+        return ''
+    split = run.eval_split or next(iter(run.rows[0].splits), '')
+    metrics = [row.splits.get(split, {}) for row in run.rows]
+    shown = [key for key in ('top1', 'top5') if any(key in m for m in metrics)]
+    lines = ['| | model |' + ''.join(f' {split} top-{key[3:]} % |' for key in shown) + ' parameters |']
+    lines.append('|---|---|' + '--:|' * (len(shown) + 1))
+    for row, measured in zip(run.rows, metrics, strict=True):
+        cells = [_ROLES.get(row.role, row.role.replace('_', ' ')), _cell(public(row.name))]
+        cells += [f'{measured[key]:.2f}' if key in measured else '' for key in shown]
+        cells.append(f'{row.params:,}' if row.params is not None else '')
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def _results_note(run: RunFacts) -> str:
+    size = f' ({run.eval_size:,} images)' if run.eval_size else ''
+    seed = f', seed {run.seed}' if run.seed is not None else ''
+    where = f'the {run.eval_split} split{size} of {_link(run.dataset)}' if run.dataset else f'{run.eval_split}{size}'
+    return f'Measured on {where}. All numbers are of one run{seed}, so that small differences say little.'
+
+
+def _recipe_text(recipe: Mapping[str, Any]) -> str:
+    known = {key: public(value) for key, value in recipe.items() if key not in NOT_RECIPE}
+    told = {key: value for key, value in known.items() if value not in (None, [], {})}
+    return yaml.safe_dump(told, sort_keys=False, default_flow_style=None, width=110).strip() if told else ''
+
+
+def _common_facts(run: RunFacts, license: str | None) -> dict[str, str | None]:
+    return {
+        'Training data': _link(run.dataset),
+        'Method': _method_name(run.method) if run.method else None,
+        'Licence': license or 'not given by the author',
+    }
+
+
+def _method_name(method: str | None) -> str:
+    known = {'dfpt': 'DFPT-KD', 'dfpt+': 'DFPT-KD+', 'supervised': 'supervised training', 'kd': 'KD'}
+    return known.get(str(method), str(method))
+
+
+def _method_text(method: str | None) -> str:
+    known = {'dfpt': _DFPT, 'dfpt+': _DFPT_PLUS, 'supervised': 'Trained on the labels alone, without a teacher.'}
+    if method is None or method in known:
+        return known.get(str(method), '')
+    return f'Distilled from one teacher with `{method}`; the recipe below has its weights and temperature.'
+
+
+def _tags(method: str | None) -> list[str]:
+    tags = ['timm_dfpt']
+    if method not in (None, 'supervised'):
+        tags.append('knowledge-distillation')
+    return [*tags, 'arxiv:2506.18244'] if method in ('dfpt', 'dfpt+') else tags
+
+
+def _args_text(args: Mapping[str, Any] | None) -> str:
+    told = {k: v for k, v in (args or {}).items() if k not in ('in_chans', 'global_pool', 'num_classes')}
+    return f' with `{", ".join(f"{k}={v}" for k, v in told.items())}`' if told else ''
+
+
+def _input_text(cfg: Mapping[str, Any], short: bool = False) -> str:
+    channels, height, width = cfg.get('input_size') or (3, 224, 224)
+    size = f'{height} x {width} pixels, {channels} channel{"s" if channels != 1 else ""}'
+    if short:
+        return size
+    mean, std = (', '.join(f'{v:.4g}' for v in cfg.get(key) or ()) for key in ('mean', 'std'))
+    crop = f', crop {cfg["crop_pct"]:.4g} ({cfg.get("crop_mode", "center")})' if cfg.get('crop_pct') else ''
+    return f'{size}; mean {mean}; std {std}; {cfg.get("interpolation", "bicubic")} resize{crop}'
+
+
+def _classes_text(names: Sequence[str] | None, most: int = 10) -> str:
+    if not names:
+        return 'unnamed'
+    shown = ', '.join(_cell(name) for name in names[:most])
+    return shown + (f', and {len(names) - most} more' if len(names) > most else '')
+
+
+def _is_hub_id(name: str | None) -> bool:
+    return name is not None and _HUB_ID.fullmatch(name) is not None
+
+
+def _link(name: str | None) -> str | None:
+    if name is None:
+        return None
+    repo = name.removeprefix('hf-hub:')
+    return f'[{repo}](https://huggingface.co/{repo})' if _is_hub_id(repo) else f'`{_cell(public(name))}`'
+
+
+def _cells(facts: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    return [(name, value.replace('\n', ' ')) for name, value in facts.items() if value is not None]
+
+
+def _cell(text: str) -> str:
+    """Keep a name from a file from breaking out of its table cell."""
+    return re.sub(r'([|`<>\[\]])', r'\\\1', ' '.join(text.split()))
+
+
+def _slug(name: str | None) -> str:
+    return re.sub(r'[^\w.\-]+', '-', public(name or 'unknown')).strip('-') or 'unknown'
+
+
+def public(value: Any) -> Any:
+    """Return a value without the folders of this machine: of absolute paths only the last part is left."""
+    if isinstance(value, Mapping):
+        return {key: public(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    prefix = 'local-dir:' if value.startswith('local-dir:') else ''
+    path = value.removeprefix(prefix)
+    for flavour in (PurePosixPath(path), PureWindowsPath(path)):
+        if flavour.is_absolute() or path.startswith('~'):
+            return prefix + flavour.name
+    return value
+
+
+def _command_text(command: str | None) -> str | None:
+    if command is None:
+        return None
+    words = [word.partition('=') for word in shlex.split(command)]
+    return shlex.join(public(key) + equals + public(value) for key, equals, value in words)

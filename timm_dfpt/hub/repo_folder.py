@@ -1,0 +1,165 @@
+"""Writing a repository completely to a folder, as it will be on the Hub, and proving that it loads."""
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.models import model_entrypoint
+from torch import nn
+
+from ..teacher.teacher import DualForwardPathTeacher
+from .base import build_base, check_base, commit_of, fingerprint, hub_repo_of
+from .cards import RunFacts, prompt_path_card, student_card
+from .config import PromptPathConfig
+from .download import open_source
+from .files import read_json, read_specs, write_json
+from .prompt_path import PROMPT_CONFIG, PROMPT_WEIGHTS, save_prompt_path
+from .student import CONFIG, DISTILLATION, WEIGHTS, build_student_twin, read_student_config, save_student
+
+__all__ = ['CARD', 'CURVES', 'stage_prompt_path', 'stage_student']
+
+_logger = logging.getLogger(__name__)
+
+CARD = 'README.md'
+CURVES = 'curves.png'
+_BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
+
+
+def stage_student(
+    model: nn.Module | str | os.PathLike[str],
+    folder: Path,
+    repo_id: str,
+    license: str | None = None,
+    *,
+    run: RunFacts | None = None,
+    distillation: Mapping[str, Any] | None = None,
+    curves: Path | None = None,
+    **saving: Any,
+) -> None:
+    """Write the repository of a student to `folder`. Arguments as in `push_student`.
+
+    Args:
+        model: The model, or a folder that `save_student` has written.
+        folder: Where to write; empty.
+        repo_id: Repository that the card is for.
+        license: Licence of the weights.
+        run: The run that the card tells of.
+        distillation: Content of `distillation.json`.
+        curves: Picture for the card.
+        **saving: `label_names`, `data_config` and `model_args`, for a model.
+    """
+    if isinstance(model, nn.Module):
+        save_student(model, folder, license=license, distillation=distillation, **saving)
+    else:
+        if any(value is not None for value in saving.values()):
+            raise ValueError(f'{str(model)!r} is published as it was saved: leave {", ".join(saving)} out.')
+        _copy(Path(model), folder, (CONFIG, WEIGHTS), (DISTILLATION,))
+        if distillation is not None:
+            write_json(folder / DISTILLATION, distillation)
+    config = read_student_config(open_source(folder))
+    if license is not None:
+        config['pretrained_cfg']['license'] = license
+        write_json(folder / CONFIG, config)
+    if curves is not None:
+        shutil.copyfile(curves, folder / CURVES)
+    card = student_card(
+        repo_id,
+        config,
+        params=sum(p.numel() for p in build_student_twin(config).parameters()),
+        license=config['pretrained_cfg'].get('license'),
+        run=run,
+        curves=CURVES if curves is not None else None,
+        needs_timm_dfpt=model_entrypoint(config['architecture']).__module__.startswith('timm_dfpt'),
+    )
+    card.save(folder / CARD)
+
+
+def stage_prompt_path(
+    teacher: DualForwardPathTeacher | str | os.PathLike[str],
+    folder: Path,
+    repo_id: str,
+    license: str | None = None,
+    *,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    token: str | bool | None = None,
+    run: RunFacts | None = None,
+    training: Mapping[str, Any] | None = None,
+    curves: Path | None = None,
+    **saving: Any,
+) -> None:
+    """Write the repository of a prompt path to `folder`. Arguments as in `push_prompt_path`.
+
+    Args:
+        teacher: The teacher, or a folder that `save_prompt_path` has written.
+        folder: Where to write; empty.
+        repo_id: Repository that the card is for.
+        license: Licence of the weights.
+        base_model: See `save_prompt_path`.
+        base_revision: See `save_prompt_path`.
+        token: Token for the base.
+        run: The run that the card tells of.
+        training: Facts about the training, for the config.
+        curves: Picture for the card.
+        **saving: `label_names` and `data_config`, for a teacher.
+    """
+    if isinstance(teacher, DualForwardPathTeacher):
+        save_prompt_path(teacher, folder, training=training, **saving)
+    else:
+        if any(value is not None for value in saving.values()):
+            raise ValueError(f'{str(teacher)!r} is published as it was saved: leave {", ".join(saving)} out.')
+        _copy(Path(teacher), folder, (PROMPT_CONFIG, PROMPT_WEIGHTS), ())
+    config = PromptPathConfig.from_dict(read_json(folder / PROMPT_CONFIG))
+    if base_model is not None:
+        config = dataclasses.replace(config, base_model=base_model or None, base_revision=base_revision)
+    if training is not None:
+        config = dataclasses.replace(config, training=dict(training))
+    config = _proven(config.validated(), folder, token)
+    write_json(folder / PROMPT_CONFIG, config.to_dict())
+    if curves is not None:
+        shutil.copyfile(curves, folder / CURVES)
+    specs = read_specs(folder / PROMPT_WEIGHTS)
+    card = prompt_path_card(
+        repo_id,
+        config,
+        params=sum(math.prod(shape) for name, (shape, _) in specs.items() if not name.endswith(_BUFFERS)),
+        size_bytes=(folder / PROMPT_WEIGHTS).stat().st_size,
+        base_link=hub_repo_of(config.base_model),
+        license=license,
+        run=run,
+        curves=CURVES if curves is not None else None,
+    )
+    card.save(folder / CARD)
+
+
+def _proven(config: PromptPathConfig, folder: Path, token: str | bool | None) -> PromptPathConfig:
+    """Build the base that a config names, hold it against the fingerprint, and note its commit."""
+    if config.base_model is None:
+        _logger.warning('The teacher of this prompt path is not on the Hub: it can only be loaded with model=teacher.')
+        return config
+    try:
+        base = build_base(config, dataclasses.replace(open_source(folder), token=token))
+        check_base(config, fingerprint(base))
+    except ValueError as error:
+        raise ValueError(
+            f'Nobody could load this prompt path, because {config.base_model!r} is not the teacher that it was tuned '
+            'on. Publish that teacher with timm_dfpt.push_student(teacher.model, "user/teacher") and pass '
+            'base_model="hf-hub:user/teacher"; or pass base_model="" if others shall have to bring it themselves. '
+            f'({error})'
+        ) from error
+    return dataclasses.replace(config, base_revision=config.base_revision or commit_of(base))
+
+
+def _copy(source: Path, folder: Path, needed: Sequence[str], optional: Sequence[str]) -> None:
+    missing = [name for name in needed if not (source / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f'{str(source)!r} has no {missing[0]}, so there is nothing to publish.')
+    for name in (*needed, *optional):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

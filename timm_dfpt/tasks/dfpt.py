@@ -1,0 +1,256 @@
+"""DFPT-KD as a timm training task: a batch in, named losses out."""
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+
+from ..losses import KD_LOSSES, DFPTWeights, dfpt_losses
+from ..losses.checks import check_temperature
+from ..teacher.teacher import DualForwardPathTeacher
+from ..teacher.wrapping import wrap
+from .inputs import InputAdapter, input_config_of
+
+__all__ = ['DFPTDistillationTask', 'DFPTTrainableModule']
+
+_logger = logging.getLogger(__name__)
+
+
+class DFPTTrainableModule(nn.Module):
+    """Everything DFPT-KD trains, in one module with one forward: the student and the prompt path.
+
+    The frozen teacher takes part in the forward but is no submodule, so DistributedDataParallel neither broadcasts it
+    nor waits for gradients of it.
+
+    Args:
+        student_model: The student.
+        teacher: The teacher whose prompt path is trained.
+    """
+
+    def __init__(self, student_model: nn.Module, teacher: DualForwardPathTeacher) -> None:
+        super().__init__()
+        self.student = student_model
+        self.prompt_path = teacher.prompt_path
+        self._teacher = (teacher,)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the student's parameters that timm's optimizers must not decay."""
+        student: Any = unwrap_model(self.student)
+        names = student.no_weight_decay() if hasattr(student, 'no_weight_decay') else ()
+        return {f'student.{name}' for name in names}
+
+    def forward(
+        self, student_input: torch.Tensor, teacher_input: torch.Tensor, teacher_logits: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run all three paths on one batch.
+
+        Args:
+            student_input: Images `[B, C, H, W]` for the student.
+            teacher_input: The same images as the teacher takes them.
+            teacher_logits: Logits `[B, K]` of the original path if they are known already.
+
+        Returns:
+            Logits of student, prompt path and original path, `[B, K]` each.
+        """
+        teacher = self._teacher[0]
+        if teacher_logits is None:
+            teacher_logits, prompt_logits = teacher(teacher_input)
+        else:
+            prompt_logits = teacher.prompt(teacher_input)
+        return self.student(student_input), prompt_logits, teacher_logits
+
+
+class DFPTDistillationTask(TrainingTask):
+    """Dual-forward path teacher distillation (DFPT-KD, DFPT-KD+; arXiv 2506.18244).
+
+    Student and prompt path are trained together with one backward; see `timm_dfpt.losses.dfpt_losses` for the formula.
+
+    Args:
+        student_model: Student model to train.
+        teacher_model: A `DualForwardPathTeacher`, a model to wrap (`variant='dfpt'`), or the name of a pretrained timm
+            model.
+        criterion: Loss on the labels (default: CrossEntropyLoss).
+        temperature: Softmax temperature of the distillation terms.
+        weights: Weights of the six terms.
+        kd_loss: Name in `timm_dfpt.losses.KD_LOSSES` of the distillation loss; `'kd'` is the paper's.
+        kd_loss_kwargs: Further arguments of that loss.
+        prompt_temperature: Another temperature for the two terms between student and prompt path, `None` for the same.
+        input_config: What the loader gives: `input_size` `(C, H, W)`, `mean`, `std`. By default what the student's
+            `pretrained_cfg` says.
+        teacher_input_config: What the teacher was trained with; by default what its `pretrained_cfg` says.
+        device: Device for task tensors/buffers.
+        dtype: Dtype for task tensors/buffers.
+        verbose: Enable info logging.
+
+    Raises:
+        ValueError: Numbers of classes differ, or an argument is out of range.
+
+    Example:
+        >>> teacher = timm_dfpt.wrap(timm.create_model('resnet50', pretrained=True))
+        >>> task = DFPTDistillationTask(student, teacher, temperature=4.0)
+        >>> result = task(input, target)
+        >>> result['loss'].backward()
+    """
+
+    def __init__(
+        self,
+        student_model: nn.Module,
+        teacher_model: str | nn.Module,
+        criterion: nn.Module | None = None,
+        temperature: float = 4.0,
+        weights: DFPTWeights | None = None,
+        kd_loss: str = 'kd',
+        kd_loss_kwargs: Mapping[str, Any] | None = None,
+        prompt_temperature: float | None = None,
+        input_config: Mapping[str, Any] | None = None,
+        teacher_input_config: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        if kd_loss not in KD_LOSSES:
+            raise ValueError(f'kd_loss must be one of {sorted(KD_LOSSES)}, got {kd_loss!r}.')
+        check_temperature(temperature)
+        if prompt_temperature is not None:
+            check_temperature(prompt_temperature)
+        model = timm.create_model(teacher_model, pretrained=True) if isinstance(teacher_model, str) else teacher_model
+        teacher = model if isinstance(model, DualForwardPathTeacher) else wrap(model)
+        _check_num_classes(student_model, teacher)
+        self.teacher = teacher.to(self.device)
+        self.trainable_module: nn.Module = DFPTTrainableModule(student_model, teacher)
+        self.adapter = InputAdapter(
+            input_config or input_config_of(unwrap_model(student_model)),
+            teacher_input_config or input_config_of(teacher.model),
+        ).to(self.device)
+        self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+        self.temperature, self.prompt_temperature = temperature, prompt_temperature
+        self.weights = weights or DFPTWeights()
+        # None lets the losses share their log-softmaxes.
+        self.kd_fn: Callable[..., torch.Tensor] | None = None
+        if kd_loss != 'kd':
+            self.kd_fn = functools.partial(KD_LOSSES[kd_loss], **(kd_loss_kwargs or {}))
+        if verbose:
+            _logger.info(f'DFPTDistillationTask: {self.weights}, temperature={temperature}, kd_loss={kd_loss}')
+
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> DFPTDistillationTask:
+        """Wrap student and prompt path in DistributedDataParallel; the frozen teacher stays outside."""
+        ddp = torch.nn.parallel.DistributedDataParallel
+        self.trainable_module = ddp(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the forward of student and both paths as one graph; return the compiled student for evaluation."""
+        student = self._trainable().student
+        self.trainable_module.compile(backend=backend, mode=mode, **compile_kwargs)
+        eval_model: Any = torch.compile(student, backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = eval_model
+        return eval_model
+
+    def setup_ema(
+        self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """Keep an exponential moving average of the student, the only thing that is evaluated and published."""
+        self.trainable_module_ema = ModelEmaV3(
+            self._trainable().student, decay=decay, use_warmup=use_warmup, device=device, **kwargs
+        )
+        return self.trainable_module_ema
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Update the student's average."""
+        if self.has_ema():
+            self.trainable_module_ema.update(self._trainable().student, step=step)
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """Return the student (or its average), which is what validation and checkpoints see."""
+        if module is not None:
+            return unwrap_model(module).student
+        if ema:
+            return super().get_eval_model(ema=True)
+        return getattr(self, 'eval_model', self._trainable().student)
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return the prompt path's weights, which are no part of the student's `state_dict`."""
+        return {} if ema else {'prompt_path': self._trainable().prompt_path.state_dict()}
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        """Load the prompt path's weights.
+
+        Raises:
+            KeyError: `strict` and the state holds no prompt path.
+        """
+        if ema:
+            return
+        if state and 'prompt_path' in state:
+            self._trainable().prompt_path.load_state_dict(state['prompt_path'], strict=strict)
+        elif strict:
+            raise KeyError("The task state holds no 'prompt_path'; it was not written by a DFPTDistillationTask.")
+
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run student and both paths, and compute every loss term.
+
+        Args:
+            input: Images `[B, C, H, W]` as the student takes them.
+            target: Class indices `[B]` or probabilities `[B, K]`.
+            teacher_logits: Logits `[B, K]` of the original path if they are known already (a cache).
+
+        Returns:
+            `loss` (train on this), `output` (student logits), `prompt_output`, `teacher_output`, the six unweighted
+            terms of `dfpt_losses`, and `agree_student_prompt`, `agree_student_teacher`, `agree_prompt_teacher`: the
+            share of the batch on which two of them name the same class.
+        """
+        student, prompt, teacher = self.trainable_module(input, self.adapter(input), teacher_logits)
+        losses = dfpt_losses(
+            student,
+            prompt,
+            teacher,
+            target,
+            temperature=self.temperature,
+            prompt_temperature=self.prompt_temperature,
+            weights=self.weights,
+            criterion=self.criterion,
+            kd_fn=self.kd_fn,
+        )
+        return {
+            **losses,
+            'output': student,
+            'prompt_output': prompt,
+            'teacher_output': teacher,
+            'agree_student_prompt': _agreement(student, prompt),
+            'agree_student_teacher': _agreement(student, teacher),
+            'agree_prompt_teacher': _agreement(prompt, teacher),
+        }
+
+    def _trainable(self) -> DFPTTrainableModule:
+        module = unwrap_model(self.trainable_module)
+        assert isinstance(module, DFPTTrainableModule)
+        return module
+
+
+def _agreement(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a.detach().argmax(dim=1) == b.detach().argmax(dim=1)).float().mean()
+
+
+def _check_num_classes(student_model: nn.Module, teacher: DualForwardPathTeacher) -> None:
+    counts = {
+        'student': getattr(unwrap_model(student_model), 'num_classes', None),
+        'teacher': getattr(teacher.model, 'num_classes', None),
+    }
+    known = {name: count for name, count in counts.items() if isinstance(count, int)}
+    if len(set(known.values())) > 1:
+        raise ValueError(
+            f'Teacher and student must have the same classes, but num_classes is {known}. Fine-tune the teacher on '
+            'these classes first, or create the student with num_classes of the teacher.'
+        )

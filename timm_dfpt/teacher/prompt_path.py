@@ -1,0 +1,216 @@
+"""The second forward path of a teacher: its stages with trainable blocks between them, and a head of its own."""
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbone.layouts import TokenOrder
+from ..backbone.rules import rule_for
+from ..backbone.types import Stage, name_of
+from .blocks import PromptBlock, PromptConfig, create_fusion
+from .frozen_layers import keep_less
+from .hooks import CastInput, Injection
+from .prefix import PathState
+
+__all__ = ['PromptPath', 'VARIANTS']
+
+VARIANTS = ('dfpt', 'dfpt+')
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class PromptPath(nn.Module):
+    """The second forward path: prompt blocks, fusion blocks and a head, or with DFPT-KD+ a whole backbone.
+
+    With `variant='dfpt'` the backbone's weights are the very tensors of the original path. This second tree of
+    modules is not registered as a submodule, so that it is neither saved, nor trained, nor counted twice.
+
+    Args:
+        model: The frozen backbone of the original path.
+        stages: Where the blocks go.
+        config: How blocks and head are built.
+        variant: `'dfpt'` or `'dfpt+'`.
+        head: Names of the classifier modules, as in timm's `pretrained_cfg['classifier']`.
+        num_classes: Number of classes `K`, where the prompt path's head shall have another number than the teacher's.
+        train_bn: `'dfpt+'` only: the backbone copy's BatchNorm layers use and update batch statistics in training.
+        state: Shared with the original path.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        config: PromptConfig,
+        *,
+        variant: str,
+        head: Sequence[str],
+        num_classes: int | None = None,
+        train_bn: bool = False,
+        state: PathState | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.variant = variant
+        self.stages = tuple(stages)
+        self.train_bn = train_bn
+        self.head_names = tuple(head)
+        self.state = state or PathState()
+        # Copy first, hook second: a copy of a hooked tree would copy hooks and state.
+        shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())} if variant == 'dfpt' else {}
+        tree = copy.deepcopy(model, shared).eval()
+        if num_classes is not None:
+            _replace_head(tree, self.head_names, num_classes)
+        own_head = num_classes is not None or config.head
+        param = next(model.parameters())
+        # What is trained is kept in float32, even where the frozen teacher is not.
+        dtype = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
+        features = [feature for stage in self.stages for feature in stage.features]
+        self.blocks = nn.ModuleList(
+            PromptBlock(feature.channels, config) if config.block else _NoBlock() for feature in features
+        ).to(device=param.device, dtype=dtype)
+        self.fusions = nn.ModuleList(create_fusion(feature.channels, config) for feature in features).to(
+            device=param.device, dtype=dtype
+        )
+        # Without parameters and persistent buffers: nothing of it is in the state dict.
+        self.orders = nn.ModuleList(
+            _token_order(tree, stage.module) for stage in self.stages for _ in stage.features
+        ).to(device=param.device)
+        self.head = nn.ModuleList()
+        if variant == 'dfpt':
+            if own_head:
+                for name in self.head_names:
+                    leaf = copy.deepcopy(tree.get_submodule(name)).to(dtype).requires_grad_(True)
+                    leaf.register_forward_pre_hook(CastInput())
+                    tree.set_submodule(name, leaf)
+                    self.head.append(leaf)
+            keep_less(tree)
+            self._shared_tree = (tree,)
+        else:
+            self.backbone = tree.to(dtype).requires_grad_(True)
+            for name in self.head_names:
+                tree.get_submodule(name).requires_grad_(own_head)
+        self._hook_blocks()
+        self.train(self.training)
+
+    def _hook_blocks(self) -> None:
+        done = 0
+        for index, stage in enumerate(self.stages):
+            part = slice(done, done + len(stage.features))
+            blocks, fusions, orders = (list(modules[part]) for modules in (self.blocks, self.fusions, self.orders))
+            hook = Injection(index, stage, blocks, fusions, orders, self.state)
+            self.model.get_submodule(stage.module).register_forward_hook(hook)
+            done = part.stop
+
+    @property
+    def model(self) -> nn.Module:
+        """The backbone with the blocks in it."""
+        return self.backbone if self.variant == 'dfpt+' else self._shared_tree[0]
+
+    def share_weights_with(self, model: nn.Module) -> None:
+        """Take every frozen tensor from `model` again, after a conversion or load that has replaced tensors."""
+        if self.variant != 'dfpt':
+            return
+        own = tuple(self.head_names) if self.head else ()
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, mine in self.model.named_modules():
+            if any(name == head or name.startswith(f'{head}.') for head in own):
+                continue
+            theirs = modules.get(name)
+            if theirs is None or theirs._parameters.keys() != mine._parameters.keys():
+                raise RuntimeError(
+                    f'{name_of(model)} was changed after wrapping: its module {name!r} is another one now, as after '
+                    'fuse() or reparameterize(). Change the model first and wrap it then.'
+                )
+            mine._parameters.update(theirs._parameters)
+            mine._buffers.update(theirs._buffers)
+
+    def train(self, mode: bool = True) -> PromptPath:
+        """Set the mode of blocks and head; the backbone stays in evaluation (its BatchNorm with `train_bn` not)."""
+        super().train(mode)
+        if self.variant == 'dfpt+':
+            self.backbone.eval()
+            if self.train_bn and mode:
+                for module in self.backbone.modules():
+                    if isinstance(module, _BATCH_NORMS):
+                        module.train()
+        return self
+
+    def forward(self, x: Any) -> torch.Tensor:
+        """Return the prompt path's logits `z_p` `[B, K]` for the input `x` `[B, C, H, W]`.
+
+        Raises:
+            RuntimeError: A block did not run exactly once.
+        """
+        state = self.state
+        state.fired.clear()
+        state.describe(x)
+        try:
+            logits = self.model(match_dtype(x, self.model))
+        finally:
+            state.clear()
+        if len(state.fired) != len(self.stages):
+            raise RuntimeError(self._explain_fired())
+        return logits
+
+    def _explain_fired(self) -> str:
+        counts = {stage.module: self.state.fired.count(i) for i, stage in enumerate(self.stages)}
+        wrong = {name: count for name, count in counts.items() if count != 1}
+        return (
+            f'The prompt blocks of {name_of(self.model)} must each run once a forward, but ran as often as '
+            f'{wrong} says. Something calls these modules in another way than when the model was wrapped, as '
+            'gradient checkpointing over the children of a container does; wrap with other module names: stages=[...].'
+        )
+
+
+class _NoBlock(nn.Module):
+    """Stands for a prompt block that adds nothing (ablation)."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return zeros `[B, C, H, W]`."""
+        return torch.zeros_like(x)
+
+
+def match_dtype(x: Any, model: nn.Module) -> Any:
+    """Cast a floating-point input to the precision of the model's weights; leave any other input as it is."""
+    param = next(model.parameters(), None)
+    if param is None or not isinstance(x, torch.Tensor) or not x.is_floating_point() or not param.is_floating_point():
+        return x
+    return x.to(param.dtype)
+
+
+def _token_order(model: Any, name: str) -> nn.Module:
+    """Return how to put the tokens behind a module into raster order; `nn.Identity` where they are."""
+    if not rule_for(model).reroll:
+        return nn.Identity()
+    block = int(name.rsplit('.', 1)[-1])
+    height, width = model.reroll.schedule[block][1]
+    places = torch.arange(height * width, dtype=torch.float64).view(1, -1, 1)
+    return TokenOrder(model.reroll(places, block).flatten().long())
+
+
+def _replace_head(tree: nn.Module, names: Sequence[str], num_classes: int) -> None:
+    """Give each classifier module new weights for another number of classes.
+
+    Not by `reset_classifier`, which in some families also renews norms before the classifier.
+    """
+    for name in names:
+        old = tree.get_submodule(name)
+        new: nn.Module
+        if isinstance(old, nn.Linear):
+            new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+        elif isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1):
+            new = nn.Conv2d(old.in_channels, num_classes, 1, bias=old.bias is not None)
+        else:
+            raise ValueError(
+                f'num_classes={num_classes} needs a new head, but {name!r} of {name_of(tree)} is a '
+                f'{type(old).__name__}, which cannot be rebuilt for another number of classes. Leave num_classes=None.'
+            )
+        weight = next(old.parameters())
+        tree.set_submodule(name, new.to(device=weight.device, dtype=weight.dtype))
+    if hasattr(tree, 'num_classes'):
+        tree.num_classes = num_classes  # type: ignore[assignment]

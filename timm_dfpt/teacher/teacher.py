@@ -1,0 +1,223 @@
+"""A teacher with two forward paths: the frozen original and a trainable, prompt-based one."""
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..backbone.modes import ModelState
+from ..backbone.types import Stage, name_of
+from .blocks import PromptConfig
+from .hub_methods import PromptPathHubMixin
+from .prefix import PrefixRecorder, PrefixReplay
+from .prompt_path import VARIANTS, PromptPath, match_dtype
+
+__all__ = ['DualForwardOutput', 'DualForwardPathTeacher', 'PromptPath', 'VARIANTS']
+
+_logger = logging.getLogger(__name__)
+
+
+class DualForwardOutput(NamedTuple):
+    """Logits of both paths for one batch.
+
+    Args:
+        original: Logits `z_t` of the pre-trained teacher `[B, K]`, without gradient.
+        prompt: Logits `z_p` of the prompt path `[B, K]`.
+    """
+
+    original: torch.Tensor
+    prompt: torch.Tensor
+
+
+class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
+    """A frozen teacher with a second, prompt-based forward path. Made by `timm_dfpt.wrap`.
+
+    Source: DFPT-KD and DFPT-KD+, arXiv 2506.18244. The original path is the wrapped model itself; nothing in it is
+    replaced. The prompt path runs the same stages with a prompt block and a fusion block between them and a
+    classification head of its own.
+
+    Args:
+        model: The pre-trained model; frozen and put into evaluation until `unwrap`.
+        prompt_path: The second path.
+        prefix: Modules before the first block and their number of calls, computed once for both paths.
+        bypassed: Stages around which the model passes features on to later layers; for `summary`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompt_path: PromptPath,
+        prefix: Sequence[tuple[str, int]] = (),
+        bypassed: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self._model_state = ModelState(model)
+        self.model = model.eval().requires_grad_(False)
+        self.prompt_path = prompt_path
+        self.bypassed = tuple(bypassed)
+        self.grad_checkpointing = any(getattr(module, 'grad_checkpointing', False) for module in model.modules())
+        self._handles: list[Any] = []
+        self.prefix = tuple(prefix)
+        state = prompt_path.state
+        state.outputs = [[] for _ in self.prefix]
+        for slot, (name, calls) in enumerate(self.prefix):
+            recorder = PrefixRecorder(state, slot, calls)
+            self._handles.append(model.get_submodule(name).register_forward_hook(recorder))
+            twin: Any = prompt_path.model.get_submodule(name)
+            twin.forward = PrefixReplay(twin, state, slot)
+        self.register_load_state_dict_post_hook(_share_after_load)
+
+    @property
+    def variant(self) -> str:
+        """`'dfpt'` or `'dfpt+'`."""
+        return self.prompt_path.variant
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages behind which there is a block."""
+        return self.prompt_path.stages
+
+    @property
+    def config(self) -> PromptConfig:
+        """How blocks and head were built."""
+        return self.prompt_path.config
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether `teacher(x)` computes what lies before the first block once for both paths."""
+        # Recomputation in the backward pass would find the record gone.
+        return bool(self.prefix) and not self.grad_checkpointing
+
+    def train(self, mode: bool = True) -> DualForwardPathTeacher:
+        """Set the mode of the prompt path's own modules; the original path always stays in evaluation."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, x: Any) -> DualForwardOutput:
+        """Run both paths on the same input.
+
+        Args:
+            x: Input `[B, C, H, W]`, normalised as the teacher was trained.
+
+        Returns:
+            `out.original` and `out.prompt`, logits `[B, K]`. The original's carry no gradient.
+        """
+        state = self.prompt_path.state
+        state.clear()
+        state.recording = self.shares_prefix
+        try:
+            original = self.original(x)
+            state.recording, state.replaying = False, state.recording
+            return DualForwardOutput(original, self.prompt_path(x))
+        finally:
+            state.clear()
+
+    def original(self, x: Any) -> torch.Tensor:
+        """Return the pre-trained teacher's logits `z_t` `[B, K]`, bit for bit those of the model before wrapping."""
+        if any(module.training for module in self.model.modules()):
+            # Somebody called .train() on the model itself, which would move its BatchNorm statistics.
+            self.model.eval()
+        with torch.no_grad():
+            return self.model(match_dtype(x, self.model))
+
+    def prompt(self, x: Any) -> torch.Tensor:
+        """Return the prompt path's logits `z_p` `[B, K]`."""
+        return self.prompt_path(x)
+
+    def trainable_parameters(self) -> list[dict[str, Any]]:
+        """Return parameter groups for an optimizer.
+
+        Returns:
+            A list of `{'name': ..., 'params': [...]}` for `'blocks'` (prompt and fusion blocks), `'head'` and, with
+            DFPT-KD+, `'backbone'`. Groups without parameters are left out.
+        """
+        path = self.prompt_path
+        head: list[nn.Parameter] = [p for p in path.head.parameters() if p.requires_grad]
+        backbone: list[nn.Parameter] = []
+        if path.variant == 'dfpt+':
+            in_head = {id(p) for n in path.head_names for p in path.model.get_submodule(n).parameters()}
+            for param in path.backbone.parameters():
+                if param.requires_grad:
+                    (head if id(param) in in_head else backbone).append(param)
+        blocks = [p for p in itertools.chain(path.blocks.parameters(), path.fusions.parameters()) if p.requires_grad]
+        groups = {'blocks': blocks, 'head': head, 'backbone': backbone}
+        return [{'name': name, 'params': params} for name, params in groups.items() if params]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the prompt path's activations in the backward pass instead of keeping them (timm's switch).
+
+        Gradients stay the same. The paths then share no computation.
+
+        Raises:
+            ValueError: The architecture does not support it.
+        """
+        model: Any = self.prompt_path.model
+        try:
+            model.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f'{name_of(self.model)} does not support gradient checkpointing.') from error
+        self.grad_checkpointing = enable
+
+    def stop_sharing_prefix(self) -> None:
+        """Run both paths in full from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for name, _ in self.prefix:
+            twin: Any = self.prompt_path.model.get_submodule(name)
+            del twin.forward
+        self.prefix = ()
+
+    def unwrap(self) -> nn.Module:
+        """Give the wrapped model back as it was: no hooks, modes and `requires_grad` as before.
+
+        The teacher must not be used afterwards.
+        """
+        self.stop_sharing_prefix()
+        self._model_state.restore(self.model)
+        return self.model
+
+    def summary(self) -> str:
+        """Return in words which stages are open, with which shapes, and how many parameters the prompt path adds."""
+        total = sum(p.numel() for p in self.model.parameters())
+        lines = [
+            f'DualForwardPathTeacher(variant={self.variant!r}) on {name_of(self.model)}: '
+            f'{total:,} frozen parameters',
+            f'{"block after":<32} {"layout":<6} {"channels":>8} {"reduction":>9}',
+        ]
+        for stage in self.stages:
+            for feature in stage.features:
+                lines.append(
+                    f'{stage.module:<32} {feature.layout:<6} {feature.channels:>8} {stage.reduction:>9}'
+                    + (f'  ({feature.prefix_tokens} prefix tokens pass through)' if feature.prefix_tokens else '')
+                )
+        for name in self.bypassed:
+            lines.append(f'{name}: later layers also see features from before it, which pass its block by')
+        trained = 0
+        for group in self.trainable_parameters():
+            count = sum(p.numel() for p in group['params'])
+            trained += count
+            lines.append(f'trainable {group["name"]}: {count:,} parameters')
+        lines.append(f'trainable in all: {trained:,} parameters, {100 * trained / max(1, total):.1f}% of the teacher')
+        lines.append(
+            'both paths share the computation before the first block'
+            if self.shares_prefix
+            else 'the paths share no computation: a step costs two full forwards of the teacher'
+        )
+        return '\n'.join(lines)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DualForwardPathTeacher:
+        super()._apply(fn, recurse)
+        self.prompt_path.share_weights_with(self.model)
+        return self
+
+
+def _share_after_load(teacher: DualForwardPathTeacher, incompatible_keys: Any) -> None:
+    # load_state_dict(assign=True) puts new tensors into the original path.
+    teacher.model.requires_grad_(False)
+    teacher.prompt_path.share_weights_with(teacher.model)

@@ -1,0 +1,190 @@
+"""`wrap`: from a model to a teacher with two forward paths, proven on this very model."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbone.calibration import Calibration, calibrate, calibration_input
+from ..backbone.modes import evaluating
+from ..backbone.stages import find_taps
+from ..backbone.types import Stage, Tap, name_of
+from .blocks import PromptConfig
+from .prefix import plan_prefix
+from .prompt_path import VARIANTS, PromptPath
+from .teacher import DualForwardPathTeacher
+
+__all__ = ['wrap']
+
+_logger = logging.getLogger(__name__)
+
+# Relative difference of the logits that another kernel for another memory layout may cause.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+# What is trained is kept in float32, so the paths of a teacher in bfloat16 or float16 round differently.
+_LOW_PRECISION_TOLERANCE = 0.1
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    stages: int | Sequence[str] | None = None,
+    num_classes: int | None = None,
+    prompt: PromptConfig | None = None,
+    variant: str = 'dfpt',
+    head: str | Sequence[str] | None = None,
+    train_bn: bool = False,
+    input_size: tuple[int, int, int] | None = None,
+) -> DualForwardPathTeacher:
+    """Give a pre-trained model a second, prompt-based forward path (DFPT-KD, arXiv 2506.18244).
+
+    Before any training the prompt path returns what the model returns. A calibration pass proves on this very model
+    that every block runs once, that the paths agree and that every new parameter is reached by the gradient.
+
+    Args:
+        model: Any timm classifier; with `stages=[...]` (and `head=`) any model. It is frozen in place;
+            `teacher.unwrap()` gives it back.
+        stages: `None` for the model's own stages, a number, or the names of the modules that end a stage.
+        num_classes: Give the prompt path a new head for this number of classes; `None` copies the model's head.
+        prompt: Shape of prompt blocks, fusion and head; `None` for the defaults.
+        variant: `'dfpt'` tunes blocks and head only; `'dfpt+'` also a trainable copy of the backbone.
+        head: Name (or names) of the classifier module; by default what timm or `get_classifier()` says.
+        train_bn: With `'dfpt+'`, let the copy's BatchNorm layers use batch statistics in training. The default
+            (ours) keeps them in evaluation, so that the prompt path starts as the teacher in training, too.
+        input_size: `(C, H, W)` of the calibration input; by default the smallest size that the model takes.
+
+    Returns:
+        The teacher: `teacher(x)` returns the logits of both paths.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: The model cannot be opened as asked; the message names model, reason and remedy.
+
+    Example:
+        >>> teacher = timm_dfpt.wrap(timm.create_model('resnet50', pretrained=True))
+        >>> out = teacher(images)
+        >>> out.original, out.prompt
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a torch.nn.Module such as timm.create_model(...), got {type(model).__name__}.')
+    if isinstance(model, DualForwardPathTeacher):
+        raise ValueError('model is a DualForwardPathTeacher already; wrap what its unwrap() returns.')
+    if variant not in VARIANTS:
+        raise ValueError(f'variant must be one of {VARIANTS}, got {variant!r}.')
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise ValueError(f'num_classes must be None or a positive integer, got {num_classes!r}.')
+    if train_bn and variant != 'dfpt+':
+        raise ValueError("train_bn=True needs variant='dfpt+': the backbone of 'dfpt' is frozen.")
+    prompt = PromptConfig() if prompt is None else prompt
+    if not isinstance(prompt, PromptConfig):
+        raise TypeError(f'prompt must be a PromptConfig, got {type(prompt).__name__}.')
+    heads = _head_names(model, head)
+    taps = find_taps(model, stages)
+    x = calibration_input(model, input_size)
+    found = calibrate(model, taps, x)
+    open_stages = _stages_to_open(model, taps, found, prompt.after_last, named=isinstance(stages, Sequence))
+    prefix = []
+    if variant == 'dfpt':
+        with evaluating(model):
+            prefix = plan_prefix(model, open_stages[0].module, x)
+    # Weights made under inference_mode could never be trained.
+    with torch.inference_mode(False):
+        path = PromptPath(
+            model, open_stages, prompt, variant=variant, head=heads, num_classes=num_classes, train_bn=train_bn
+        )
+    opened = {stage.module for stage in open_stages}
+    teacher = DualForwardPathTeacher(model, path, prefix, [name for name in found.bypassed if name in opened])
+    try:
+        _verify(teacher, x, num_classes)
+    except Exception:
+        teacher.unwrap()
+        raise
+    return teacher
+
+
+def _stages_to_open(
+    model: nn.Module, taps: Sequence[Tap], found: Calibration, after_last: bool, named: bool
+) -> list[Stage]:
+    kind = name_of(model)
+    closed = set() if after_last else {taps[-1].module}
+    unused = [name for name in found.unused if name not in closed]
+    if unused and named:
+        raise ValueError(
+            f'The output of {kind} does not depend on the features behind {unused[0]!r}, so a block there would not '
+            'be trained; name other modules in stages=[...].'
+        )
+    for name in unused:
+        _logger.info(f'{kind}: no block behind {name}, on whose features the output does not depend.')
+    stages = [stage for stage in found.stages if stage.module not in closed]
+    if not stages:
+        raise ValueError(
+            f'{kind} has a single stage, and blocks go between stages. '
+            'Use PromptConfig(after_last=True) or name more stages in stages=[...].'
+        )
+    return stages
+
+
+def _head_names(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str, ...]:
+    kind = name_of(model)
+    if getattr(model, 'num_classes', None) == 0:
+        remedy = (
+            'Create it with its classes, e.g. timm.create_model(name, pretrained=True, num_classes=1000).'
+            if hasattr(model, 'get_classifier')
+            else 'It is an encoder without a classifier: wrap a classifier of the same family instead, or a module of '
+            'your own with this encoder and a head, with stages=[...] and head=....'
+        )
+        raise ValueError(f'{kind} has num_classes=0, so it has no logits to teach with. {remedy}')
+    names = head if head is not None else (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
+    get_classifier: Any = getattr(model, 'get_classifier', None)
+    if names is None and get_classifier is not None:
+        classifier = get_classifier()
+        names = next((name for name, module in model.named_modules() if module is classifier), None)
+    if not names:
+        raise ValueError(f'{kind} does not say which module is its classifier; name it, e.g. head="fc".')
+    found = (names,) if isinstance(names, str) else tuple(names)
+    modules = dict(model.named_modules())
+    missing = [name for name in found if name not in modules]
+    if missing:
+        raise ValueError(f'{kind} has no module {missing[0]!r} for its classifier; name another one, e.g. head="fc".')
+    return found
+
+
+def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int | None) -> None:
+    """Prove the teacher on one batch, with the blocks in evaluation so that no statistic moves."""
+    kind = name_of(teacher.model)
+    with evaluating(teacher.prompt_path), torch.inference_mode(False), torch.enable_grad():
+        (original, shared), prompt = teacher(x), teacher.prompt(x)
+        if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2:
+            raise ValueError(f'{kind} must return logits [B, K], got {_describe(prompt)}.')
+        if num_classes is None and not _close(original, prompt):
+            raise ValueError(
+                f'The prompt path of {kind} does not start as the original path: logits differ by up to '
+                f'{(original - prompt).abs().max().item():.2e}. Its forward cannot be repeated (randomness in '
+                'evaluation?); name other modules in stages=[...].'
+            )
+        named = [(name, p) for name, p in teacher.prompt_path.named_parameters() if p.requires_grad]
+        grads = torch.autograd.grad(prompt.float().square().sum(), [p for _, p in named], allow_unused=True)
+        unused = [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
+        if unused and teacher.variant == 'dfpt':
+            raise ValueError(
+                f'{kind}: the logits do not depend on {len(unused)} of {len(named)} new parameters, such as '
+                f'{unused[0]}. The output of one of the stages {[s.module for s in teacher.stages]} is not used; '
+                'name other modules in stages=[...].'
+            )
+        if teacher.prefix and not (shared.device.type == 'meta' or torch.equal(shared, prompt)):
+            _logger.info(f'{kind}: the computation before {teacher.stages[0].module} is not shared between the paths.')
+            teacher.stop_sharing_prefix()
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.device.type == 'meta':
+        return a.shape == b.shape
+    tolerance = _TOLERANCE.get(a.dtype, _LOW_PRECISION_TOLERANCE)
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * a.abs().max())
+
+
+def _describe(value: object) -> str:
+    return f'a tensor {tuple(value.shape)}' if isinstance(value, torch.Tensor) else type(value).__name__
+

@@ -1,0 +1,392 @@
+"""From the options of a run to its student, its teacher and its task."""
+from __future__ import annotations
+
+import difflib
+import logging
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from timm.data import Mixup, resolve_data_config
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
+from torch import nn
+
+from ..hub.base import safe_weights_name
+from ..hub.download import open_source
+from ..hub.files import MAX_JSON_BYTES, read_json
+from ..hub.student import CONFIG, require_weights
+from ..losses import KD_LOSSES, DFPTWeights
+from ..tasks.baselines import AdaptedTeacher, CTKDTask, LogitLossTask
+from ..tasks.dfpt import DFPTDistillationTask
+from ..teacher.blocks import PromptConfig
+from ..teacher.teacher import DualForwardPathTeacher
+from ..teacher.wrapping import wrap
+from .options import TrainConfig
+
+__all__ = [
+    'check_source', 'create_student', 'create_task', 'create_teacher', 'load_prompt_path', 'resolve_input_config',
+    'wrap_teacher',
+]  # fmt: skip
+
+_logger = logging.getLogger(__name__)
+
+_LOCAL = 'local-dir:'
+# Assistants and early-stopped teachers teach by plain distillation; what differs is who teaches.
+_PLAIN_KD = ('kd', 'takd', 'eskd')
+
+
+def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
+    """Return timm's data config of the run: what the options say, and for the rest what the student's does.
+
+    Returns:
+        `input_size` `(C, H, W)`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
+    """
+    check_source('student', config.student)
+    pretrained_cfg = _pretrained_cfg('student', config.student)
+    given: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
+        if (value := getattr(config, key)) not in ([], '', None)
+    }
+    statistics = {key: given.pop(key) for key in ('mean', 'std') if key in given}
+    resolved = {**resolve_data_config(given, pretrained_cfg=pretrained_cfg), **statistics}
+    channels = resolved['input_size'][0]
+    for key in ('mean', 'std'):
+        values = tuple(resolved[key])
+        if len(values) not in (1, channels):
+            if key in statistics:
+                raise ValueError(f'{key}={values} must have {channels} values, one a channel of input_size.')
+            # ImageNet's three values for a grey image: their average keeps the range.
+            values = (sum(values) / len(values),)
+        resolved[key] = values * channels if len(values) == 1 else values
+    return resolved
+
+
+def create_student(
+    config: TrainConfig, num_classes: int, class_names: Sequence[str], input_config: Mapping[str, Any]
+) -> nn.Module:
+    """Create the student for these classes and inputs, its `pretrained_cfg` saying what it is trained on.
+
+    Raises:
+        ValueError: The model is unknown or cannot be built so; the message says why.
+    """
+    kwargs: dict[str, Any] = {**_size_kwargs(config.student, input_config), **config.student_kwargs}
+    if config.drop:
+        kwargs['drop_rate'] = config.drop
+    if config.drop_path is not None:
+        kwargs['drop_path_rate'] = config.drop_path
+    student = _create('student', config.student, config.student_pretrained, num_classes, input_config, kwargs)
+    _check_takes('student', config.student, student, input_config)
+    recorded = {key: input_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
+    student.pretrained_cfg = {
+        **student.pretrained_cfg,
+        **recorded,
+        'num_classes': num_classes,
+        'label_names': list(class_names),
+    }
+    return student
+
+
+def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
+    """Load the teacher with its weights, and hold its classes against those of the data.
+
+    Raises:
+        ValueError: The teacher is unknown, its weights cannot be loaded, or its classes are others.
+    """
+    check_source('teacher', config.teacher)
+    if config.teacher_checkpoint is None:
+        teacher = _create('teacher', config.teacher, True, None, None, config.teacher_kwargs)
+    else:
+        # Without pretrained weights a head of the right size says nothing: the file must bring every tensor.
+        teacher = _create('teacher', config.teacher, False, len(class_names), None, config.teacher_kwargs)
+        load_checkpoint(teacher, config.teacher_checkpoint)
+    if teacher.num_classes != len(class_names):
+        raise ValueError(
+            f'teacher {config.teacher!r} knows {teacher.num_classes} classes, the data have {len(class_names)}. '
+            'Fine-tune it on these data first (--method supervised --student TEACHER --student-pretrained) and give '
+            'the result as --teacher local-dir:RUN/student.'
+        )
+    _check_class_order(config.teacher, teacher.pretrained_cfg.get('label_names') or [], class_names)
+    return teacher
+
+
+def _check_class_order(teacher: str | None, known: Sequence[str], class_names: Sequence[str]) -> None:
+    """Refuse a teacher that has other names for the classes, or the same in another order."""
+    # Those of the data are NFC; a decomposed é of the teacher's is the same letter.
+    known = [unicodedata.normalize('NFC', name) for name in known]
+    if not known or known == list(class_names):
+        return
+    if len(known) != len(class_names):
+        raise ValueError(
+            f'teacher {teacher!r} has {len(known)} names for {len(class_names)} classes: repair label_names in its '
+            'config.json.'
+        )
+    where = next(i for i, (a, b) in enumerate(zip(known, class_names, strict=True)) if a != b)
+    if _are_numbers(known) != _are_numbers(class_names):
+        _logger.warning(
+            f'Either the teacher {teacher!r} or the data have numbers for names of the classes (class {where} is '
+            f'{known[where]!r} for the teacher and {class_names[where]!r} in the data): that their order is the same '
+            'is taken on trust.'
+        )
+        return
+    raise ValueError(
+        f'teacher {teacher!r} and the data name their classes differently: class {where} is {known[where]!r} for the '
+        f'teacher and {class_names[where]!r} in the data. Use the data (or the class order) that the teacher was '
+        'trained on.'
+    )
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    # What integer labels are called, here and in a student that was trained on them: no names of their own.
+    return all(name.removeprefix('-').isdecimal() for name in names)
+
+
+def load_checkpoint(model: nn.Module, path: str) -> None:
+    """Load a safetensors file into `model`, strictly.
+
+    Raises:
+        ValueError: The file is missing, no safetensors, or does not fit the model.
+    """
+    if not path.endswith('.safetensors') or not Path(path).is_file():
+        raise ValueError(
+            f'teacher_checkpoint must be an existing .safetensors file, got {path!r}. Pickled checkpoints are never '
+            'loaded; convert them once with torch.load(weights_only=True) and safetensors.torch.save_file.'
+        )
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except Exception as error:
+        raise ValueError(f'teacher_checkpoint {path!r} does not fit {type(model).__name__}: {error}') from error
+
+
+def load_prompt_path(path: str, model: nn.Module | None = None) -> DualForwardPathTeacher:
+    """Load a tuned prompt path, around `model` or the teacher that it names.
+
+    Raises:
+        ValueError: It is not there, damaged, or of another teacher.
+    """
+    try:
+        return DualForwardPathTeacher.from_pretrained(path, model=model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'prompt_path={path!r} cannot be loaded: {error}') from error
+
+
+def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeacher:
+    """Give the teacher its second path, new or from `prompt_path`."""
+    if config.prompt_path:
+        teacher = load_prompt_path(config.prompt_path, model)
+        if teacher.variant != config.method:
+            raise ValueError(
+                f'prompt_path {config.prompt_path!r} is of the variant {teacher.variant!r}: use --method '
+                f'{teacher.variant}.'
+            )
+        if config.freeze_prompt_path:
+            teacher.prompt_path.requires_grad_(False)
+        return teacher
+    prompt = PromptConfig(
+        reduction=config.prompt_reduction,
+        partial_ratio=config.prompt_partial_ratio,
+        kernel_sizes=tuple(config.prompt_kernel_sizes),
+        arrangement=config.prompt_arrangement,
+        norm_layer=config.prompt_norm,
+        act_layer=config.prompt_act,
+        fusion=config.prompt_fusion,
+        block=config.prompt_block,
+        head=config.prompt_head,
+        after_last=config.prompt_after_last,
+    )
+    stages: Any = config.prompt_stages or None
+    if stages and len(stages) == 1 and stages[0].isdigit():
+        stages = int(stages[0])
+    return wrap(model, stages=stages, prompt=prompt, variant=config.method, train_bn=config.prompt_train_bn)
+
+
+def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    """Return timm's mixup and cutmix if the options ask for one of them."""
+    if not (config.mixup or config.cutmix):
+        return None
+    return Mixup(
+        config.mixup,
+        config.cutmix,
+        prob=config.mixup_prob,
+        label_smoothing=config.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def create_criterion(config: TrainConfig) -> nn.Module:
+    """Return timm's loss on the labels."""
+    if config.mixup or config.cutmix:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+
+
+def create_task(
+    config: TrainConfig,
+    student: nn.Module,
+    teacher: nn.Module | DualForwardPathTeacher | None,
+    input_config: Mapping[str, Any],
+    accelerator: Accelerator,
+) -> TrainingTask:
+    """Create the timm task that `method` stands for.
+
+    Args:
+        config: The options.
+        student: The student.
+        teacher: The teacher; wrapped (`wrap_teacher`) for `dfpt` and `dfpt+`.
+        input_config: What the loader gives.
+        accelerator: Says where to train.
+    """
+    _check_kd_loss(config)
+    criterion = create_criterion(config)
+    common: dict[str, Any] = {'device': accelerator.device, 'verbose': False}
+    if config.method == 'supervised':
+        return ClassificationTask(student, criterion, **common)
+    assert teacher is not None
+    if isinstance(teacher, DualForwardPathTeacher):
+        weights = DFPTWeights(
+            prompt_teacher=config.prompt_teacher_weight,
+            prompt_student=config.prompt_student_weight,
+            student_teacher=config.student_teacher_weight,
+            student_prompt=config.student_prompt_weight,
+            prompt_task=config.prompt_task_weight,
+            student_task=config.student_task_weight,
+        )
+        return DFPTDistillationTask(
+            student,
+            teacher,
+            criterion,
+            config.temperature,
+            weights,
+            config.kd_loss,
+            config.kd_loss_kwargs,
+            config.prompt_temperature,
+            input_config=input_config,
+            **common,
+        )
+    adapted = AdaptedTeacher(teacher, input_config)
+    common |= {
+        'temperature': config.temperature,
+        'distill_loss_weight': config.distill_loss_weight,
+        'task_loss_weight': config.task_loss_weight,
+    }
+    if config.method in _PLAIN_KD:
+        # timm's own task, so that the baseline is not ours.
+        return LogitDistillationTask(student, adapted, criterion, **common)
+    if config.method == 'ctkd':
+        return CTKDTask(student, adapted, criterion, **common)
+    return LogitLossTask(
+        student, adapted, criterion, loss=config.method, loss_kwargs=config.kd_loss_kwargs, **common
+    )
+
+
+def _check_kd_loss(config: TrainConfig) -> None:
+    """Refuse arguments that the distillation loss does not know, before training does."""
+    if not config.kd_loss_kwargs:
+        return
+    loss = config.kd_loss if config.method in ('dfpt', 'dfpt+') else config.method
+    if loss not in KD_LOSSES or config.method in _PLAIN_KD:
+        raise ValueError(f'kd_loss_kwargs={config.kd_loss_kwargs}: the loss of method={config.method} takes none.')
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    try:
+        KD_LOSSES[loss](logits, logits, torch.tensor([0, 1]), config.temperature, **config.kd_loss_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'kd_loss_kwargs={config.kd_loss_kwargs} do not fit {loss}: {error}') from error
+
+
+def check_source(role: str, name: Any) -> None:
+    """Refuse a model that cannot be found, before anything is built.
+
+    Args:
+        role: The option that names it, for the message.
+        name: What should be a timm name, `hf-hub:user/name` or `local-dir:folder`.
+
+    Raises:
+        ValueError: It is no such name, or there is no such thing here.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f'{role} must name a model, got {name!r}.')
+    if name.startswith(_LOCAL):
+        folder = Path(name.removeprefix(_LOCAL))
+        missing = [f for f in ('config.json', 'model.safetensors') if not (folder / f).is_file()]
+        if missing:
+            raise ValueError(f'{role}={name!r}: the folder {str(folder)!r} has no {missing[0]}.')
+    elif ':' not in name and not timm.is_model(name.split('.')[0]):
+        close = timm.list_models(f'*{name}*')[:3] or difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f' Did you mean {", ".join(close)}?' if close else ' See timm.list_models().'
+        raise ValueError(f'{role}={name!r} is no timm model.{hint}')
+
+
+def _pretrained_cfg(role: str, name: str | None) -> dict[str, Any]:
+    assert name is not None
+    try:
+        if ':' in name:
+            model = timm.create_model(name, pretrained=False)
+            return dict(model.pretrained_cfg)
+        cfg = timm.get_pretrained_cfg(name)
+    except Exception as error:
+        raise ValueError(f'{role}={name!r} cannot be loaded: {error}') from error
+    return cfg.to_dict() if cfg is not None else {}
+
+
+def _size_kwargs(name: str | None, input_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the argument by which models of a fixed input size learn another one."""
+    cfg = _pretrained_cfg('student', name)
+    size = tuple(input_config['input_size'][1:])
+    return {'img_size': size} if cfg.get('fixed_input_size') and tuple(cfg['input_size'][1:]) != size else {}
+
+
+def _check_takes(role: str, name: Any, model: nn.Module, input_config: Mapping[str, Any]) -> None:
+    """Prove that a model takes images of the size of this run, before anything is written."""
+    size = tuple(input_config['input_size'])
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *size))
+    except Exception as error:
+        raise ValueError(
+            f'{role}={name!r} cannot take images of input_size={size}: {str(error) or type(error).__name__}. '
+            'Give another --input-size, or the arguments of the architecture that fit it.'
+        ) from error
+    model.train()
+
+
+def _create(
+    role: str,
+    name: Any,
+    pretrained: bool,
+    num_classes: int | None,
+    input_config: Mapping[str, Any] | None,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    options = dict(kwargs)
+    if num_classes is not None:
+        options['num_classes'] = num_classes
+    if input_config is not None:
+        options['in_chans'] = input_config['input_size'][0]
+    if pretrained and str(name).startswith('hf-hub:'):
+        _fetch_weights(role, name)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:
+        shown = ', '.join(f'{k}={v!r}' for k, v in {'pretrained': pretrained, **options}.items())
+        raise ValueError(f'{role}={name!r} cannot be created with {shown}: {error}') from error
+
+
+def _fetch_weights(role: str, name: str) -> None:
+    """Fetch the safetensors of a repository and verify them: where there are none timm would read a pickle."""
+    try:
+        source = open_source(name)
+        config = read_json(source.get(CONFIG, MAX_JSON_BYTES))
+        cfg = config.get('pretrained_cfg')
+        # Old repositories have what is there at the top.
+        filename = safe_weights_name(cfg if isinstance(cfg, dict) else config)
+        require_weights(source, filename)
+        source.get(filename)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{role}={name!r} cannot be loaded: {error}') from error

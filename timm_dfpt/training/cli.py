@@ -1,0 +1,168 @@
+"""Where options come from: a recipe, the command line, or both."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .fields import add_argument, default_of, nearest
+from .options import METHODS, TrainConfig, resolve_paths
+
+__all__ = ['build_parser', 'load_recipe', 'parse_config', 'resolve_config', 'save_config']
+
+_BASE_KEY = 'base'
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a recipe: a YAML mapping of options.
+
+    Paths in it that start with `./` or `../` (also behind `local-dir:`) count from the recipe's own folder. The key
+    `base` names another recipe, from that folder too, whose options count where this one has none.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The options.
+
+    Raises:
+        ValueError: The file is missing, is no mapping, has a key that is no option, or is its own base.
+    """
+    return _load_recipe(Path(path), ())
+
+
+def _load_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    full = path.resolve()
+    if full in seen:
+        raise ValueError(f'config: {str(path)!r} is its own base: {" -> ".join(p.name for p in (*seen, full))}.')
+    if not path.is_file():
+        named = f', named as base by {str(seen[-1])!r}' if seen else ''
+        raise ValueError(f'config: there is no file {str(path)!r}{named}.')
+    try:
+        values = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'config: {str(path)!r} is no valid YAML: {error}') from error
+    if not isinstance(values, dict):
+        raise ValueError(f'config: {str(path)!r} must hold a mapping of options, such as "epochs: 30".')
+    base = values.pop(_BASE_KEY, None)
+    if not isinstance(base, str | None):
+        raise ValueError(f'config: base in {str(path)!r} must be the name of a recipe, got {base!r}.')
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f'config: {str(path)!r} has the unknown option {key!r}.{nearest(key, known)}')
+    values = resolve_paths(values, path.parent)
+    if base is None:
+        return values
+    inherited = _load_recipe(path.parent / base, (*seen, full))
+    return {**inherited, **values, **_joined_method_options(inherited, values)}
+
+
+def _joined_method_options(inherited: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Join the options of each method, where both recipes have some; `TrainConfig` checks what they are."""
+    first, second = (each.get('method_options') or {} for each in (inherited, values))
+    if not (first and second and isinstance(first, dict) and isinstance(second, dict)):
+        return {}
+    return {'method_options': {m: {**first.get(m, {}), **second.get(m, {})} for m in {**first, **second}}}
+
+
+def save_config(config: TrainConfig, path: str | Path) -> None:
+    """Write the resolved configuration as a recipe that `load_recipe` reads, whole or not at all."""
+    temporary = Path(f'{path}.incomplete')
+    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding='utf-8')
+    temporary.replace(path)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that names the nearest flag to one that it does not know."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((text.partition('=')[0] for text in unknown if text.startswith('--')), '')
+            self.error(f'unrecognized arguments: {" ".join(unknown)}.{nearest(flag, [*self._option_string_actions])}')
+        return found
+
+
+def build_parser(description: str, without: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the command line of all options, but for those named in `without`, plus `--config`."""
+    # Abbreviations would turn a misspelt flag into another one.
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument('--config', metavar='YAML', help='recipe with any of these options; the command line wins')
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        if field.metadata.get('recipe_only') or field.name in without:
+            continue
+        name = field.metadata['group']
+        groups.setdefault(name, parser.add_argument_group(name))
+        add_argument(TrainConfig, groups[name], field)
+    return parser
+
+
+def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe: str | Path | None) -> TrainConfig:
+    """Merge a recipe and the values given on the command line.
+
+    Args:
+        values: Options from the command line, which win.
+        recipe: The recipe that was named, if any.
+        default_recipe: The recipe that counts when neither a recipe nor a data set is named.
+    """
+    base: dict[str, Any] = {}
+    if recipe is not None:
+        base = load_recipe(recipe)
+    elif default_recipe is not None and 'dataset' not in values:
+        base = load_recipe(default_recipe)
+    given = {k: dict(v) if k.endswith('_kwargs') else v for k, v in values.items()}
+    method = given.get('method', base.get('method', TrainConfig.method))
+    base['baselines'] = [] if method == 'supervised' else [b for b in base.get('baselines', []) if b != method]
+    if method == 'supervised':
+        base.pop('teacher', None)
+        base.pop('teacher_checkpoint', None)
+    own = _complete_method_options(base, given)
+    return TrainConfig(**{**base, **own.get(method, {}), **given, 'method_options': own})
+
+
+def _complete_method_options(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of each method without those given by the user, who wins, and complete.
+
+    Complete: an option that one method sets is told of every method, so that going from one to another leaves nothing
+    of the first behind.
+    """
+    options = base.get('method_options') or {}
+    if not isinstance(options, dict) or not all(isinstance(own, dict) for own in options.values()):
+        return options
+    fields = TrainConfig.__dataclass_fields__
+    keys = [key for key in dict.fromkeys(k for own in options.values() for k in own) if key not in given]
+    common = {key: base.get(key, default_of(fields[key])) for key in keys if key in fields}
+    methods = METHODS if keys else ()
+    return {method: {**common, **{k: v for k, v in options.get(method, {}).items() if k in keys}} for method in methods}
+
+
+def parse_config(
+    argv: Sequence[str] | None = None, default_recipe: str | Path | None = None, description: str = ''
+) -> TrainConfig:
+    """Read the command line.
+
+    Args:
+        argv: Arguments; `None` for those of the process.
+        default_recipe: The recipe that counts when neither `--config` nor `--dataset` is given.
+        description: First line of `--help`.
+
+    Returns:
+        The resolved configuration.
+
+    Raises:
+        SystemExit: An option is wrong; the message says which and why.
+    """
+    parser = build_parser(description)
+    args = vars(parser.parse_args(argv))
+    try:
+        config = resolve_config(args, args.pop('config'), default_recipe)
+        config.check_given(args)
+        return config
+    except ValueError as error:
+        parser.exit(2, f'error: {error}\n')
