@@ -90,10 +90,33 @@ class Plan:
         method, longer = options.pop('method'), options.pop('longer', 1.0)
         if 'teacher' in options:
             options['teacher'] = self._trained(options['teacher'])
-        if 'assistants' in options:
-            options['assistants'] = [self._trained(teacher) for teacher in options['assistants']]
         # Colons, blanks and the like are for file names what they should not be.
-        return Arm(re.sub(r'[^\w.+-]', '.', cell.arm), method, options), longer
+        name = re.sub(r'[^\w.+-]', '.', cell.arm)
+        if method == 'takd':
+            # Plain KD, whose teacher is the last of the assistants.
+            assistants = options.pop('assistants')
+            options['teacher'] = f'local-dir:{self._assistant(cell, name, len(assistants) - 1) / "student"}'
+            method = 'kd'
+        return Arm(name, method, options), longer
+
+    def _assistant(self, cell: Cell, name: str, number: int) -> Path:
+        return self.work / 'assistants' / f'{cell.phase}-{cell.regime}-{cell.seed}' / name / str(number)
+
+    def assistants(self, cell: Cell) -> list[TrainConfig]:
+        """Return the runs that come before an arm of teacher assistants: each learns by plain KD from the one before.
+
+        Source: Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant", AAAI 2020, arXiv 1902.03393.
+        """
+        arm, _ = self.arm(cell)
+        common = self.config(cell, self.work)
+        teacher, runs = str(common.teacher), []
+        for number, name in enumerate(self.options(cell).get('assistants', ())):
+            folder = self._assistant(cell, arm.name, number)
+            own: dict[str, Any] = {'student': self._trained(name), 'student_kwargs': {}, 'teacher': teacher}
+            own |= {'output': str(folder), 'resume': (folder / 'config.yaml').is_file()}
+            runs.append(common.for_method('kd', **{**arm.changes, **own}))
+            teacher = f'local-dir:{folder / "student"}'
+        return runs
 
     def config(self, cell: Cell, output: Path) -> TrainConfig:
         """Return what all arms of a regime that train as long as this one have in common."""

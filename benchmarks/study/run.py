@@ -65,15 +65,20 @@ def train_students(plan: Plan, cells: Sequence[Cell], folder: Path) -> list[dict
     config = plan.config(cells[0], folder)
     arms = {cell: plan.arm(cell)[0] for cell in cells}
     resumed = dataclasses.replace(config, resume=(folder / 'arms.json').is_file())
+    assistants = [assistant for cell in cells for assistant in plan.assistants(cell)]
     with _spending(folder) as spent:
+        for assistant in assistants:
+            run(assistant)
         compare(resumed, list(arms.values()), [config.seed], reference=arms[cells[0]].name)
-        records = _make_records(arms, config, folder)
+        records = _make_records(plan, arms, config, folder)
     for cell, record in zip(arms, records, strict=True):
         # As written down: where the teachers are says nothing to others.
         record['config'] = {key: value for key, value in plan.options(cell).items() if key != 'longer'}
         # What the machine really spent, on all of the group.
         record |= {key: round(value / len(cells), 2) for key, value in spent().items()}
         record['commit'] = _commit()
+    for assistant in assistants:
+        shutil.rmtree(str(assistant.output))
     return records
 
 
@@ -95,7 +100,9 @@ def _spending(folder: Path) -> Iterator[Callable[[], dict[str, float]]]:
             file.write_text(json.dumps(spent()), encoding='utf-8')
 
 
-def _make_records(arms: Mapping[Cell, Arm], config: TrainConfig, folder: Path) -> list[dict[str, Any]]:
+def _make_records(
+    plan: Plan, arms: Mapping[Cell, Arm], config: TrainConfig, folder: Path
+) -> list[dict[str, Any]]:
     seed_dir = folder / f'seed-{config.seed}'
     summary = json.loads((seed_dir / 'summary.json').read_text(encoding='utf-8'))
     lines = [json.loads(line) for line in (seed_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
@@ -109,8 +116,9 @@ def _make_records(arms: Mapping[Cell, Arm], config: TrainConfig, folder: Path) -
             # What is not there cannot be looked at.
             del metrics['test']
         seconds, flops = result['step']['ms'] / 1000, result['step']['flops']
-        for assistant in sorted((seed_dir / 'arms' / arm.name).glob('assistants/*/summary.json')):
-            seconds += json.loads(assistant.read_text(encoding='utf-8'))['train_seconds'] / summary['steps']
+        for assistant in plan.assistants(cell):
+            file = Path(str(assistant.output), 'summary.json')
+            seconds += json.loads(file.read_text(encoding='utf-8'))['train_seconds'] / summary['steps']
         records.append({
             'regime': cell.regime,
             'arm': cell.arm,

@@ -108,7 +108,11 @@ def test_a_final_arm_has_the_options_of_its_regime(tmp_path: Path) -> None:
     assert plan.config(Cell('tiny', 'kd-time', 100, 'final'), tmp_path).epochs == 5
     assert plan.config(Cell('tiny', 'kd', 100, 'final'), tmp_path).epochs == 2
     folder = f'local-dir:{tmp_path}/teachers/big/student'
-    assert plan.arm(Cell('tiny', 'takd', 100, 'final'))[0].changes == {'assistants': [folder]}
+    takd = Cell('tiny', 'takd', 100, 'final')
+    (assistant,) = plan.assistants(takd)
+    assert (assistant.method, assistant.student, assistant.teacher) == ('kd', folder, folder)
+    arm, _ = plan.arm(takd)
+    assert (arm.method, arm.changes) == ('kd', {'teacher': f'local-dir:{assistant.output}/student'})
 
 
 def test_a_variant_has_the_options_of_the_arm_it_varies(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ MEAN_STD = ('mean', 'std', 'interpolation')
 AUGMENTATIONS = {
     'defaults': (AugmentConfig(), {'interpolation': 'random'}),
     'strong': (
-        AugmentConfig(scale=(0.5, 1), auto_augment='rand-m9-mstd0.5', reprob=1, remode='pixel', vflip=0.5),
+        AugmentConfig(scale=(0.5, 1), auto_augment='rand-m9-mstd0.5', reprob=1, vflip=0.5),
         {
             'interpolation': 'random',
             'scale': (0.5, 1),
@@ -152,8 +152,8 @@ AUGMENTATIONS = {
     ),
     'augmix': (AugmentConfig(auto_augment='augmix-m3'), {'interpolation': 'random', 'auto_augment': 'augmix-m3'}),
     'rkrr': (
-        AugmentConfig(train_crop_mode='rkrr', train_interpolation='bilinear'),
-        {'train_crop_mode': 'rkrr', 'interpolation': 'bilinear'},
+        AugmentConfig(train_crop_mode='rkrr'),
+        {'train_crop_mode': 'rkrr', 'interpolation': 'random'},
     ),
 }
 
@@ -322,7 +322,6 @@ def test_bad_arguments_are_refused(train, name: str) -> None:
         ({'reprob': -0.1}, 'reprob=-0.1'),
         ({'crop_padding': -1}, 'crop_padding=-1'),
         ({'train_crop_mode': 'ccc'}, "train_crop_mode='ccc'"),
-        ({'remode': 'black'}, "remode='black'"),
         ({'scale': (0.5, 0.1)}, 'scale='),
         ({'ratio': (0.5,)}, 'ratio='),
         ({'crop_padding': 2, 'no_aug': True}, 'crop_padding=2 and no_aug'),

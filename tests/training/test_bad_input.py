@@ -191,11 +191,11 @@ CASES = {
         ['--batch-size', '31', '--cutmix', '1'], 'batch_size=31 is 31 images a process, .*let that be an even number'
     ),
     'one image for BatchNorm': (
-        ['--batch-size', '1'], 'batch_size=1 is one image a process, and BatchNorm needs more.*--batch-size of 2'
+        ['--batch-size', '1'], 'batch_size=1 is one image per process, and BatchNorm needs more.*of at least 2'
     ),
     'one image for the BatchNorm of prompt blocks': (
         ['--batch-size', '1', '--student', 'test_vit', '--student-kwargs', 'img_size=16', 'patch_size=4'],
-        'batch_size=1 is one image a process, and BatchNorm needs more.*--batch-size of 2',
+        'batch_size=1 is one image per process, and BatchNorm needs more.*of at least 2',
     ),
     'frozen without prompt path': (['--freeze-prompt-path'], 'freeze_prompt_path needs a tuned one'),
     'prompt path without dfpt': (['--method', 'kd', '--prompt-path', 'x'], 'prompt_path options need method dfpt'),

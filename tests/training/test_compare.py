@@ -220,7 +220,6 @@ def test_arms_cannot_change_what_makes_them_comparable(option):
         (['--methods', 'kd', 'dist', '--seeds', '1', '--mixed-precision', 'fp16'], 'bf16'),
         (['--methods', 'kd', '--seeds', '1', '--resume'], 'holds no comparison'),
         (['--methods', 'kdd', '--seeds', '1'], "Did you mean 'kd'"),
-        (['--methods', 'eskd', '--seeds', '1'], '--early-teacher'),
     ],
 )
 def test_bad_comparisons_end_in_one_line(more, message, tiny, tmp_path, capsys):

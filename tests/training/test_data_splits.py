@@ -61,13 +61,18 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, 'getaddrinfo', refuse)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path_factory.mktemp('cache'))
+
+
 def labels_by_name(splits: DataSplits, role: str) -> Counter:
     return Counter(splits.class_names[label] for label in getattr(splits, role).labels.tolist())
 
 
 def test_quickstart_data(tmp_path, no_network) -> None:
     before = sorted(QUICKSTART.rglob('*'))
-    splits = load_splits(str(QUICKSTART), cache_dir=str(tmp_path))
+    splits = load_splits(str(QUICKSTART))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (10_000, 2_000, 10_000)
     assert splits.class_names[0] == 'T-shirt/top'
     assert splits.num_classes == 10
@@ -130,16 +135,16 @@ def test_unusual_paths(tmp_path) -> None:
     assert unicodedata.normalize('NFC', name) in splits.class_names
     assert sum(map(len, (splits.train, splits.val))) == 6
     parquet = make_parquet(tmp_path / 'y [ab]', train={'label': [0, 1] * 4})
-    assert len(load_splits(str(parquet / 'train.parquet'), cache_dir=str(tmp_path / 'cache')).train) == 6
+    assert len(load_splits(str(parquet / 'train.parquet')).train) == 6
     with pytest.raises(ValueError, match='rename the folder'):
-        load_splits(str(parquet), cache_dir=str(tmp_path / 'cache'))
+        load_splits(str(parquet))
 
 
 def test_test_split_is_never_taken_for_validation(tmp_path) -> None:
     root = make_parquet(tmp_path / 'd', train={'label': [0, 1] * 10}, test={'label': [0, 1] * 3})
-    splits = load_splits(str(root), cache_dir=str(tmp_path / 'cache'))
+    splits = load_splits(str(root))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (18, 2, 6)
-    chosen = load_splits(str(root), val_split='test', cache_dir=str(tmp_path / 'cache'))
+    chosen = load_splits(str(root), val_split='test')
     assert (len(chosen.train), len(chosen.val), chosen.test) == (20, 6, None)
 
 
@@ -147,18 +152,18 @@ def test_string_labels_are_matched_by_name(tmp_path) -> None:
     train = {'label': ['x', 'y', 'z'], 'feature': Value('string')}
     val = {'label': ['z', 'z', 'y'], 'feature': Value('string')}
     root = make_parquet(tmp_path / 'd', train=train, validation=val)
-    splits = load_splits(str(root), cache_dir=str(tmp_path / 'c'))
+    splits = load_splits(str(root))
     assert [splits.class_names[i] for i in splits.train.labels] == ['x', 'y', 'z']
     assert [splits.class_names[i] for i in splits.val.labels] == ['z', 'z', 'y']
 
 
 def test_string_and_integer_labels(tmp_path) -> None:
     strings = {'label': ['owl', 'cat'] * 5, 'feature': Value('string')}
-    splits = load_splits(str(make_parquet(tmp_path / 's', train=strings)), cache_dir=str(tmp_path / 'c'))
+    splits = load_splits(str(make_parquet(tmp_path / 's', train=strings)))
     assert splits.class_names == ['cat', 'owl']
     assert set(splits.train.labels.tolist()) == {0, 1}
     numbers = {'label': [row % 12 for row in range(36)]}
-    splits = load_splits(str(make_parquet(tmp_path / 'n', train=numbers)), cache_dir=str(tmp_path / 'c'))
+    splits = load_splits(str(make_parquet(tmp_path / 'n', train=numbers)))
     assert splits.class_names == [str(i) for i in range(12)]  # not 0, 1, 10, 11, 2
     for row in range(len(splits.train)):
         image = np.asarray(PILImage.open(io.BytesIO(splits.train.encoded([row])[0])))
@@ -225,10 +230,10 @@ def test_unlabelled_test_split_is_not_used(tmp_path, caplog) -> None:
         train={'label': [0, 1] * 5, 'feature': feature},
         test={'label': [-1] * 4, 'feature': feature},
     )
-    assert load_splits(str(root), cache_dir=str(tmp_path / 'c')).test is None
+    assert load_splits(str(root)).test is None
     assert 'no labels' in caplog.text
     with pytest.raises(ValueError, match='out of range'):
-        load_splits(str(root), test_split='test', cache_dir=str(tmp_path / 'c'))
+        load_splits(str(root), test_split='test')
 
 
 def test_files_of_other_types_are_left_out_with_a_warning(tmp_path, caplog) -> None:
@@ -312,7 +317,7 @@ def test_a_folder_that_was_made_again_is_read_again(tmp_path: Path, card: str) -
     for labels in ([0, 1, 0, 1], [1, 0, 1, 1]):
         root = make_parquet(tmp_path / 'd', train={'label': labels}, validation={'label': [0, 1]})
         (root / 'README.md').write_text(card)
-        assert load_splits(str(root), cache_dir=str(tmp_path / 'cache')).train.labels.tolist() == labels
+        assert load_splits(str(root)).train.labels.tolist() == labels
 
 
 def parquet_of(text: bytes, root: Path) -> Path:
@@ -378,7 +383,7 @@ def test_bad_input_is_refused(name: str, tmp_path, no_network) -> None:
     make, arguments, message = BAD[name]
     root = make(tmp_path / 'data')
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_splits(str(root), cache_dir=str(tmp_path / 'cache'), **arguments)
+        load_splits(str(root), **arguments)
 
 
 def test_file_that_is_no_parquet_is_refused(tmp_path) -> None:
@@ -391,4 +396,4 @@ def test_unknown_on_the_hub_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
     with pytest.raises(FileNotFoundError, match='nobody/nothing.* no local file or folder'):
-        load_splits('nobody/nothing', cache_dir=str(tmp_path))
+        load_splits('nobody/nothing')

@@ -97,9 +97,8 @@ def test_teachers_are_where_the_pairs_look_for_them(name):
     for pair in pairs:
         recipe = load_recipe(RECIPES / f'cifar100_{pair}.yaml')
         assert Path(recipe['teacher'].removeprefix('local-dir:')).resolve() == output / 'student'
-        folder, epoch = recipe['early_teacher'].removeprefix('local-dir:').rsplit('/student-epoch', 1)
-        assert Path(folder).resolve() == output
-        assert int(epoch) in config.export_epochs
+    # The early-stopped teacher of docs/ZOO.md.
+    assert 120 in config.export_epochs
 
 
 @pytest.mark.parametrize('name', ['imagenet_resnet34_resnet18', 'imagenet_resnet50_mobilenetv1_100'])
@@ -112,18 +111,6 @@ def test_imagenet_recipes_have_mdistillers_numbers(name):
     assert timm.get_pretrained_cfg(config.teacher).tag == 'tv_in1k'
     dkd = config_of(name, '--method', 'dkd')
     assert dkd.kd_loss_kwargs['beta'] == {'resnet18': 0.5, 'mobilenetv1_100': 2.0}[config.student]
-
-
-def test_assistants_lie_between_teacher_and_student():
-    count = {name: sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
-             for name in timm.list_models('cifar_*')}  # fmt: skip
-    chains = 0
-    for name, (teacher, student, _, _) in CIFAR_PAIRS.items():
-        recipe = load_recipe(RECIPES / f'cifar100_{name}.yaml')
-        chain = [count[n] for n in (teacher, *recipe.get('assistants', []), student)]
-        assert chain == sorted(chain, reverse=True)
-        chains += len(chain) > 2
-    assert chains == 4
 
 
 # --- dry runs
@@ -235,7 +222,7 @@ def test_dry_run_at_full_size(recipe, stand_ins, teacher_of, tmp_path):
     dry_run(recipe, stand_ins, teacher_of, tmp_path, side, 8, '--method', 'dfpt+')
 
 
-@pytest.mark.parametrize('method', [m for m in METHODS if m != 'eskd'])
+@pytest.mark.parametrize('method', METHODS)
 def test_one_command_a_row(method, stand_ins, teacher_of, tmp_path):
     """The whole job, from the command line to the summary, for the smallest pair."""
     output = tmp_path / 'run'
@@ -246,8 +233,6 @@ def test_one_command_a_row(method, stand_ins, teacher_of, tmp_path):
     if method != 'supervised':
         # A small teacher: what is tested are the options of the recipe.
         arguments += ['--teacher', teacher_of('cifar_resnet8', 'cifar100')]
-    if method == 'takd':
-        arguments += ['--assistants', 'cifar_resnet14']
     assert main(arguments) == 0
     summary = json.loads((output / 'summary.json').read_text())
     assert summary['models']['student']['cost']['params'] == 278_324

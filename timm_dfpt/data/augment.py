@@ -30,9 +30,6 @@ class AugmentConfig:
         color_jitter: Strength of changes of brightness, contrast and saturation; 0 for none.
         auto_augment: Policy such as `'rand-m9-mstd0.5-inc1'`, see timm.
         reprob: Probability of random erasing.
-        remode: `'const'`, `'rand'` or `'pixel'`.
-        recount: Number of erased regions.
-        train_interpolation: Interpolation when resizing in training, `'random'` for a mix.
         crop_padding: CIFAR's augmentation instead of random resized crops: the image as in evaluation, padded by so
             many black pixels on every side, and a random crop of the input size.
     """
@@ -46,9 +43,6 @@ class AugmentConfig:
     color_jitter: float | Sequence[float] | None = 0.4
     auto_augment: str | None = None
     reprob: float = 0.0
-    remode: str = 'pixel'
-    recount: int = 1
-    train_interpolation: str = 'random'
     crop_padding: int = 0
 
     def __post_init__(self) -> None:
@@ -59,8 +53,6 @@ class AugmentConfig:
             raise ValueError(f'crop_padding={self.crop_padding} must not be negative')
         if self.train_crop_mode not in (None, 'rrc', 'rkrc', 'rkrr'):
             raise ValueError(f"train_crop_mode={self.train_crop_mode!r} must be 'rrc', 'rkrc' or 'rkrr'")
-        if self.remode not in ('const', 'rand', 'pixel'):
-            raise ValueError(f"remode={self.remode!r} must be 'const', 'rand' or 'pixel'")
         for name in ('scale', 'ratio'):
             bounds = getattr(self, name)
             if bounds is not None and not (len(bounds) == 2 and 0 < bounds[0] <= bounds[1]):
@@ -210,12 +202,11 @@ def create_transforms(
             vflip=augment.vflip,
             color_jitter=augment.color_jitter or None,
             auto_augment=augment.auto_augment,
-            interpolation=augment.train_interpolation,
+            interpolation='random',
             mean=evaluation['mean'],
             std=evaluation['std'],
             re_prob=augment.reprob,
-            re_mode=augment.remode,
-            re_count=augment.recount,
+            re_mode='pixel',
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(f'timm refuses the augmentation {augment}: {error}') from error

@@ -103,8 +103,6 @@ def load_splits(
     val_fraction: float = 0.1,
     seed: int = 0,
     on_bad_image: str = 'stop',
-    cache_dir: str | None = None,
-    token: str | None = None,
 ) -> DataSplits:
     """Load a data set for image classification and check it before any work starts.
 
@@ -127,8 +125,6 @@ def load_splits(
         val_fraction: Share of the training images to split off when there is no validation split, in (0, 1).
         seed: Seed of that split, not negative.
         on_bad_image: `'stop'`: an unreadable image is an error. `'skip'`: it is left out, with a warning naming it.
-        cache_dir: Cache of `datasets`, its default if not given.
-        token: Hub token for private data sets.
 
     Returns:
         The splits. Rows of a split are numbered without what was left out.
@@ -149,8 +145,6 @@ def load_splits(
         config_name=config_name,
         revision=revision,
         named_splits=tuple(name for name in named.values() if name is not None),
-        cache_dir=cache_dir,
-        token=token,
     )
     roles = _assign_roles(list(available), named)
     found = {role: available[name] for role, name in roles.items()}

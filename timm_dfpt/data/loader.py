@@ -170,7 +170,6 @@ def create_loader(
     is_training: bool,
     seed: int = 0,
     num_workers: int = 0,
-    drop_last: bool | None = None,
     augmentation: AugmentConfig | None = None,
     cache_images: str = 'auto',
     pin_memory: bool = False,
@@ -192,10 +191,9 @@ def create_loader(
         data_config: `input_size` `(C, H, W)`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, as timm's
             `resolve_data_config` returns them. `C` is 1 (grey) or 3 (RGB).
         batch_size: Images a batch.
-        is_training: Shuffle and augment.
+        is_training: Shuffle, augment, and leave out a last batch that is too short.
         seed: Seed of order and augmentation, not negative.
         num_workers: Processes that prepare batches, 0 for none.
-        drop_last: Leave out a last batch that is too short; by default in training only.
         augmentation: Augmentation in training, timm's defaults if not given.
         cache_images: `'on'`: decode images once and keep them in memory, `'off'`: at each access, `'auto'`: once if
             the augmentation allows it and they take no more than 512 MiB.
@@ -208,13 +206,12 @@ def create_loader(
     Raises:
         ValueError: If an argument is out of its range, does not fit another or the data set.
     """
-    drop_last = is_training if drop_last is None else drop_last
     _check_data_config(data_config)
     if batch_size < 1:
         raise ValueError(f'batch_size={batch_size} must be 1 at least')
     if seed < 0 or num_workers < 0 or aug_cycle < 0:
         raise ValueError(f'seed={seed}, num_workers={num_workers} and aug_cycle={aug_cycle} must not be negative')
-    if drop_last and len(dataset) < batch_size:
+    if is_training and len(dataset) < batch_size:
         raise ValueError(
             f'split {dataset.name!r} has {len(dataset)} images, fewer than batch_size={batch_size}: '
             'there would be no batch; lower batch_size'
@@ -240,7 +237,7 @@ def create_loader(
         num_workers=num_workers,
         collate_fn=_identity,
         pin_memory=pin_memory,
-        drop_last=drop_last,
+        drop_last=is_training,
         persistent_workers=num_workers > 0,
         worker_init_fn=_leave_sigterm_to_main_process,
         # A generator of its own: else each epoch would draw from the global one, and evaluation change training.

@@ -32,8 +32,6 @@ def open_dataset(
     config_name: str | None = None,
     revision: str | None = None,
     named_splits: tuple[str, ...] = (),
-    cache_dir: str | None = None,
-    token: str | None = None,
 ) -> dict[str, Dataset]:
     """Open a data set, whatever it is, as one `datasets.Dataset` per split.
 
@@ -43,8 +41,6 @@ def open_dataset(
         config_name: Configuration of a Hub or parquet data set that has several.
         revision: Revision on the Hub.
         named_splits: Names that the user gave to splits; they mark folders of these names as split folders.
-        cache_dir: Cache of `datasets`, its default if not given.
-        token: Hub token for private data sets.
 
     Returns:
         Split name to data set. Images of a folder are referred to by path, class names are those of all its splits.
@@ -57,18 +53,18 @@ def open_dataset(
     if not path.exists():
         if dataset.startswith(('.', '/', '~', '\\')) or dataset.count('/') > 1 or dataset.endswith('.parquet'):
             raise FileNotFoundError(f'dataset={dataset!r}: no such file or folder')
-        return _load(dataset, config_name, revision=revision, cache_dir=cache_dir, token=token)
+        return _load(dataset, config_name, revision=revision)
     if revision is not None:
         raise ValueError(f'revision={revision!r} is for a data set on the Hub, and {dataset!r} is a local one')
     if path.is_file():
         if path.suffix != '.parquet':
             raise ValueError(f'dataset={dataset!r}: a single file must be parquet (*.parquet)')
-        return {'train': _read_parquet(path, cache_dir)}
+        return {'train': _read_parquet(path)}
     if any(path.glob('*.parquet')) or any(path.glob('*/*.parquet')):
         if glob.escape(str(path)) != str(path):
             raise ValueError(f'dataset={dataset!r}: `datasets` takes [, ] and * for wildcards; rename the folder')
         _check_same_classes(path)
-        return _load(str(path), config_name, cache_dir=_cache_of(path, cache_dir))
+        return _load(str(path), config_name, cache_dir=_cache_of(path))
     if config_name is not None:
         raise ValueError(f'config_name={config_name!r}: {dataset!r} is a folder of images, which has no configurations')
     return _open_folder(path, named_splits)
@@ -88,7 +84,7 @@ def _load(path: str, config_name: str | None, **kwargs: object) -> dict[str, Dat
     return {str(name): split for name, split in splits.items()}
 
 
-def _cache_of(path: Path, cache_dir: str | None) -> str:
+def _cache_of(path: Path) -> str:
     """Return a cache folder for the files as they are now.
 
     For a folder whose card names its files, `datasets` takes the path alone for the key, and goes on giving what lay
@@ -100,16 +96,16 @@ def _cache_of(path: Path, cache_dir: str | None) -> str:
     for file in sorted(file for file in path.rglob('*') if file.is_file()):
         status = file.stat()
         digest.update(os.fsencode(f'{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\0'))
-    return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f'local-{digest.hexdigest()[:16]}')
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f'local-{digest.hexdigest()[:16]}')
 
 
-def _read_parquet(path: Path, cache_dir: str | None) -> Dataset:
+def _read_parquet(path: Path) -> Dataset:
     from datasets import Dataset
     from datasets.exceptions import DatasetsError
 
     try:
         # `load_dataset('parquet')` would do the same and report the use of its module to the Hub.
-        return Dataset.from_parquet(glob.escape(str(path)), cache_dir=cache_dir)
+        return Dataset.from_parquet(glob.escape(str(path)))
     except (DatasetsError, ValueError) as error:
         raise ValueError(f'dataset={str(path)!r} could not be read: {error}') from error
 

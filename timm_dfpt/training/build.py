@@ -37,8 +37,6 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _LOCAL = 'local-dir:'
-# Assistants and early-stopped teachers teach by plain distillation; what differs is who teaches.
-_PLAIN_KD = ('kd', 'takd', 'eskd')
 
 
 def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
@@ -275,7 +273,7 @@ def create_task(
         'distill_loss_weight': config.distill_loss_weight,
         'task_loss_weight': config.task_loss_weight,
     }
-    if config.method in _PLAIN_KD:
+    if config.method == 'kd':
         # timm's own task, so that the baseline is not ours.
         return LogitDistillationTask(student, adapted, criterion, **common)
     if config.method == 'ctkd':
@@ -290,7 +288,7 @@ def _check_kd_loss(config: TrainConfig) -> None:
     if not config.kd_loss_kwargs:
         return
     loss = config.kd_loss if config.method in ('dfpt', 'dfpt+') else config.method
-    if loss not in KD_LOSSES or config.method in _PLAIN_KD:
+    if loss not in KD_LOSSES or config.method == 'kd':
         raise ValueError(f'kd_loss_kwargs={config.kd_loss_kwargs}: the loss of method={config.method} takes none.')
     logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     try:

@@ -41,8 +41,8 @@ _NOT_OPTIONS = ('method', 'baselines', 'seed')
 # What an arm may change. All the rest is what makes the students comparable: data, batches, student, epochs.
 _ARM_GROUPS = ('method', 'prompt path')
 _ARM_OPTIONS = (
-    'teacher', 'teacher_checkpoint', 'teacher_kwargs', 'early_teacher', 'assistants', 'opt', 'lr', 'momentum',
-    'weight_decay', 'clip_grad', 'sched', 'warmup_epochs', 'warmup_lr', 'min_lr', 'decay_milestones', 'decay_rate',
+    'teacher', 'teacher_checkpoint', 'teacher_kwargs', 'opt', 'lr', 'momentum', 'weight_decay',
+    'clip_grad', 'sched', 'warmup_epochs', 'warmup_lr', 'min_lr', 'decay_milestones', 'decay_rate',
 )  # fmt: skip
 
 

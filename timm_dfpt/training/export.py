@@ -11,7 +11,6 @@ from torch import nn
 from ..hub.prompt_path import save_prompt_path
 from ..hub.student import save_student
 from ..tasks.dfpt import DFPTDistillationTask
-from .chain import with_actual_teacher
 from .learner import Learner
 from .options import public_options
 from .report import measure_cost
@@ -56,7 +55,7 @@ def _export(
     models: dict[str, tuple[Any, list[nn.Parameter], str, list[Path]]] = {}
     if learner.teacher is not None:
         frozen = list(learner.teacher.parameters())
-        source = str(with_actual_teacher(config).teacher)
+        source = str(config.teacher)
         models['teacher'] = (learner.teacher_logits, frozen, source, _teacher_files(source))
         if isinstance(task, DFPTDistillationTask):
             save_prompt_path(

@@ -13,7 +13,7 @@ from .fields import checked, default_of, nearest
 __all__ = ['METHODS', 'TrainConfig', 'public_options', 'resolve_paths']
 
 METHODS = (
-    'supervised', 'kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm', 'ctkd', 'takd', 'eskd', 'dfpt', 'dfpt+',
+    'supervised', 'kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm', 'ctkd', 'dfpt', 'dfpt+',
 )  # fmt: skip
 _DUAL = ('dfpt', 'dfpt+')
 # What the student of a dual method learns from; of no use to others, as is all that is called prompt_*.
@@ -23,7 +23,7 @@ _NOT_NEGATIVE = ('warmup_epochs', 'distill_warmup_epochs', 'workers')
 _AUGMENTATIONS = (
     'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob'
 )  # fmt: skip
-_PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'early_teacher', 'student', 'prompt_path', 'output')
+_PATH_KEYS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path', 'output')
 # timm's, but for plateau: what a learning rate is must follow from the number of the update alone.
 _SCHEDULES = ('cosine', 'tanh', 'step', 'constant', 'multistep', 'poly', 'wsd', 'rsqrt', 'none')
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -82,8 +82,6 @@ class TrainConfig:
     teacher_checkpoint: str | None = _opt(None, 'safetensors file with weights for --teacher', 'models')
     teacher_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the teacher architecture', 'models')
     teacher_dtype: str = _opt('float32', 'dtype of the frozen weights', 'models', choices=('float32', 'bfloat16'))
-    assistants: list[str] = _opt([], 'takd: timm names of the teacher assistants, the largest first', 'models')
-    early_teacher: str | None = _opt(None, 'eskd: local-dir:folder of the early-stopped teacher', 'models')
     cache_teacher: bool = _opt(False, 'compute the teacher logits once; needs aug_cycle or no_aug', 'models')
     teacher_cache_dir: str = _opt('output/teacher-cache', 'where these logits are kept, for later runs too', 'models')
     student: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the student', 'models')
@@ -256,7 +254,7 @@ class TrainConfig:
                 raise ValueError('method=supervised trains without a teacher: leave --teacher out, or choose a method.')
             if self.baselines:
                 raise ValueError('baselines need a teacher beside them: choose another method than supervised.')
-        elif self.teacher is None and self.prompt_path is None and self.method != 'eskd':
+        elif self.teacher is None and self.prompt_path is None:
             raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
         if self.teacher_checkpoint and self.teacher is None:
             raise ValueError(
@@ -280,13 +278,6 @@ class TrainConfig:
             raise ValueError('freeze_prompt_path needs a tuned one to start from: name it with --prompt-path.')
         if (self.mixup or self.cutmix) and 'dkd' in (self.method, *self.baselines, self.kd_loss if dual else None):
             raise ValueError('dkd needs class indices and cannot be used with mixup or cutmix: set both to 0.')
-        if self.method == 'takd' and not self.assistants:
-            raise ValueError('method=takd needs teacher assistants: name them with --assistants, the largest first.')
-        if self.method == 'eskd' and self.early_teacher is None:
-            raise ValueError(
-                'method=eskd needs an early-stopped teacher: train the teacher with --export-epochs and name one of '
-                'its epochs, as --early-teacher local-dir:RUN/student-epoch20.'
-            )
         for method, options in self.method_options.items():
             known = [field.name for field in dataclasses.fields(self)]
             if method not in METHODS or not isinstance(options, dict) or not set(options) <= set(known):

@@ -13,8 +13,7 @@ import torch
 
 from ..hub.upload import check_repo_id
 from ..tasks.dfpt import DFPTDistillationTask
-from .build import check_source, create_mixup
-from .chain import assistant_configs, with_actual_teacher
+from .build import create_mixup
 from .cli import parse_config
 from .evaluate import evaluate
 from .export import export, export_student
@@ -28,8 +27,6 @@ from .sigterm import on_sigterm
 from .trainer import METRICS_FILE, NonFiniteLossError, Preempted, Trainer
 
 __all__ = ['EXIT_PREEMPTED', 'exit_code', 'main', 'run', 'train_side_by_side']
-
-_logger = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = 143
 """Exit code after SIGTERM and a checkpoint: 128 + 15, as the shell would say."""
@@ -159,26 +156,14 @@ def train_side_by_side(
         The learners in the order of `arms`, and the seconds that training took.
     """
     config, accelerator = setup.config, setup.accelerator
-    chain = [assistant for arm in arms.values() for assistant in assistant_configs(arm)]
-    for assistant in chain:
-        check_source('assistants', assistant.student)
-    if chain:
-        open_run_dir(config, run_dir, accelerator)
-    for assistant in chain:
-        if not Path(str(assistant.output), SUMMARY_FILE).is_file():
-            accelerator.print(f'teacher assistant {assistant.student}, taught by {assistant.teacher}')
-            try:
-                run(assistant, command)
-            except Preempted as stop:
-                raise Preempted(f'stopped by SIGTERM; continue with --output {run_dir} --resume') from stop
     learners = [setup.create_learner(name, arm) for name, arm in arms.items()]
     first = learners[0]
     if isinstance(first.task, DFPTDistillationTask):
         accelerator.print(first.task.teacher.summary())
     if first.teacher is not None:
         before = evaluate(lambda x: {'teacher': first.teacher_logits(x)}, setup.loaders['val'], accelerator)
-        name, top1 = with_actual_teacher(first.config).teacher, before['teacher']['top1']
-        accelerator.print(f'teacher {name}: {top1:.2f}% top-1 on the validation data')
+        top1 = before['teacher']['top1']
+        accelerator.print(f'teacher {first.config.teacher}: {top1:.2f}% top-1 on the validation data')
     teacher_cache = setup.open_teacher_cache(first)
     open_run_dir(config, run_dir, accelerator)
     accelerator.print(f'run folder: {run_dir}')

@@ -1,7 +1,6 @@
 """What a run needs beside what it trains: devices, data, and teachers that are loaded once."""
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -16,7 +15,6 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from timm.task import TrainingTask
 from torch import nn
 
 from ..data.augment import AugmentConfig
@@ -31,7 +29,6 @@ from .build import (
     resolve_input_config,
     wrap_teacher,
 )
-from .chain import with_actual_teacher
 from .evaluate import evaluate_together
 from .learner import Learner
 from .options import TrainConfig
@@ -111,25 +108,25 @@ class RunSetup:
         set_seed(config.seed)
         student = create_student(config, self.data.num_classes, self.data.class_names, self.input_config)
         task = create_task(config, student, teacher, self.input_config, self.accelerator)
-        if config.batch_size == self.accelerator.num_processes:
-            _check_takes_one_image(config, task, self.input_config)
         updates_per_epoch = -(-len(self.loaders['train']) // config.grad_accum_steps)
-        return Learner(name, config, task, self.accelerator, updates_per_epoch)
+        learner = Learner(name, config, task, self.accelerator, updates_per_epoch)
+        if config.batch_size == self.accelerator.num_processes:
+            _refuse_batch_norm(config, learner)
+        return learner
 
     def _teacher(self, config: TrainConfig) -> nn.Module | None:
         if config.method == 'supervised':
             return None
-        actual = with_actual_teacher(config)
-        source = [actual.teacher or actual.prompt_path, actual.teacher_checkpoint, actual.teacher_kwargs]
-        key = json.dumps([*source, actual.teacher_dtype], default=str)
+        source = [config.teacher or config.prompt_path, config.teacher_checkpoint, config.teacher_kwargs]
+        key = json.dumps([*source, config.teacher_dtype], default=str)
         if key not in self._teachers:
-            if actual.teacher is None:
+            if config.teacher is None:
                 # The prompt path knows its teacher.
-                self._teachers[key] = load_prompt_path(str(actual.prompt_path)).unwrap()
+                self._teachers[key] = load_prompt_path(str(config.prompt_path)).unwrap()
             else:
-                teacher = create_teacher(actual, self.data.class_names)
+                teacher = create_teacher(config, self.data.class_names)
                 # Blocks, heads and students stay in float32: only what is frozen is converted.
-                self._teachers[key] = teacher.to(getattr(torch, actual.teacher_dtype))
+                self._teachers[key] = teacher.to(getattr(torch, config.teacher_dtype))
         return self._teachers[key]
 
     def open_teacher_cache(self, learner: Learner) -> TeacherCache | None:
@@ -224,21 +221,14 @@ def _check_batch_size(config: TrainConfig, processes: int) -> None:
         )
 
 
-def _check_takes_one_image(config: TrainConfig, task: TrainingTask, input_config: Mapping[str, Any]) -> None:
-    """Prove that a step of one image a process works, before anything is written."""
-    # A copy: batch statistics see what is tried.
-    trial: Any = copy.deepcopy(task).cpu()
-    trial.get_trainable_module().train()
-    if config.freeze_prompt_path:
-        trial.teacher.prompt_path.eval()
-    try:
-        with torch.no_grad():
-            trial(torch.zeros(1, *input_config['input_size']), torch.zeros(1, dtype=torch.long))
-    except ValueError as error:
+def _refuse_batch_norm(config: TrainConfig, learner: Learner) -> None:
+    """Refuse BatchNorm in training: of one image per process it has no statistics."""
+    learner.train()
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in learner.module.modules()):
         raise ValueError(
-            f'batch_size={config.batch_size} is one image a process, and BatchNorm needs more ({error}): choose a '
-            '--batch-size of 2 images or more a process.'
-        ) from error
+            f'batch_size={config.batch_size} is one image per process, and BatchNorm needs more: choose a --batch-size '
+            'of at least 2 images per process.'
+        )
 
 
 def _load_data(config: TrainConfig) -> DataSplits:

@@ -1,15 +1,13 @@
-"""Rivals end to end through the main job: who teaches whom, and what a method is given."""
+"""Baselines end to end through the main job: who teaches whom, and what a method is given."""
 import json
 from pathlib import Path
 
 import pytest
 
-from timm_dfpt.training.chain import assistant_configs, with_actual_teacher
 from timm_dfpt.training.cli import build_parser, load_recipe, resolve_config
 from timm_dfpt.training.options import METHODS, TrainConfig
 from timm_dfpt.training.run import main, run
 from timm_dfpt.training.setup import RunSetup
-from timm_dfpt.training.trainer import Trainer
 
 STUDENT = ['--student', 'resnet18', '--student-kwargs', 'layers=[1, 1, 1, 1]', 'channels=[8, 8, 16, 16]']
 
@@ -48,58 +46,15 @@ def test_students_of_given_epochs_are_kept(early):
     assert record['metrics']['val'] == first['supervised']['val']['student']
 
 
-def test_early_stopped_teacher_teaches_by_plain_distillation(tiny, early, tmp_path):
-    source = f'local-dir:{early / "student-epoch1"}'
-    assert main(argv(tiny, tmp_path / 'eskd', '--method', 'eskd', '--early-teacher', source)) == 0
-    assert main(argv(tiny, tmp_path / 'kd', '--method', 'kd', '--teacher', source)) == 0
-    assert main(argv(tiny, tmp_path / 'full', '--method', 'kd', *teacher(tiny))) == 0
-    assert weights(tmp_path / 'eskd' / 'student') == weights(tmp_path / 'kd' / 'student')
-    assert weights(tmp_path / 'eskd' / 'student') != weights(tmp_path / 'full' / 'student')
-
-
-class Killed(BaseException):
-    pass
-
-
-def test_assistants_are_a_chain_that_resumes(tiny, tmp_path, monkeypatch):
-    folder = tmp_path / 'takd'
-    arguments = argv(
-        tiny, folder, '--method', 'takd', *teacher(tiny), '--assistants', 'test_resnet', 'cifar_resnet8'
-    )  # fmt: skip
-    steps, step = [], Trainer._step
-    with monkeypatch.context() as patch:
-
-        def killed(self, *args):
-            steps.append(1)
-            # In the second epoch of the second assistant: an epoch has 6 batches.
-            if len(steps) == 20:
-                raise Killed
-            return step(self, *args)
-
-        patch.setattr(Trainer, '_step', killed)
-        with pytest.raises(Killed):
-            main(arguments)
-    first = folder / 'assistants' / '0' / 'student' / 'model.safetensors'
-    trained = first.stat().st_mtime_ns
-    assert main([*arguments, '--resume']) == 0
-    assert first.stat().st_mtime_ns == trained
-    # The same, by hand.
-    by_hand = [teacher(tiny)[1], f'local-dir:{tmp_path / "a0" / "student"}', f'local-dir:{tmp_path / "a1" / "student"}']
-    common = [*tiny.common(Path('unused')), '--dataset', str(tiny.data), '--epochs', '2', '--method', 'kd']
-    for i, name in enumerate(('test_resnet', 'cifar_resnet8')):
-        assert main([*common, '--student', name, '--teacher', by_hand[i], '--output', str(tmp_path / f'a{i}')]) == 0
-        assert weights(folder / 'assistants' / str(i) / 'student') == weights(tmp_path / f'a{i}' / 'student')
-    assert main(argv(tiny, tmp_path / 'last', '--method', 'kd', '--teacher', by_hand[2])) == 0
-    assert weights(folder / 'student') == weights(tmp_path / 'last' / 'student')
-    assert json.loads((folder / 'summary.json').read_text())['models']['teacher']['name'] == by_hand[2].replace(
-        str(tmp_path / 'a1'), str(folder / 'assistants' / '1')
-    )
-
-
-def test_other_methods_have_no_assistants(tiny, tmp_path):
-    config = config_of(argv(tiny, tmp_path, '--method', 'kd', *teacher(tiny), '--assistants', 'test_resnet'))
-    assert assistant_configs(config) == []
-    assert with_actual_teacher(config) is config
+def test_a_student_of_an_epoch_and_a_trained_assistant_can_teach(tiny, early, tmp_path):
+    """ESKD and TAKD as docs/ZOO.md shows them: plain KD with another teacher."""
+    sources = {'full': f'local-dir:{tiny.teacher}', 'early': f'local-dir:{early / "student-epoch1"}'}
+    sources['assistant'] = f'local-dir:{tmp_path / "full" / "student"}'
+    for name, source in sources.items():
+        assert main(argv(tiny, tmp_path / name, '--method', 'kd', '--teacher', source, '--epochs', '1')) == 0
+        summary = json.loads((tmp_path / name / 'summary.json').read_text())
+        assert summary['models']['teacher']['name'] == source
+    assert len({weights(tmp_path / name / 'student') for name in sources}) == 3
 
 
 @pytest.fixture(scope='module')
@@ -137,10 +92,6 @@ def test_weight_of_the_teacher_grows(tiny, tmp_path):
 @pytest.mark.parametrize(
     ('more', 'message'),
     [
-        (['--method', 'takd'], '--assistants'),
-        (['--method', 'eskd'], '--early-teacher'),
-        (['--method', 'eskd', '--early-teacher', 'local-dir:nowhere'], 'nowhere'),
-        (['--method', 'takd', '--assistants', 'resnot'], 'resnot'),
         (['--method', 'kd', '--export-epochs', '3'], 'export_epochs'),
         (['--method', 'kd', '--kd-loss-kwargs', 'beta=2'], 'takes none'),
         (['--method', 'dkd', '--kd-loss-kwargs', 'bet=2'], "'bet'"),
@@ -223,8 +174,6 @@ def test_options_of_a_method_count_for_it_alone(recipe):
     # From one to the other nothing is left of the first, and back again.
     for method, expected in (('kd', kd), ('dkd', dkd)):
         for other in METHODS:
-            if other in ('takd', 'eskd'):
-                continue
             given = [] if other == 'supervised' else ['--baselines']
             start = config_of(['--method', other, *given], recipe)
             start.teacher = 'resnet34' if other != 'supervised' else None
