@@ -1,4 +1,4 @@
-"""One thread a test process: pytest-xdist runs one process a core, and more threads would only fight."""
+"""One thread per test process: pytest-xdist runs one process per core, and more threads would only fight."""
 import atexit
 import os
 import shutil
@@ -18,7 +18,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+if os.environ.get('TEST_WITHOUT_ONEDNN'):
+    # torch has no variable of its own for it; see .ci/kernels.
+    torch.backends.mkldnn.set_flags(_enabled=False)
 
 
 def _forget() -> None:

@@ -294,9 +294,11 @@ def test_fused_optimizers_follow_the_loop(make_accelerator):
 
 
 def test_bfloat16_follows_float32(make_accelerator):
-    single = steps(dual_learner(make_accelerator()), 12)
-    half = steps(dual_learner(make_accelerator(mixed_precision='bf16'), mixed_precision='bf16'), 12)
-    assert_bfloat16_follows_float32(half, single)
+    def make(precision):
+        return dual_learner(make_accelerator(mixed_precision=precision), mixed_precision=precision)
+
+    # See test_numerics_methods.py for the size.
+    assert_bfloat16_follows_float32(make, batches_of(Batches(4 * BATCH, size=64), range(4)))
 
 
 def test_only_what_is_trained_is_in_the_module(make_accelerator):

@@ -1,13 +1,18 @@
 """The rivals of DFPT-KD in bfloat16, against float32 and against their formula in float64."""
+import functools
+
 import pytest
 import torch
-from learner_steps import BATCH, CLASSES, SIZE, assert_bfloat16_follows_float32, make_student, steps_on
+from learner_steps import BATCH, CLASSES, assert_bfloat16_follows_float32, make_student
 
 from timm_dfpt.training.build import create_task
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.options import TrainConfig
 
-STEPS = 12
+BATCHES = 4
+# So large that the last stage has 2 x 2 pixels: for a 3 x 3 convolution with a stride of 2 over a single one, oneDNN's
+# AVX-512 kernel in bfloat16 returns a gradient with values that it never wrote (torch 2.14 on an AMD EPYC).
+SIZE = 64
 INPUT = {'input_size': (3, SIZE, SIZE), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
 METHODS = ['kd', 'dkd', 'ctkd']
 
@@ -33,7 +38,7 @@ def make_learner(make_accelerator):
 
 def batches():
     generator = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
+    for _ in range(BATCHES):
         yield (
             torch.randn(BATCH, 3, SIZE, SIZE, generator=generator),
             torch.randint(CLASSES, (BATCH,), generator=generator),
@@ -42,14 +47,14 @@ def batches():
 
 @pytest.mark.parametrize('method', METHODS)
 def test_bfloat16_follows_float32(make_learner, method):
-    single, half = (steps_on(make_learner(method, precision), batches()) for precision in ('no', 'bf16'))
-    assert_bfloat16_follows_float32(half, single)
+    assert_bfloat16_follows_float32(functools.partial(make_learner, method), batches())
 
 
 def divergence(student, teacher, temperature):
-    """T^2 KL(teacher || student), in float64."""
+    """T^2 KL(teacher || student) in float64, and how far off float32 may be: a few units in the last place."""
     p, q = (logits.double().div(temperature).log_softmax(1) for logits in (teacher, student))
-    return float(temperature**2 * (p.exp() * (p - q)).sum(1).mean())
+    off = 4 * torch.finfo(torch.float32).eps * max(p.abs().max(), q.abs().max())
+    return tuple(float(temperature**2 * value) for value in ((p.exp() * (p - q)).sum(1).mean(), off))
 
 
 @pytest.mark.parametrize('method', ['kd', 'ctkd'])
@@ -64,10 +69,10 @@ def test_the_term_itself_is_computed_in_float32(make_learner, method):
     student = result['output']
     assert torch.equal(student, student.bfloat16().float())
     temperature = float(result.get('temperature', 4.0))
-    expected = divergence(student, teacher, temperature)
+    expected, off = divergence(student, teacher, temperature)
     assert expected > 0.05
-    assert float(result['kd_loss']) == pytest.approx(expected, rel=2e-6)
+    assert float(result['kd_loss']) == pytest.approx(expected, abs=off)
     # What bfloat16 in the softmax would do is far outside of that.
     p, q = ((logits / temperature).bfloat16().log_softmax(1).double() for logits in (teacher, student))
     rounded = float(temperature**2 * (p.exp() * (p - q)).sum(1).mean())
-    assert rounded != pytest.approx(expected, rel=2e-4)
+    assert rounded != pytest.approx(expected, abs=10 * off)
