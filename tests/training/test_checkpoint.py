@@ -15,7 +15,6 @@ from timm_dfpt.training.checkpoint import (
     remove_leftovers,
     restore_checkpoint,
     save_checkpoint,
-    write_atomic,
 )
 
 PROGRESS = {'epoch': 3, 'sums': [{'a/loss': [0.1 + 0.2, 7]}]}
@@ -161,11 +160,3 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.is_file()) == [
         'checkpoints/step-00000001/file', 'student/file',
     ]  # fmt: skip
-
-
-def test_a_write_that_fails_leaves_the_old_content(tmp_path):
-    (tmp_path / 'file').write_bytes(b'old')
-    (tmp_path / 'file.incomplete').mkdir()
-    with pytest.raises(OSError):
-        write_atomic(tmp_path / 'file', b'new')
-    assert (tmp_path / 'file').read_bytes() == b'old'

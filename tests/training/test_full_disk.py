@@ -64,6 +64,7 @@ def test_what_is_exported(tmp_path, write):
     with room_for(2_000), pytest.raises(OSError, match=rf'{re.escape(str(path))}.* cannot be written: .*--resume'):
         write(path)
     assert path.read_text() == 'old'
+    assert not list(path.parent.glob('*.incomplete'))
     write(path)
     assert path.stat().st_size > 2_000
 
@@ -73,7 +74,8 @@ def test_a_run_that_finds_no_room_to_begin(tiny, tmp_path):
     argv = [*tiny.argv(tmp_path / 'run', '--epochs', '1'), '--resume']
     job = Job(argv, tmp_path / 'log', file_bytes=2_000)
     assert job.wait() == [1], job.output()
-    assert re.search(rf"error: '{re.escape(str(tmp_path))}/run' cannot be written: .*Make room", job.output())
+    path = re.escape(str(tmp_path / 'run' / 'config.yaml'))
+    assert re.search(rf"error: '{path}' cannot be written: .*Make room", job.output())
     assert 'Traceback' not in job.output()
     job = Job(argv, tmp_path / 'room.log')
     assert job.wait() == [0], job.output()
@@ -105,7 +107,7 @@ def test_the_room_for_a_teachers_logits_is_taken_at_once(tmp_path, monkeypatch, 
 
 def test_no_room_for_a_teachers_logits(tmp_path):
     cache = make_cache(tmp_path / 'cache')
-    message = rf'{re.escape(str(cache.path))}. of 2 MiB cannot be written: .*--teacher-cache-dir'
+    message = rf'{re.escape(str(cache.path))}. cannot be written: .* 2 MiB: .*--teacher-cache-dir'
     with room_for(100_000), pytest.raises(OSError, match=message):
         cache.put(0, torch.tensor([3]), torch.randn(1, 500))
     assert not list((tmp_path / 'cache').iterdir())

@@ -15,15 +15,19 @@ from safetensors.torch import load_file, save_file
 __all__ = [
     'MAX_JSON_BYTES',
     'TensorSpec',
+    'atomic',
     'check_tensors',
     'read_json',
     'read_specs',
     'read_tensors',
+    'sync',
     'write_json',
     'write_tensors',
+    'write_text',
     'writing',
 ]
 
+_REMEDY = 'Make room or repair the disk, then save again: a run goes on with --resume.'
 # A config with the names and descriptions of 22,000 classes has some 2 MB.
 MAX_JSON_BYTES = 16 * 2**20
 _MAX_TENSORS = 100_000
@@ -73,8 +77,17 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
         ValueError: A number in it is not finite.
     """
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + '\n'
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding='utf-8')
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, completely or not at all.
+
+    Raises:
+        OSError: If it cannot be written; the message names the file and the remedy.
+    """
+    with atomic(path) as temporary:
+        temporary.write_bytes(text.encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -88,7 +101,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     plain = {name: _plain_copy(tensor) for name, tensor in tensors.items()}
     _check_finite(path.name, plain)
-    with _replacing(path) as temporary:
+    with atomic(path) as temporary:
         # transformers refuses a file that does not say for which framework it is.
         save_file(plain, temporary, metadata={'format': 'pt'})
 
@@ -98,31 +111,54 @@ def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place at the end, or disappears after an error."""
-    temporary = path.with_name(f'.{path.name}.incomplete')
+def atomic(path: Path, remedy: str = _REMEDY) -> Iterator[Path]:
+    """Yield a temporary path to write to, which takes the place of `path` at the end, or is removed after an error.
+
+    A reader, or a crash of the process or the machine, sees the old content or the new, never a part.
+
+    Args:
+        path: The file; its folder exists.
+        remedy: What to do about a full disk, for the message.
+
+    Raises:
+        OSError: If the file cannot be written; the message names it and the remedy.
+    """
+    # Several processes may write the same file, each aside of the others.
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.incomplete')
     try:
-        with writing(path):
+        with writing(path, remedy):
             yield temporary
+            sync(temporary)
             os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Let an error of a disk that is full or broken say what was being written and what to do about it.
+def writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
+    """Let an error of a full or broken disk say what was being written and what to do about it.
 
     Raises:
-        OSError: What is done in the context cannot be written.
+        OSError: If what is done in the context cannot be written.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OSError(
-            f'{str(path)!r} cannot be written: {error}. Make room or repair the disk, then save again: a run goes on '
-            'with --resume.'
-        ) from error
+        raise OSError(f'{str(path)!r} cannot be written: {error}. {remedy}') from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    if os.name == 'nt' and path.is_dir():
+        # Windows opens no folders.
+        return
+    # Windows flushes only what is open for writing.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_specs(path: Path) -> dict[str, TensorSpec]:

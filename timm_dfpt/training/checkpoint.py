@@ -20,11 +20,11 @@ from safetensors.torch import load_model, save_model
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..hub.files import writing
+from ..hub.files import sync
 from .origin import changes
 from .sharding import load_optimizer_state, load_weights, optimizer_state, whole_weights
 
-__all__ = ['latest_checkpoint', 'remove_leftovers', 'restore_checkpoint', 'save_checkpoint', 'write_atomic']
+__all__ = ['latest_checkpoint', 'remove_leftovers', 'restore_checkpoint', 'save_checkpoint']
 
 _logger = logging.getLogger(__name__)
 
@@ -35,38 +35,6 @@ _INCOMPLETE = '.incomplete'
 _NAME = re.compile(r'step-(\d{8})')
 # What writing to a full disk ends in: torch's zip writer and safetensors have errors of their own.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
-
-    Raises:
-        OSError: It cannot be written; the message names it and what to do.
-    """
-    with writing(path):
-        _write(path, data)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + _INCOMPLETE)
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(path: Path) -> str:
@@ -133,10 +101,10 @@ def _complete(folder: Path, modules: Mapping[str, nn.Module], progress: Mapping[
         save_model(module, str(folder / f'{name}.safetensors'))
     (folder / _PROGRESS).write_text(json.dumps(progress), encoding='utf-8')
     files = sorted(p for p in folder.rglob('*') if p.is_file())
-    for path in (*files, *(p for p in folder.rglob('*') if p.is_dir())):
-        _fsync(path)
     checksums = {str(p.relative_to(folder)): _checksum(p) for p in files}
-    _write(folder / _MANIFEST, json.dumps(checksums, indent=1).encode())
+    (folder / _MANIFEST).write_text(json.dumps(checksums, indent=1), encoding='utf-8')
+    for path in (*folder.rglob('*'), folder):
+        sync(path)
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -146,12 +114,12 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     """
     old = final.with_name(f'{final.name}.old{_INCOMPLETE}')
     # The new one must be known to the disk before the old one is not.
-    _fsync(final.parent)
+    sync(final.parent)
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
     os.replace(temporary, final)
-    _fsync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

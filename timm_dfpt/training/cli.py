@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..hub.files import write_text
 from .fields import add_argument, default_of, nearest
 from .options import METHODS, TrainConfig, resolve_paths
 
@@ -72,9 +73,7 @@ def _joined_method_options(inherited: Mapping[str, Any], values: Mapping[str, An
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write the resolved configuration as a recipe that `load_recipe` reads, whole or not at all."""
-    temporary = Path(f'{path}.incomplete')
-    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding='utf-8')
-    temporary.replace(path)
+    write_text(Path(path), yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 class _Parser(argparse.ArgumentParser):

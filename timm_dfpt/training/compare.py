@@ -17,8 +17,7 @@ import yaml
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..hub.files import writing
-from .checkpoint import write_atomic
+from ..hub.files import write_text, writing
 from .cli import build_parser, resolve_config
 from .compare_report import markdown_table, plot_comparison
 from .export import export
@@ -201,7 +200,7 @@ def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool, accelerator: A
     if accelerator.is_main_process and not resume:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(given, indent=2) + '\n').encode())
+        write_text(path, json.dumps(given, indent=2) + '\n')
     accelerator.wait_for_everyone()
 
 
@@ -305,6 +304,6 @@ def _collect(
 
 
 def _write(folder: Path, result: Mapping[str, Any]) -> None:
-    write_atomic(folder / 'compare.json', (json.dumps(result, indent=2) + '\n').encode())
-    write_atomic(folder / 'compare.md', (markdown_table(result) + '\n').encode())
+    write_text(folder / 'compare.json', json.dumps(result, indent=2) + '\n')
+    write_text(folder / 'compare.md', markdown_table(result) + '\n')
     plot_comparison(result, [folder / f'seed-{seed}' for seed in result['seeds']], folder / 'compare.png')

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..hub.files import writing
-from .checkpoint import write_atomic
+from ..hub.files import atomic, write_text
 
 __all__ = ['closing_table', 'measure_cost', 'plot_curves', 'save_figure', 'verdicts', 'write_summary']
 
@@ -117,7 +116,7 @@ def _si(value: float) -> str:
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`."""
-    write_atomic(path, (json.dumps({'format_version': SUMMARY_FORMAT, **summary}, indent=2) + '\n').encode())
+    write_text(path, json.dumps({'format_version': SUMMARY_FORMAT, **summary}, indent=2) + '\n')
 
 
 def plot_curves(metrics_file: Path, path: Path, title: str) -> None:
@@ -172,9 +171,7 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
     """
     from matplotlib import pyplot as plt
 
-    temporary = path.with_name(path.name + '.incomplete')
-    with writing(path):
+    with atomic(path) as temporary:
         # Without metadata two equal runs write equal files.
         figure.savefig(temporary, format='png', dpi=dpi, metadata={'Software': None})
-        plt.close(figure)
-        temporary.replace(path)
+    plt.close(figure)

@@ -83,7 +83,7 @@ def open_run_dir(config: TrainConfig, path: Path, accelerator: Accelerator) -> N
     if accelerator.is_main_process:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            if not (path / CONFIG_FILE).is_file():
-                save_config(config, path / CONFIG_FILE)
-            (path / METRICS_FILE).touch()
+        if not (path / CONFIG_FILE).is_file():
+            save_config(config, path / CONFIG_FILE)
+        (path / METRICS_FILE).touch()
     accelerator.wait_for_everyone()

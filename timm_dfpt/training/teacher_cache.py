@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..hub.base import fingerprint
+from ..hub.files import atomic
 from .options import TrainConfig
 
 __all__ = ['TeacherCache', 'cache_key', 'check_exact']
@@ -163,20 +164,16 @@ class TeacherCache:
         }
         text = json.dumps(header).encode()
         text += b' ' * (-len(text) % 8)
-        temporary = self.path.with_name(f'{self.path.name}.{os.getpid()}.incomplete')
         count = size + variants * rows
-        try:
+        remedy = (
+            f'The cache of the teacher takes {count / 2**20:,.0f} MiB: make room or name another --teacher-cache-dir, '
+            'or leave --cache-teacher out; then continue with --resume.'
+        )
+        with atomic(self.path, remedy) as temporary:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, 'wb') as file:
                 file.write(len(text).to_bytes(8, 'little') + text)
                 _reserve(file, count)
-            os.replace(temporary, self.path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise OSError(
-                f'cache_teacher: {str(self.path)!r} of {count / 2**20:,.0f} MiB cannot be written: {error}. Make room '
-                'or name another --teacher-cache-dir, or leave --cache-teacher out; then continue with --resume.'
-            ) from error
         self._open()
 
     def _open(self) -> None:
@@ -219,5 +216,3 @@ def _reserve(file: BinaryIO, count: int) -> None:
     # Not every file system and C library can do that.
     while count > 0:
         count -= file.write(bytes(min(count, 1 << 20)))
-    file.flush()
-    os.fsync(file.fileno())

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.seeding import derive_seed
-from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint, write_atomic
+from ..hub.files import write_text
+from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
 from .evaluate import evaluate
 from .learner import Learner
 from .options import TrainConfig
@@ -372,7 +373,7 @@ class Trainer:
 
     def _write_metrics(self) -> None:
         if self.accelerator.is_main_process:
-            write_atomic(self.run_dir / METRICS_FILE, ''.join(f'{line}\n' for line in self.progress.lines).encode())
+            write_text(self.run_dir / METRICS_FILE, ''.join(f'{line}\n' for line in self.progress.lines))
 
     def _averages(self) -> dict[str, nn.Module]:
         return {
