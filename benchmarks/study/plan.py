@@ -71,7 +71,7 @@ class Plan:
         return list(section['arms'])
 
     def options(self, cell: Cell) -> dict[str, Any]:
-        """Return the options of an arm as they are written down, `method` and `longer` among them.
+        """Return the options of an arm as they are written down, `method` and `longer` among them, but not `retired`.
 
         Those of `arms` count where the arm has none of its own. An arm `dfpt b=0` is a variant of the arm `dfpt` of its
         regime: what it does not say is as there.
@@ -82,7 +82,14 @@ class Plan:
             return {**self.values['arms'].get(name, {}), **regime['tune']['trials'][name][int(number)]}
         arms = regime['final']['arms']
         origin = cell.arm.split()[0]
-        return {**self.values['arms'].get(origin, {}), **(arms.get(origin) or {}), **(arms[cell.arm] or {})}
+        options = {**self.values['arms'].get(origin, {}), **(arms.get(origin) or {}), **(arms[cell.arm] or {})}
+        options.pop('retired', None)
+        return options
+
+    def is_retired(self, cell: Cell) -> bool:
+        """Say whether an arm has options that were removed, so that only the commit of its records can train it."""
+        arms = self.values['regimes'][cell.regime].get('final', {}).get('arms', {})
+        return bool((arms.get(cell.arm) or {}).get('retired')) and cell.phase == 'final'
 
     def arm(self, cell: Cell) -> tuple[Arm, float]:
         """Return an arm as the comparison takes it, and how many times as long as its regime it trains."""

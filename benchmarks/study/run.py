@@ -210,6 +210,8 @@ def _missing(plan: Plan, results: Path) -> dict[tuple[Any, ...], list[Cell]]:
     done = {(r['regime'], r['arm'], r['seed'], r['phase']) for r in read_records(results)}
     alike: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in plan.cells():
+        if plan.is_retired(cell):
+            continue
         alike.setdefault((cell.phase, cell.regime, cell.seed, plan.arm(cell)[1]), []).append(cell)
     # Counted over all of them, so that a group stays the same while others are recorded.
     groups = {
@@ -280,6 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cell = Cell(args.regime, args.arm, args.seed, args.phase)
     if cell not in set(plan.cells()):
         parser.error(f'{cell} is none of the study; see {args.plan}')
+    if plan.is_retired(cell):
+        parser.error(f'{cell} has options that were removed; train it at the commit that its record names')
     folder = work / 'runs' / 'single'
     shutil.rmtree(folder, ignore_errors=True)
     record = train_students(plan, [cell], folder)[0]

@@ -125,8 +125,8 @@ def test_a_variant_has_the_options_of_the_arm_it_varies(tmp_path: Path) -> None:
 
 def test_every_cell_of_the_study_is_a_valid_run(tmp_path: Path) -> None:
     plan = Plan(PLAN_FILE, tmp_path)
-    cells = list(plan.cells())
-    assert len(set(cells)) == len(cells)
+    assert len(set(plan.cells())) == len(list(plan.cells()))
+    cells = [cell for cell in plan.cells() if not plan.is_retired(cell)]
     for cell in {(cell.regime, cell.phase, cell.arm): cell for cell in cells}.values():
         config = plan.config(cell, tmp_path)
         arm, longer = plan.arm(cell)
@@ -137,6 +137,19 @@ def test_every_cell_of_the_study_is_a_valid_run(tmp_path: Path) -> None:
     # Names of runs that are trained together are names of folders.
     for group in run._missing(plan, tmp_path).values():
         assert len({plan.arm(cell)[0].name for cell in group}) == len(group)
+
+
+def test_retired_arms_are_listed_and_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    final = {'seeds': [100], 'arms': {'kd': None, 'kd old': {'gone': 1, 'retired': True}}}
+    plan = plan_of(tmp_path, final=final)
+    cell = Cell('tiny', 'kd old', 100, 'final')
+    assert cell in plan.cells()
+    assert plan.options(cell) == {'method': 'kd', 'temperature': 4, 'gone': 1}
+    assert not any(cell in group for group in run._missing(plan, tmp_path).values())
+    again = ['--regime', 'tiny', '--arm', 'kd old', '--seed', '100', '--plan', str(tmp_path / 'plan.yaml')]
+    with pytest.raises(SystemExit):
+        run.main([*again, '--work', str(tmp_path)])
+    assert 'train it at the commit that its record names' in capsys.readouterr().err
 
 
 def test_no_image_is_chosen_from_and_reported_on(tmp_path: Path) -> None:

@@ -134,17 +134,15 @@ def weights_at_each_step(monkeypatch):
 
 def test_a_weight_with_an_end_moves_in_a_straight_line_from_the_first_update_to_the_last(train, monkeypatch):
     seen = weights_at_each_step(monkeypatch)
-    ends = ('--prompt-student-weight', '0', '--prompt-student-weight-end', '1', '--student-teacher-weight-end', '0.5')
-    train('moving', *ends, '--epochs', '2')
+    train('moving', '--student-prompt-weight', '0', '--student-prompt-weight-end', '0.5', '--epochs', '2')
     count = 2 * STEPS
-    assert [w.prompt_student for w in seen] == pytest.approx([i / (count - 1) for i in range(count)])
-    assert [w.student_teacher for w in seen] == pytest.approx([1 - 0.5 * i / (count - 1) for i in range(count)])
-    assert {(w.prompt_teacher, w.student_prompt) for w in seen} == {(1.0, 1.0)}
+    assert [w.student_prompt for w in seen] == pytest.approx([0.5 * i / (count - 1) for i in range(count)])
+    assert {(w.prompt_teacher, w.prompt_student, w.student_teacher) for w in seen} == {(1.0, 0.25, 1.0)}
 
 
 def test_an_end_equal_to_the_start_is_no_change(train):
     plain = train('plain')
-    moved = train('moved', '--prompt-student-weight-end', '0.25')
+    moved = train('moved', '--student-prompt-weight-end', '1')
     assert all(torch.equal(plain[key], moved[key]) for key in plain)
 
 

@@ -1,11 +1,10 @@
-"""Losses as free functions, one a formula: the logit losses of the literature, and both directions of DFPT-KD."""
+"""Losses as free functions, one per formula: the logit losses of the literature, and both directions of DFPT-KD."""
 
 from .dfpt import DFPTWeights, dfpt_losses
 from .logit import dist_loss, dkd_loss, kd_loss, logit_std_loss, ttm_loss
-from .registry import HARD_TARGET_KD_LOSSES, KD_LOSSES, KDLoss
+from .registry import KD_LOSSES, KDLoss
 
 __all__ = [
-    'HARD_TARGET_KD_LOSSES',
     'KD_LOSSES',
     'DFPTWeights',
     'KDLoss',

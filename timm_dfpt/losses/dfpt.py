@@ -1,4 +1,4 @@
-"""Losses of DFPT-KD: student and prompt path teach each other, and both hear the frozen teacher."""
+"""Losses of DFPT-KD: student and prompt path teach each other, and both are supervised by the frozen teacher."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from numbers import Real
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +25,7 @@ __all__ = ['DFPTWeights', 'dfpt_losses']
 
 @dataclasses.dataclass(frozen=True)
 class DFPTWeights:
-    """Weights of the six terms of DFPT-KD (arXiv 2506.18244). The values are ours, the paper's are not at hand.
+    """Weights of the six terms of DFPT-KD (arXiv 2506.18244). The values are ours: the paper's are not public.
 
     A name says who learns from whom: `prompt_teacher` is what the prompt path learns from the teacher.
 
@@ -39,8 +38,8 @@ class DFPTWeights:
         student_task: Weight of the student's loss on the labels.
 
     Raises:
-        TypeError: A weight is not a number.
-        ValueError: A weight is negative or not finite, or all of them are zero.
+        TypeError: If a weight is not a number.
+        ValueError: If a weight is negative or not finite, or if all of them are zero.
     """
 
     prompt_teacher: float = 1.0
@@ -68,7 +67,6 @@ def dfpt_losses(
     target: Tensor,
     *,
     temperature: float = 4.0,
-    prompt_temperature: float | None = None,
     weights: DFPTWeights = DFPTWeights(),  # noqa: B008 - frozen, so one instance can serve every call
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     kd_fn: KDLoss | None = None,
@@ -78,7 +76,7 @@ def dfpt_losses(
         L_prompt  = CE(z_p, y) + a T^2 KL(softmax(z_t/T) || softmax(z_p/T)) + b T^2 KL(softmax(z_s/T) || softmax(z_p/T))
         L_student = CE(z_s, y) + c T^2 KL(softmax(z_t/T) || softmax(z_s/T)) + d T^2 KL(softmax(z_p/T) || softmax(z_s/T))
 
-    Source: DFPT-KD, arXiv 2506.18244. Whoever is learned from is detached, so that the terms of the student give the
+    Source: DFPT-KD, arXiv 2506.18244. Targets are detached (stop-gradient), so that the terms of the student give the
     prompt path no gradient and the other way round: one backward of the sum trains both as two separate ones would.
     Half-precision logits are computed in float32 whatever the autocast, the loss on the labels included.
 
@@ -91,9 +89,7 @@ def dfpt_losses(
         teacher_logits: Logits of the original path z_t `[B, K]`; no gradient flows into them.
         target: Class indices `[B]` (int64) or class probabilities `[B, K]`, whatever `criterion` understands.
         temperature: Softmax temperature T > 0.
-        prompt_temperature: Another one (ours) for the two terms between student and prompt path, which is softer than
-            the teacher already; `None` for the same.
-        weights: Weights of the six terms. A term with weight 0 is left out of the graph and reported detached.
+        weights: Weights of the six terms. A term with weight 0 is not part of the loss and is reported detached.
         criterion: Loss on the labels, `(logits [B, K], target) -> scalar`.
         kd_fn: Loss of the four distillation terms in place of `T^2 KL`, called as
             `kd_fn(learner_logits, source_logits, target, temperature)` (see `KD_LOSSES`).
@@ -103,51 +99,61 @@ def dfpt_losses(
         `student_prompt_loss`, `prompt_task_loss`, `prompt_teacher_loss` and `prompt_student_loss`, all scalars.
 
     Raises:
-        TypeError: Logits, target, or temperature have the wrong type.
-        ValueError: Shapes or devices differ, a temperature is not positive and finite, or `kd_fn` needs class
-            indices and the target is soft.
+        TypeError: If logits, target, or temperature have the wrong type.
+        ValueError: If shapes or devices differ, if the temperature is not positive and finite, if `criterion` or
+            `kd_fn` do not return a scalar, or if `kd_fn` needs class indices and the target is soft.
     """
     check_logits(student_logits, prompt_logits=prompt_logits, teacher_logits=teacher_logits)
     check_target(target, student_logits)
-    between = temperature if prompt_temperature is None else prompt_temperature
-    for value in (temperature, between):
-        if isinstance(value, Tensor):
-            raise TypeError('temperature must be a number: a learned one would get the gradient of both directions.')
-        check_temperature(value)
+    if isinstance(temperature, Tensor):
+        raise TypeError('temperature must be a number: a learned one would get the gradient of both directions.')
+    check_temperature(temperature)
 
     with full_precision(student_logits):
-        logits = {
-            'student': upcast(student_logits),
-            'prompt': upcast(prompt_logits),
-            'teacher': upcast(teacher_logits).detach(),
-        }
-        log_probs: dict[tuple[str, float], Tensor] = {}
+        z_s, z_p, z_t = upcast(student_logits), upcast(prompt_logits), upcast(teacher_logits).detach()
+        s, p, t = z_s, z_p, z_t
         if kd_fn is None:
             # Each network takes part in several terms, so its log-softmax is computed once for all of them.
-            log_probs = {(k, temperature): F.log_softmax(v / temperature, dim=1) for k, v in logits.items()}
-            if between != temperature:
-                log_probs |= {(k, between): F.log_softmax(logits[k] / between, dim=1) for k in ('student', 'prompt')}
-        terms: dict[str, Tensor] = {}
-        parts: dict[str, Tensor] = {}
-        for name in (field.name for field in dataclasses.fields(weights)):
-            learner, source = name.split('_')
-            weight = getattr(weights, name)
-            t = temperature if 'teacher' in name else between
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-                if source == 'task':
-                    terms[name] = criterion(logits[learner], target)
-                elif kd_fn is not None:
-                    terms[name] = kd_fn(logits[learner], logits[source].detach(), target, t)
-                else:
-                    terms[name] = kl_from_log_probs(log_probs[learner, t], log_probs[source, t].detach()) * t**2
-            if terms[name].ndim != 0:
-                raise ValueError(
-                    f"{'criterion' if source == 'task' else 'kd_fn'} must return a scalar, got the shape "
-                    f"{list(terms[name].shape)}; average over the batch (reduction='mean')."
-                )
-            # A constant instead of 0 * term, which a term that is not finite would turn into NaN.
-            parts[name] = weight * terms[name] if weight > 0 else terms[name].new_zeros(())
+            s, p, t = (F.log_softmax(z / temperature, dim=1) for z in (z_s, z_p, z_t))
+
+        def distill(learner: Tensor, source: Tensor) -> Tensor:
+            if kd_fn is None:
+                return kl_from_log_probs(learner, source.detach()) * temperature**2
+            return _scalar('kd_fn', kd_fn(learner, source.detach(), target, temperature))
+
+        prompt_teacher = distill(p, t)
+        prompt_student = distill(p, s)
+        student_teacher = distill(s, t)
+        student_prompt = distill(s, p)
+        prompt_task = _scalar('criterion', criterion(z_p, target))
+        student_task = _scalar('criterion', criterion(z_s, target))
+
+        a, b, c, d = weights.prompt_teacher, weights.prompt_student, weights.student_teacher, weights.student_prompt
         # The two distillation terms are added first: equal ones then sum up without rounding, as 2 * kd would.
-        student = parts['student_task'] + (parts['student_teacher'] + parts['student_prompt'])
-        prompt = parts['prompt_task'] + (parts['prompt_teacher'] + parts['prompt_student'])
-    return {'loss': student + prompt, **{f'{name}_loss': value for name, value in terms.items()}}
+        prompt = _weigh(weights.prompt_task, prompt_task) + (_weigh(a, prompt_teacher) + _weigh(b, prompt_student))
+        student = _weigh(weights.student_task, student_task) + (_weigh(c, student_teacher) + _weigh(d, student_prompt))
+
+    terms = {
+        'prompt_teacher': prompt_teacher,
+        'prompt_student': prompt_student,
+        'student_teacher': student_teacher,
+        'student_prompt': student_prompt,
+        'prompt_task': prompt_task,
+        'student_task': student_task,
+    }
+    losses = {f'{name}_loss': term if getattr(weights, name) else term.detach() for name, term in terms.items()}
+    return {'loss': student + prompt, **losses}
+
+
+def _weigh(weight: float, term: Tensor) -> Tensor:
+    # A constant instead of 0 * term, which a term that is not finite would turn into NaN.
+    return weight * term if weight else term.new_zeros(())
+
+
+def _scalar(function: str, value: Tensor) -> Tensor:
+    if value.ndim != 0:
+        raise ValueError(
+            f'{function} must return a scalar, got the shape {list(value.shape)}; '
+            "average over the batch (reduction='mean')."
+        )
+    return value

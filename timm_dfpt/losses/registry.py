@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .logit import dist_loss, dkd_loss, kd_loss, logit_std_loss, ttm_loss
 
-__all__ = ['HARD_TARGET_KD_LOSSES', 'KD_LOSSES', 'KDLoss']
+__all__ = ['KD_LOSSES', 'KDLoss']
 
 KDLoss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """A loss `(student_logits [B, K], teacher_logits [B, K], target, temperature) -> scalar`."""
@@ -36,6 +36,3 @@ KD_LOSSES: dict[str, KDLoss] = {
     'wttm': partial(_without_target, ttm_loss, weighted=True),
 }
 """The losses by the names the command line gives them."""
-
-HARD_TARGET_KD_LOSSES: frozenset[str] = frozenset({'dkd'})
-"""Names in `KD_LOSSES` that need class indices and so refuse mixup and cutmix."""

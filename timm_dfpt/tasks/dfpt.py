@@ -82,7 +82,6 @@ class DFPTDistillationTask(TrainingTask):
         weights: Weights of the six terms.
         kd_loss: Name in `timm_dfpt.losses.KD_LOSSES` of the distillation loss; `'kd'` is the paper's.
         kd_loss_kwargs: Further arguments of that loss.
-        prompt_temperature: Another temperature for the two terms between student and prompt path, `None` for the same.
         input_config: What the loader gives: `input_size` `(C, H, W)`, `mean`, `std`. By default what the student's
             `pretrained_cfg` says.
         teacher_input_config: What the teacher was trained with; by default what its `pretrained_cfg` says.
@@ -109,7 +108,6 @@ class DFPTDistillationTask(TrainingTask):
         weights: DFPTWeights | None = None,
         kd_loss: str = 'kd',
         kd_loss_kwargs: Mapping[str, Any] | None = None,
-        prompt_temperature: float | None = None,
         input_config: Mapping[str, Any] | None = None,
         teacher_input_config: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
@@ -120,8 +118,6 @@ class DFPTDistillationTask(TrainingTask):
         if kd_loss not in KD_LOSSES:
             raise ValueError(f'kd_loss must be one of {sorted(KD_LOSSES)}, got {kd_loss!r}.')
         check_temperature(temperature)
-        if prompt_temperature is not None:
-            check_temperature(prompt_temperature)
         model = timm.create_model(teacher_model, pretrained=True) if isinstance(teacher_model, str) else teacher_model
         teacher = model if isinstance(model, DualForwardPathTeacher) else wrap(model)
         _check_num_classes(student_model, teacher)
@@ -132,7 +128,7 @@ class DFPTDistillationTask(TrainingTask):
             teacher_input_config or input_config_of(teacher.model),
         ).to(self.device)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-        self.temperature, self.prompt_temperature = temperature, prompt_temperature
+        self.temperature = temperature
         self.weights = weights or DFPTWeights()
         # None lets the losses share their log-softmaxes.
         self.kd_fn: Callable[..., torch.Tensor] | None = None
@@ -218,7 +214,6 @@ class DFPTDistillationTask(TrainingTask):
             teacher,
             target,
             temperature=self.temperature,
-            prompt_temperature=self.prompt_temperature,
             weights=self.weights,
             criterion=self.criterion,
             kd_fn=self.kd_fn,

@@ -263,7 +263,6 @@ def create_task(
             weights,
             config.kd_loss,
             config.kd_loss_kwargs,
-            config.prompt_temperature,
             input_config=input_config,
             **common,
         )

@@ -48,9 +48,6 @@ class TrainConfig:
     # --- method
     method: str = _opt('dfpt', 'what the student is trained with', 'method', choices=METHODS)
     temperature: float = _opt(4.0, 'softmax temperature T of every distillation term', 'method')
-    prompt_temperature: float | None = _opt(
-        None, 'dfpt: another T between student and prompt path (default: the same)', 'method'
-    )
     kd_loss: str = _opt(
         'kd', 'distillation loss of the four terms of dfpt and dfpt+', 'method',
         choices=('kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm'),
@@ -67,12 +64,9 @@ class TrainConfig:
     prompt_student_weight: float = _opt(0.25, 'dfpt: b, what the prompt path learns from the student', 'method')
     student_teacher_weight: float = _opt(1.0, 'dfpt: c, what the student learns from the teacher', 'method')
     student_prompt_weight: float = _opt(1.0, 'dfpt: d, what the student learns from the prompt path', 'method')
-    prompt_teacher_weight_end: float | None = _opt(
-        None, 'dfpt: value that a reaches in the last update, changing linearly (default: it is constant)', 'method'
+    student_prompt_weight_end: float | None = _opt(
+        None, 'dfpt: final value of d, linear from student_prompt_weight (default: constant)', 'method'
     )
-    prompt_student_weight_end: float | None = _opt(None, 'dfpt: the same of b', 'method')
-    student_teacher_weight_end: float | None = _opt(None, 'dfpt: the same of c', 'method')
-    student_prompt_weight_end: float | None = _opt(None, 'dfpt: the same of d', 'method')
     baselines: list[str] = _opt([], 'methods to train beside it, on the same batches', 'method', choices=METHODS)
     method_options: dict[str, Any] = _opt(
         {}, 'options that count for one method: {dkd: {temperature: 4}} (in recipes only)', 'method', recipe_only=True
@@ -203,8 +197,7 @@ class TrainConfig:
 
         for name in ('temperature', 'lr'):
             check(name, getattr(self, name) > 0, 'greater than 0')
-        for name in ('prompt_temperature', 'clip_grad'):
-            check(name, getattr(self, name) is None or getattr(self, name) > 0, 'greater than 0')
+        check('clip_grad', self.clip_grad is None or self.clip_grad > 0, 'greater than 0')
         check('prompt_lr', self.prompt_lr >= 0, '0 or greater')
         size = self.validation_batch_size
         check('validation_batch_size', size is None or size >= 1, 'at least 1')
@@ -213,8 +206,7 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             if field.name.endswith(('_weight', '_decay')) or field.name in _NOT_NEGATIVE:
                 check(field.name, getattr(self, field.name) >= 0, '0 or greater')
-            if field.name.endswith('_weight_end'):
-                check(field.name, (getattr(self, field.name) or 0) >= 0, '0 or greater')
+        check('student_prompt_weight_end', (self.student_prompt_weight_end or 0) >= 0, '0 or greater')
         for name in ('hflip', 'vflip', 'reprob', 'smoothing', 'mixup_prob', 'drop', 'model_ema_decay'):
             check(name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
         check('val_fraction', 0 < self.val_fraction < 1, 'between 0 and 1, both excluded')
@@ -300,9 +292,10 @@ class TrainConfig:
         """Refuse a student that has nothing to learn from."""
         if self.method == 'supervised':
             return
-        names = _DUAL_STUDENT_WEIGHTS if self.method in _DUAL else ('task_loss_weight', 'distill_loss_weight')
-        # Weights of dual methods may also end at another value than 0.
-        if not any(getattr(self, name) or getattr(self, f'{name}_end', None) for name in names):
+        dual = self.method in _DUAL
+        names = _DUAL_STUDENT_WEIGHTS if dual else ('task_loss_weight', 'distill_loss_weight')
+        grows = dual and self.student_prompt_weight_end
+        if not any(getattr(self, name) for name in names) and not grows:
             raise ValueError(f'{", ".join(names)} are all 0: the student has nothing to learn from. Raise one of them.')
 
     def _check_student_kwargs(self) -> None:
