@@ -215,6 +215,35 @@ class StagedNet(nn.Module):
             x = self.final(x)
         return x, intermediates
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes, in place, what the outputs of some stages do not need.
+
+        What follows the last stage asked for always goes, and the classifier with it.
+
+        Args:
+            indices: The last n stages for an int, else the stages with these indices.
+            prune_norm: Whether to remove the final norm, too.
+            prune_head: Whether to remove the pooling and the classifier, too.
+
+        Returns:
+            The indices of the stages asked for, from 0.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        ends_early = max_index < len(self.stages) - 1
+        # A final norm is part of the last stage's features; a final convolution only serves the head.
+        serves_head = not isinstance(self.final, (nn.BatchNorm2d, nn.Identity))
+        self.stages = self.stages[: max_index + 1]
+        if ends_early or prune_norm or (prune_head and serves_head):
+            self.final = nn.Identity()
+            if ends_early or serves_head:
+                self.num_features = self.head.in_features = self.feature_info[max_index]['num_chs']
+                prune_head = True
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Runs the trunk.
 
@@ -225,7 +254,7 @@ class StagedNet(nn.Module):
             Features, `[B, num_features, H / reduction, W / reduction]`.
         """
         x = self.stem(x)
-        if self.grad_checkpointing:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.stages, x, flatten=True)
         else:
             x = self.stages(x)
