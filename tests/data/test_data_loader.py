@@ -318,10 +318,10 @@ def test_bad_arguments_are_refused(train, name: str) -> None:
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'hflip': 1.1}, 'hflip=1.1'),
-        ({'reprob': -0.1}, 'reprob=-0.1'),
-        ({'crop_padding': -1}, 'crop_padding=-1'),
-        ({'train_crop_mode': 'ccc'}, "train_crop_mode='ccc'"),
+        ({'hflip': 1.1}, 'hflip must be at least 0 and at most 1, got 1.1'),
+        ({'reprob': -0.1}, 'reprob must be at least 0'),
+        ({'crop_padding': -1}, 'crop_padding must be at least 0'),
+        ({'train_crop_mode': 'ccc'}, "train_crop_mode must be one of rrc, rkrc, rkrr, got 'ccc'"),
         ({'scale': (0.5, 0.1)}, 'scale='),
         ({'ratio': (0.5,)}, 'ratio='),
         ({'crop_padding': 2, 'no_aug': True}, 'crop_padding=2 and no_aug'),

@@ -100,19 +100,19 @@ CASES = {
     'recipe with another unknown key': (lambda f: recipe(f, 'learning_rate: 3'), "unknown option 'learning_rate'"),
     'recipe that is a list': (lambda f: recipe(f, '- epochs'), 'must hold a mapping'),
     'recipe that is empty': (lambda f: recipe(f, ''), 'must hold a mapping'),
-    'recipe that is no YAML': (lambda f: recipe(f, 'a: [1'), 'no valid YAML'),
+    'recipe that is not YAML': (lambda f: recipe(f, 'a: [1'), 'not valid YAML'),
     'recipe that is not there': (['--config', 'nowhere.yaml'], "no file 'nowhere.yaml'"),
     'recipe with a word for a number': (lambda f: recipe(f, 'workers: many'), "workers must be int, got 'many'"),
     'recipe with yes for a number': (lambda f: recipe(f, 'workers: yes'), 'workers must be int, got True'),
     'recipe with an unknown choice': (lambda f: recipe(f, 'kd_loss: dkdd'), "Did you mean 'dkd'"),
-    'recipe with code': (lambda f: recipe(f, 'epochs: !!python/object/apply:os.getcwd []'), 'no valid YAML'),
+    'recipe with code': (lambda f: recipe(f, 'epochs: !!python/object/apply:os.getcwd []'), 'not valid YAML'),
     # ranges
     'temperature 0': (['--temperature', '0'], 'temperature must be greater than 0, got 0.0'),
     'temperature below 0': (['--temperature=-2'], 'temperature must be greater than 0, got -2.0'),
     'temperature nan': (['--temperature', 'nan'], 'temperature must be a finite number'),
     'temperature inf': (['--temperature', 'inf'], 'temperature must be a finite number'),
     **{
-        f'{name} below 0': ([f'--{name}=-1'], f'{name.replace("-", "_")} must be 0 or greater')
+        f'{name} below 0': ([f'--{name}=-1'], f'{name.replace("-", "_")} must be at least 0')
         for name in (
             'student-task-weight', 'prompt-task-weight', 'prompt-teacher-weight', 'prompt-student-weight',
             'student-teacher-weight', 'student-prompt-weight', 'task-loss-weight', 'distill-loss-weight',
@@ -126,25 +126,25 @@ CASES = {
             'batch-size', 'validation-batch-size', 'epochs', 'grad-accum-steps', 'checkpoint-hist', 'log-interval'
         )  # fmt: skip
     },
-    'flip above 1': (['--hflip', '1.5'], 'hflip must be between 0 and 1'),
-    'smoothing 1': (['--smoothing', '1'], 'smoothing must be less than 1'),
-    'validation share 1': (['--val-fraction', '1'], 'val_fraction must be between 0 and 1'),
+    'flip above 1': (['--hflip', '1.5'], 'hflip must be at least 0 and at most 1, got 1.5'),
+    'smoothing 1': (['--smoothing', '1'], 'smoothing must be at least 0 and less than 1'),
+    'validation share 1': (['--val-fraction', '1'], 'val_fraction must be greater than 0 and less than 1'),
     'validation batch below 0': (['--validation-batch-size=-3'], 'validation_batch_size must be at least 1, got -3'),
     **{
         f'crop share {value}': ([f'--crop-pct={value}'], f'crop_pct must be greater than 0 and at most 1, got {value}')
         for value in ('0.0', '3.0', '-1.0')
     },
     'warm-up longer than the run': (['--warmup-epochs', '4'], 'warmup_epochs must be at most epochs=3, got 4'),
-    'lr that ends higher': (['--min-lr', '0.1'], 'min_lr must be between 0 and lr=0.05, got 0.1'),
-    'momentum 5': (['--momentum', '5'], 'momentum must be 0 or greater and less than 1, got 5.0'),
-    'all dropped': (['--drop', '1'], 'drop must be less than 1, got 1.0'),
-    'more than all paths dropped': (['--drop-path', '2'], 'drop_path must be 0 or greater and less than 1, got 2.0'),
-    'no spread': (['--std', '0'], r'std must be greater than 0 in every channel, got \[0.0\]'),
-    'no spread in one channel': (['--std', '1', '0', '1'], 'std must be greater than 0 in every channel'),
-    'seed below 0': (['--seed=-1'], 'seed must be between 0'),
+    'lr that ends higher': (['--min-lr', '0.1'], 'min_lr must be at most lr=0.05, got 0.1'),
+    'momentum 5': (['--momentum', '5'], 'momentum must be at least 0 and less than 1, got 5.0'),
+    'all dropped': (['--drop', '1'], 'drop must be at least 0 and less than 1, got 1.0'),
+    'more than all paths dropped': (['--drop-path', '2'], 'drop_path must be at least 0 and less than 1, got 2.0'),
+    'no spread': (['--std', '0'], 'std must be greater than 0, got 0.0'),
+    'no spread in one channel': (['--std', '1', '0', '1'], 'std must be greater than 0, got 0.0'),
+    'seed below 0': (['--seed=-1'], 'seed must be at least 0 and at most 2147483647, got -1'),
     'clipping to 0': (['--clip-grad', '0'], 'clip_grad must be greater than 0'),
     'input of two numbers': (['--input-size', '16', '16'], 'input_size must be C H W'),
-    'input of 0': (['--input-size', '3', '0', '16'], 'input_size must be C H W'),
+    'input of 0': (['--input-size', '3', '0', '16'], 'input_size must be at least 1, got 0'),
     'input of 2 channels': (['--input-size', '2', '16', '16'], r'input_size=\(2, 16, 16\) must be \(1 or 3 channels'),
     'two means': (['--mean', '0.5', '0.5'], 'mean=.* must have 3 values'),
     # contradictions

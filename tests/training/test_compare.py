@@ -220,6 +220,7 @@ def test_arms_cannot_change_what_makes_them_comparable(option):
         (['--methods', 'kd', 'dist', '--seeds', '1', '--mixed-precision', 'fp16'], 'bf16'),
         (['--methods', 'kd', '--seeds', '1', '--resume'], 'holds no comparison'),
         (['--methods', 'kdd', '--seeds', '1'], "Did you mean 'kd'"),
+        (['--methods', 'kd', '--seeds', '1', '--prompt-norm', 'layer'], 'has no effect with method=kd'),
     ],
 )
 def test_bad_comparisons_end_in_one_line(more, message, tiny, tmp_path, capsys):

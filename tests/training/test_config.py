@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import yaml
 
-from timm_dfpt.training.cli import load_recipe, parse_config, save_config
+from timm_dfpt.training.cli import build_parser, load_recipe, parse_config, save_config
 from timm_dfpt.training.options import TrainConfig, public_options
 from timm_dfpt.training.run import main
 
@@ -64,3 +64,12 @@ def test_a_tracker_that_is_not_installed_is_not_left_out_in_silence(monkeypatch,
     assert main(argv) == 1
     assert 'pip install tensorboard' in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
+
+
+def test_the_help_shows_ranges_and_each_default_once():
+    shown = ' '.join(build_parser('').format_help().split())
+    assert 'momentum of the student (>= 0, < 1; default: 0.9)' in shown
+    assert 'stochastic depth rate of the student (>= 0, < 1; default: the model\'s own)' in shown
+    assert 'default: None' not in shown
+    options = [field for field in dataclasses.fields(TrainConfig) if not field.metadata.get('recipe_only')]
+    assert shown.count('(default: ') + shown.count('; default: ') == len(options)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch.nn import functional as F
 from torchvision import transforms
 
+from .checks import checked
 from .seeding import derive_seed
 
 __all__ = ['AugmentConfig', 'BatchTransform', 'create_transforms']
+
+
+def _probability(default: float) -> Any:
+    return dataclasses.field(default=default, metadata={'low': 0, 'high': 1})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,24 +40,20 @@ class AugmentConfig:
     """
 
     no_aug: bool = False
-    train_crop_mode: str | None = None
+    train_crop_mode: Literal['rrc', 'rkrc', 'rkrr'] | None = None
     scale: Sequence[float] | None = None
     ratio: Sequence[float] | None = None
-    hflip: float = 0.5
-    vflip: float = 0.0
+    hflip: float = _probability(0.5)
+    vflip: float = _probability(0.0)
     color_jitter: float | Sequence[float] | None = 0.4
     auto_augment: str | None = None
-    reprob: float = 0.0
-    crop_padding: int = 0
+    reprob: float = _probability(0.0)
+    crop_padding: int = dataclasses.field(default=0, metadata={'low': 0})
 
     def __post_init__(self) -> None:
-        for name in ('hflip', 'vflip', 'reprob'):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f'{name}={getattr(self, name)} must be a probability, from 0 to 1')
-        if self.crop_padding < 0:
-            raise ValueError(f'crop_padding={self.crop_padding} must not be negative')
-        if self.train_crop_mode not in (None, 'rrc', 'rkrc', 'rkrr'):
-            raise ValueError(f"train_crop_mode={self.train_crop_mode!r} must be 'rrc', 'rkrc' or 'rkrr'")
+        for field in dataclasses.fields(self):
+            if field.metadata or field.name == 'train_crop_mode':
+                checked(AugmentConfig, field, getattr(self, field.name))
         for name in ('scale', 'ratio'):
             bounds = getattr(self, name)
             if bounds is not None and not (len(bounds) == 2 and 0 < bounds[0] <= bounds[1]):

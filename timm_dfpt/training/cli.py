@@ -1,4 +1,4 @@
-"""Where options come from: a recipe, the command line, or both."""
+"""Options from a recipe, the command line, or both."""
 from __future__ import annotations
 
 import argparse
@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from ..data.checks import default_of, kind_of, nearest, range_of
 from ..hub.files import write_text
-from .fields import add_argument, default_of, nearest
 from .options import METHODS, TrainConfig, resolve_paths
 
 __all__ = ['build_parser', 'load_recipe', 'parse_config', 'resolve_config', 'save_config']
@@ -22,7 +22,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     """Read a recipe: a YAML mapping of options.
 
     Paths in it that start with `./` or `../` (also behind `local-dir:`) count from the recipe's own folder. The key
-    `base` names another recipe, from that folder too, whose options count where this one has none.
+    `base` names another recipe, from that folder too, whose options apply where this one has none.
 
     Args:
         path: The YAML file.
@@ -31,7 +31,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         The options.
 
     Raises:
-        ValueError: The file is missing, is no mapping, has a key that is no option, or is its own base.
+        ValueError: If the file is missing, is not a mapping, has an unknown option, or is its own base.
     """
     return _load_recipe(Path(path), ())
 
@@ -46,7 +46,7 @@ def _load_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f'config: {str(path)!r} is no valid YAML: {error}') from error
+        raise ValueError(f'config: {str(path)!r} is not valid YAML: {error}') from error
     if not isinstance(values, dict):
         raise ValueError(f'config: {str(path)!r} must hold a mapping of options, such as "epochs: 30".')
     base = values.pop(_BASE_KEY, None)
@@ -87,6 +87,46 @@ class _Parser(argparse.ArgumentParser):
         return found
 
 
+def _key_value(text: str) -> tuple[str, Any]:
+    """Read `key=value` of a command line, the value as YAML does.
+
+    Raises:
+        ArgumentTypeError: If there is no `=`.
+    """
+    key, separator, value = text.partition('=')
+    if not separator or not key:
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
+    return key, yaml.safe_load(value)
+
+
+def _add_argument(group: Any, field: dataclasses.Field[Any]) -> None:
+    """Add the argument of an option; what is not given leaves no trace in the result."""
+    flag = '--' + field.name.replace('_', '-')
+    kind, default = kind_of(TrainConfig, field.name), default_of(field)
+    if default in (None, '', [], {}):
+        default = field.metadata.get('unset', 'none')
+    elif kind.container is list:
+        default = ' '.join(map(str, default))
+    notes = '; '.join(filter(None, (range_of(field), f'default: {default}')))
+    options: dict[str, Any] = {'help': f'{field.metadata["help"]} ({notes})', 'default': argparse.SUPPRESS}
+    if kind.container is bool:
+        # argparse would read --no-aug as the negation of an option --aug.
+        action: Any = 'store_true' if flag.startswith('--no-') else argparse.BooleanOptionalAction
+        group.add_argument(flag, action=action, **options)
+        return
+    if kind.container is dict:
+        options |= {'nargs': '+', 'type': _key_value, 'metavar': 'KEY=VALUE'}
+    else:
+        options |= {'type': kind.item, 'metavar': kind.item.__name__.upper()}
+        if kind.choices:
+            # An empty string takes back what a recipe says.
+            options['choices'] = ('', *kind.choices) if kind.optional else kind.choices
+            options['metavar'] = f'{{{",".join(filter(None, kind.choices))}}}'
+        if kind.container is list:
+            options['nargs'] = '*'
+    group.add_argument(flag, **options)
+
+
 def build_parser(description: str, without: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the command line of all options, but for those named in `without`, plus `--config`."""
     # Abbreviations would turn a misspelt flag into another one.
@@ -98,7 +138,7 @@ def build_parser(description: str, without: Sequence[str] = ()) -> argparse.Argu
             continue
         name = field.metadata['group']
         groups.setdefault(name, parser.add_argument_group(name))
-        add_argument(TrainConfig, groups[name], field)
+        _add_argument(groups[name], field)
     return parser
 
 
@@ -108,7 +148,7 @@ def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe
     Args:
         values: Options from the command line, which win.
         recipe: The recipe that was named, if any.
-        default_recipe: The recipe that counts when neither a recipe nor a data set is named.
+        default_recipe: The recipe to use when neither a recipe nor a dataset is named.
     """
     base: dict[str, Any] = {}
     if recipe is not None:
@@ -128,7 +168,7 @@ def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe
 def _complete_method_options(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of each method without those given by the user, who wins, and complete.
 
-    Complete: an option that one method sets is told of every method, so that going from one to another leaves nothing
+    Complete: an option that one method sets is set for every method, so that going from one to another leaves nothing
     of the first behind.
     """
     options = base.get('method_options') or {}
@@ -148,20 +188,21 @@ def parse_config(
 
     Args:
         argv: Arguments; `None` for those of the process.
-        default_recipe: The recipe that counts when neither `--config` nor `--dataset` is given.
+        default_recipe: The recipe to use when neither `--config` nor `--dataset` is given.
         description: First line of `--help`.
 
     Returns:
         The resolved configuration.
 
     Raises:
-        SystemExit: An option is wrong; the message says which and why.
+        SystemExit: If an option is wrong; the message says which and why.
     """
     parser = build_parser(description)
-    args = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    recipe = given.pop('config')
     try:
-        config = resolve_config(args, args.pop('config'), default_recipe)
-        config.check_given(args)
+        config = resolve_config(given, recipe, default_recipe)
+        config.check_given(given)
         return config
     except ValueError as error:
         parser.exit(2, f'error: {error}\n')

@@ -115,7 +115,9 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
 
     def job() -> None:
         config = resolve_config(values, recipe, default_recipe)
-        compare(config, [parse_arm(text) for text in (*methods, *texts)], seeds, reference, command)
+        arms = [parse_arm(text) for text in (*methods, *texts)]
+        config.check_given(values, [arm.method for arm in arms])
+        compare(config, arms, seeds, reference, command)
 
     return exit_code(job)
 
