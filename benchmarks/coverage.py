@@ -268,7 +268,7 @@ def check_state_dict(teacher: timm_dfpt.DualForwardPathTeacher, x: torch.Tensor,
         logits: What the prompt path returns for it `[2, K]`.
     """
     path = teacher.prompt_path
-    how: Any = {'variant': path.variant, 'head': path.head_names}
+    how: Any = {'variant': path.variant, 'classifier': path.classifier}
     other = PromptPath(teacher.model, path.stages, path.config, **how).eval()
     _expect(not torch.equal(other(x), logits), 'a new prompt path is not at its start')
     other.load_state_dict(path.state_dict())
@@ -341,7 +341,7 @@ def check_meta(model: nn.Module) -> dict[str, Any]:
 def describe(teacher: timm_dfpt.DualForwardPathTeacher) -> dict[str, Any]:
     """Return what the table says of a teacher."""
     features = [feature for stage in teacher.stages for feature in stage.features]
-    trained = sum(p.numel() for group in teacher.trainable_parameters() for p in group['params'])
+    trained = sum(p.numel() for group in teacher.parameter_groups() for p in group['params'])
     return {
         'stages': [stage.module for stage in teacher.stages],
         'channels': [feature.channels for feature in features],

@@ -210,7 +210,7 @@ def create_optimizers(task: TrainingTask, fused: bool = False) -> list[torch.opt
     student: Any = task.get_eval_model()
     optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(student.parameters(), 1e-3, momentum=0.9, fused=fused)]
     if isinstance(task, DFPTDistillationTask):
-        params = [p for group in task.teacher.trainable_parameters() for p in group['params']]
+        params = [p for group in task.teacher.parameter_groups() for p in group['params']]
         optimizers.append(torch.optim.AdamW(params, 1e-5, fused=fused))
     return optimizers
 

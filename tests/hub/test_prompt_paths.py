@@ -84,7 +84,7 @@ def test_methods_and_own_number_of_classes(hub: Hub, client: Client, base: str) 
     assert origin == 'alice/teacher@' + hub.repos['alice/teacher'].at('main').oid
     config = json.loads((client.cwd / 'again' / 'prompt_config.json').read_text())
     assert config['base_revision'] == hub.repos['alice/teacher'].at('main').oid
-    assert config['prompt']['after_last'] is False
+    assert config['stages'] == json.loads(hub.files('alice/prompt')['prompt_config.json'])['stages']
 
 
 def test_base_stays_at_its_commit_when_it_moves_on(hub: Hub, client: Client, reader: Client, base: str) -> None:

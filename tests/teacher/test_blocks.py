@@ -15,7 +15,7 @@ from torch import nn
 from timm_dfpt import PromptConfig
 from timm_dfpt.backbone.layouts import TokenOrder, from_patches, to_patches
 from timm_dfpt.backbone.types import Feature, Stage
-from timm_dfpt.teacher.blocks import FusionBlock, PartialConv, PromptBlock, create_fusion
+from timm_dfpt.teacher.blocks import FusionBlock, PartialConv, PromptBlock
 from timm_dfpt.teacher.hooks import Injection
 from timm_dfpt.teacher.prefix import PathState
 
@@ -39,7 +39,7 @@ def test_partial_conv_convolves_the_first_channels_only(ratio: float) -> None:
     assert torch.equal(out[:, convolved:], x[:, convolved:])
 
 
-def reference(block: PromptBlock, x: torch.Tensor, kernels: tuple[int, ...], sequential: bool) -> torch.Tensor:
+def reference(block: PromptBlock, x: torch.Tensor, kernels: tuple[int, ...]) -> torch.Tensor:
     """The block of arXiv 2506.18244 in plain functions, with BatchNorm and ReLU."""
 
     def norm(z: torch.Tensor, bn: nn.Module) -> torch.Tensor:
@@ -52,21 +52,15 @@ def reference(block: PromptBlock, x: torch.Tensor, kernels: tuple[int, ...], seq
         return F.conv2d(mixed, point.weight)
 
     z = norm(F.conv2d(x, block.reduce.weight), block.norm1).relu()
-    if sequential:
-        for i in range(len(kernels)):
-            z = pconv(z, i)
-    else:
-        z = torch.stack([pconv(z, i) for i in range(len(kernels))]).sum(0)
+    z = torch.stack([pconv(z, i) for i in range(len(kernels))]).sum(0)
     return F.conv2d(norm(z, block.norm2).relu(), block.expand.weight, block.expand.bias)
 
 
-@pytest.mark.parametrize('arrangement', ['parallel', 'sequential'])
 @pytest.mark.parametrize('kernels', [(3,), (1, 3, 5)])
-def test_prompt_block_is_the_formula(arrangement: str, kernels: tuple[int, ...]) -> None:
-    config = PromptConfig(arrangement=arrangement, kernel_sizes=kernels)
-    block = randomized(PromptBlock(8, config))
+def test_prompt_block_is_the_formula(kernels: tuple[int, ...]) -> None:
+    block = randomized(PromptBlock(8, PromptConfig(kernel_sizes=kernels)))
     x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
-    torch.testing.assert_close(block(x), reference(block, x, kernels, arrangement == 'sequential'))
+    torch.testing.assert_close(block(x), reference(block, x, kernels))
 
 
 def test_fusion_is_a_convolution_with_the_identity_added() -> None:
@@ -85,19 +79,17 @@ def test_number_of_weights() -> None:
     expected = 64 * inner + 2 * inner + sum(k * k * part * part + inner * inner for k in (1, 3, 5)) + 2 * inner
     expected += inner * 64 + 64
     assert sum(p.numel() for p in PromptBlock(64, PromptConfig()).parameters()) == expected
-    counts = {kind: sum(p.numel() for p in create_fusion(64, PromptConfig(fusion=kind)).parameters())
-              for kind in ('conv', 'depthwise', 'none')}
-    assert counts == {'conv': 64 * 64 + 64, 'depthwise': 128, 'none': 0}
+    counts = [sum(p.numel() for p in FusionBlock(64, depthwise).parameters()) for depthwise in (False, True)]
+    assert counts == [64 * 64 + 64, 128]
 
 
 # Smooth activations only: finite differences know nothing of kinks.
 CONFIGS = st.builds(
     PromptConfig,
-    reduction=st.sampled_from([1, 1.5, 2]),
+    rd_ratio=st.sampled_from([1, 1.5, 2]),
     partial_ratio=st.sampled_from([0.25, 0.5, 1.0]),
     kernel_sizes=st.sampled_from([(1,), (3,), (1, 3), (3, 1, 5)]),
-    arrangement=st.sampled_from(['parallel', 'sequential']),
-    norm_layer=st.sampled_from(['batch', 'layer', 'none']),
+    norm_layer=st.sampled_from(['batchnorm2d', 'layernorm2d', None]),
     act_layer=st.sampled_from(['gelu', 'silu', 'tanh']),
     fusion=st.sampled_from(['conv', 'depthwise']),
 )
@@ -106,7 +98,8 @@ CONFIGS = st.builds(
 def prompt_and_fusion(channels: int, config: PromptConfig, seed: int) -> list[nn.Module]:
     """Both blocks with random weights, and statistics of BatchNorm that are no longer 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
-    blocks = [PromptBlock(channels, config).double().eval(), create_fusion(channels, config).double().eval()]
+    fusion = FusionBlock(channels, depthwise=config.fusion == 'depthwise')
+    blocks = [PromptBlock(channels, config).double().eval(), fusion.double().eval()]
     for block in blocks:
         for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
             if tensor.is_floating_point():
@@ -208,9 +201,8 @@ def test_patches_of_any_order_become_pictures_and_patches_again(data: st.DataObj
     assert torch.equal(from_patches(pictures, index, tokens), tokens)
 
 
-@pytest.mark.parametrize('arrangement', ['parallel', 'sequential'])
-def test_mask_makes_the_outside_of_a_picture_padding(arrangement: str) -> None:
-    block = randomized(PromptBlock(4, PromptConfig(arrangement=arrangement)))
+def test_mask_makes_the_outside_of_a_feature_map_padding() -> None:
+    block = randomized(PromptBlock(4, PromptConfig()))
     picture = torch.randn(1, 4, 3, 2, dtype=torch.float64)
     canvas = F.pad(picture, (0, 3, 0, 2))
     mask = F.pad(torch.ones(1, 1, 3, 2, dtype=torch.float64), (0, 3, 0, 2))
@@ -220,27 +212,25 @@ def test_mask_makes_the_outside_of_a_picture_padding(arrangement: str) -> None:
 @pytest.mark.parametrize(
     ('name', 'values'),
     [
-        ('reduction', [0, -1, 1025, float('nan'), float('inf'), '2', True, None]),
+        ('rd_ratio', [0, -1, 1025, 10**400, float('nan'), float('inf'), '2', True, None]),
         ('partial_ratio', [0, -0.5, 1.01, float('nan'), '0.5', False]),
         ('kernel_sizes', [(), (2,), (0,), (-3,), (3.0,), (True,), 3, '3', (65,), (1,) * 9]),
-        ('arrangement', ['series', '', None]),
-        ('norm_layer', ['group', None]),
-        ('fusion', ['linear', None]),
+        ('norm_layer', ['group', 'none', '', 3, ['batchnorm2d']]),
+        ('fusion', ['linear', 'none', None, []]),
         ('act_layer', ['nonsense', 3, None]),
         ('block', [1, None]),
-        ('head', ['yes']),
-        ('after_last', [0]),
+        ('new_head', ['yes', 0]),
     ],
 )
 def test_config_names_what_is_wrong(name: str, values: list[Any]) -> None:
     for value in values:
-        with pytest.raises(ValueError, match=f'PromptConfig.{name}'):
+        with pytest.raises(ValueError, match=rf'^PromptConfig\.{name} must be .*, got .*\.$'):
             PromptConfig(**{name: value})
 
 
 def test_config_round_trip_through_json() -> None:
-    config = PromptConfig(reduction=4, kernel_sizes=(3, 7), fusion='depthwise', after_last=True)
+    config = PromptConfig(rd_ratio=4, kernel_sizes=(3, 7), norm_layer=None, fusion='depthwise', new_head=False)
     assert PromptConfig(**json.loads(json.dumps(config.to_dict()))) == config
     assert PromptConfig(kernel_sizes=[1, 3]).kernel_sizes == (1, 3)  # type: ignore[arg-type]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.reduction = 1  # type: ignore[misc]
+        config.rd_ratio = 1  # type: ignore[misc]

@@ -13,7 +13,7 @@ from benchmarks.measure import count_flops, saved_bytes
 from benchmarks.step import Steps, count_floor, imagenet_pair
 from timm_dfpt.tasks.baselines import AdaptedTeacher
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
-from timm_dfpt.teacher.frozen_layers import keep_less
+from timm_dfpt.teacher.frozen_layers import save_fewer_activations
 
 # How far above the floor a step may be: attention computes its scores again in the backward pass.
 PAIRS = [('resnet26', 1.0), ('convnext_atto', 1.0), ('vit_tiny_patch16_224', 1.03)]
@@ -86,7 +86,7 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_frozen_layers_that_keep_less_give_the_same_bits(name):
+def test_frozen_layers_that_save_fewer_activations_give_the_same_bits(name):
     teacher, x = _teacher_and_input(name)
     plain, _ = _plain(teacher)
     for ours, theirs in zip(_gradients(teacher, x), _gradients(plain, x), strict=True):
@@ -136,7 +136,7 @@ def test_trained_layers_are_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding='same'), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     model[0].requires_grad_(False)
     plain = copy.deepcopy(model)
-    keep_less(model)
+    save_fewer_activations(model)
     x = torch.randn(2, 3, 5, 5)
     for each in (model, plain):
         each(x).square().sum().backward()
@@ -169,7 +169,7 @@ def test_teacher_in_half_precision_trains_in_full(name):
     result = task(torch.randn(2, *size), torch.tensor([0, 1]))
     result['loss'].backward()
     assert result['teacher_output'].dtype == torch.bfloat16
-    trained = [p for group in task.teacher.trainable_parameters() for p in group['params']]
+    trained = [p for group in task.teacher.parameter_groups() for p in group['params']]
     assert {p.dtype for p in (*trained, *student.parameters())} == {torch.float32}
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
     config = {'input_size': size, 'mean': (0.5,) * 3, 'std': (0.5,) * 3}

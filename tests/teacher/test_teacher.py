@@ -41,7 +41,7 @@ def make_teacher(name: str = CNN, **kwargs: Any) -> timm_dfpt.DualForwardPathTea
 def move_blocks(teacher: timm_dfpt.DualForwardPathTeacher, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for group in teacher.trainable_parameters():
+        for group in teacher.parameter_groups():
             for param in group['params']:
                 param.add_(0.02 * torch.randn(param.shape, generator=generator))
 
@@ -56,7 +56,7 @@ def frozen_logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def train_step(teacher: timm_dfpt.DualForwardPathTeacher, x: torch.Tensor, lr: float = 0.05) -> None:
-    groups = teacher.trainable_parameters()
+    groups = teacher.parameter_groups()
     optimizer = torch.optim.SGD(groups, lr=lr)
     optimizer.zero_grad()
     teacher.train()
@@ -74,11 +74,10 @@ def test_both_paths_start_as_the_model(name: str, variant: str) -> None:
     assert torch.equal(out.prompt, expected)
 
 
-@pytest.mark.parametrize('arrangement', ['parallel', 'sequential'])
-@pytest.mark.parametrize('norm_layer', ['batch', 'layer', 'none'])
-@pytest.mark.parametrize('fusion', ['conv', 'depthwise', 'none'])
-def test_every_block_starts_as_identity(arrangement: str, norm_layer: str, fusion: str) -> None:
-    config = PromptConfig(arrangement=arrangement, norm_layer=norm_layer, fusion=fusion, after_last=True)
+@pytest.mark.parametrize(
+    'config', [PromptConfig(norm_layer='layernorm2d'), PromptConfig(norm_layer=None, fusion='depthwise')]
+)
+def test_every_block_starts_as_identity(config: PromptConfig) -> None:
     out = make_teacher(prompt=config)(images(2, 3, 64, 64))
     assert torch.equal(out.prompt, out.original)
 
@@ -107,7 +106,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(name: str, variant: st
     teacher = make_teacher(name, variant=variant)
     move_blocks(teacher)
     teacher(images()).prompt.square().mean().backward()
-    grouped = {id(p) for group in teacher.trainable_parameters() for p in group['params']}
+    grouped = {id(p) for group in teacher.parameter_groups() for p in group['params']}
     for key, param in teacher.named_parameters():
         assert (param.grad is not None) == (id(param) in grouped), key
         if id(param) in grouped:
@@ -116,9 +115,9 @@ def test_gradients_reach_what_is_trained_and_nothing_else(name: str, variant: st
 
 
 def test_parameter_groups() -> None:
-    names = {v: [g['name'] for g in make_teacher(variant=v).trainable_parameters()] for v in ('dfpt', 'dfpt+')}
+    names = {v: [g['name'] for g in make_teacher(variant=v).parameter_groups()] for v in ('dfpt', 'dfpt+')}
     assert names == {'dfpt': ['blocks', 'head'], 'dfpt+': ['blocks', 'head', 'backbone']}
-    without_head = make_teacher(prompt=PromptConfig(head=False)).trainable_parameters()
+    without_head = make_teacher(prompt=PromptConfig(new_head=False)).parameter_groups()
     assert [g['name'] for g in without_head] == ['blocks']
 
 
@@ -139,7 +138,7 @@ def test_shared_prefix_changes_no_bit(name: str) -> None:
     move_blocks(teacher)
     assert teacher.shares_prefix
     x = images()
-    params = [p for group in teacher.trainable_parameters() for p in group['params']]
+    params = [p for group in teacher.parameter_groups() for p in group['params']]
     results = []
     for _ in range(2):
         out = teacher(x)
@@ -188,10 +187,10 @@ class _Remembering(nn.Conv2d):
 
 def test_prefix_is_not_shared_when_its_features_are_changed_in_place() -> None:
     x = images(2, 3, 16, 16)
-    assert timm_dfpt.wrap(_Toy(''), stages=['stage1', 'stage2'], head='head').shares_prefix
+    assert timm_dfpt.wrap(_Toy(''), stages=['stage1', 'stage2'], classifier='head').shares_prefix
     model = _Toy('in place')
     expected = frozen_logits(model, x)
-    teacher = timm_dfpt.wrap(model, stages=['stage1', 'stage2'], head='head')
+    teacher = timm_dfpt.wrap(model, stages=['stage1', 'stage2'], classifier='head')
     assert not teacher.shares_prefix
     assert torch.equal(teacher(x).prompt, expected)
 
@@ -199,7 +198,7 @@ def test_prefix_is_not_shared_when_its_features_are_changed_in_place() -> None:
 def test_prefix_is_not_shared_when_a_module_leaves_state_behind() -> None:
     model = _Toy('')
     model.stage1 = _Remembering(3, 8, 3, padding=1)
-    assert not timm_dfpt.wrap(model, stages=['stage1', 'stage2'], head='head').shares_prefix
+    assert not timm_dfpt.wrap(model, stages=['stage1', 'stage2'], classifier='head').shares_prefix
 
 
 @pytest.mark.parametrize('variant', ['dfpt', 'dfpt+'])
@@ -272,7 +271,7 @@ def test_conversion_reaches_both_paths(name: str, dtype: torch.dtype, variant: s
 def test_low_precision_teacher_trains_blocks_in_float32(name: str, variant: str) -> None:
     teacher = timm_dfpt.wrap(make_model(name).bfloat16(), variant=variant)
     assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for g in teacher.trainable_parameters() for p in g['params']} == {torch.float32}
+    assert {p.dtype for g in teacher.parameter_groups() for p in g['params']} == {torch.float32}
     out = teacher(images())
     assert out.original.dtype == torch.bfloat16
     assert out.prompt.dtype == torch.float32
@@ -288,7 +287,7 @@ def test_autocast_keeps_the_start(name: str) -> None:
         out = teacher(images())
         assert torch.equal(out.original, out.prompt)
     out.prompt.float().square().mean().backward()
-    assert all(p.grad is not None for g in teacher.trainable_parameters() for p in g['params'])
+    assert all(p.grad is not None for g in teacher.parameter_groups() for p in g['params'])
 
 
 def test_channels_last_keeps_the_numbers() -> None:
@@ -327,7 +326,7 @@ def test_tokens_of_a_wide_image_are_a_wide_picture() -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, variant: str) -> None:
     teacher, x = make_teacher(name, variant=variant), images()
     move_blocks(teacher)
-    params = [p for g in teacher.trainable_parameters() for p in g['params']]
+    params = [p for g in teacher.parameter_groups() for p in g['params']]
     expected = torch.autograd.grad(teacher(x).prompt.square().mean(), params)
     teacher.set_grad_checkpointing()
     assert not teacher.shares_prefix
@@ -458,7 +457,7 @@ def test_compiles_to_one_graph(name: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
     out.prompt.square().mean().backward()
-    assert all(p.grad is not None for g in teacher.trainable_parameters() for p in g['params'])
+    assert all(p.grad is not None for g in teacher.parameter_groups() for p in g['params'])
 
 
 def test_switching_the_path_does_not_recompile() -> None:
@@ -521,7 +520,7 @@ def test_torchvision_models() -> None:
          [f'encoder.layers.encoder_layer_{i}' for i in range(4)], 'heads.head'),
     ):
         expected = frozen_logits(model, x)
-        teacher = timm_dfpt.wrap(model, stages=stages, head=head).eval()
+        teacher = timm_dfpt.wrap(model, stages=stages, classifier=head).eval()
         assert len(teacher.stages) == len(stages) - 1
         out = teacher(x)
         assert torch.equal(out.original, expected)
@@ -538,7 +537,7 @@ def test_torchvision_models() -> None:
         ({'num_classes': 0}, 'num_classes must be'),
         ({'num_classes': True}, 'num_classes must be'),
         ({'train_bn': True}, "needs variant='dfpt\\+'"),
-        ({'head': 'nowhere'}, "no module 'nowhere'"),
+        ({'classifier': 'nowhere'}, "no module 'nowhere'"),
         ({'stages': ['layer1', 'nowhere']}, "'nowhere', which is no module"),
         ({'stages': []}, 'names no module'),
         ({'stages': 0}, 'stages must be'),
@@ -567,7 +566,7 @@ def test_bad_models_are_refused_in_words() -> None:
     with pytest.raises(ValueError, match='which module is its classifier'):
         timm_dfpt.wrap(_Toy(''), stages=['stage1', 'stage2'])
     with pytest.raises(ValueError, match='no feature_info'):
-        timm_dfpt.wrap(_Toy(''), head='head')
+        timm_dfpt.wrap(_Toy(''), classifier='head')
 
 
 class _Detector(nn.Module):
@@ -585,20 +584,20 @@ class _Detector(nn.Module):
 
 def test_models_that_give_no_logits_and_unused_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r'logits \[B, K\]'):
-        timm_dfpt.wrap(_Detector(), stages=['body.0', 'body.1'], head='head')
+        timm_dfpt.wrap(_Detector(), stages=['body.0', 'body.1'], classifier='head')
     with pytest.raises(ValueError, match="behind 'side'"):
-        timm_dfpt.wrap(_Detector(), stages=['body.0', 'side', 'head'], head='head')
+        timm_dfpt.wrap(_Detector(), stages=['body.0', 'side', 'head'], classifier='head')
 
 
 def test_summary_names_stages_shares_and_what_passes_by() -> None:
     teacher = make_teacher()
     text = teacher.summary()
-    trained = sum(p.numel() for g in teacher.trainable_parameters() for p in g['params'])
+    trained = sum(p.numel() for g in teacher.parameter_groups() for p in g['params'])
     assert all(stage.module in text for stage in teacher.stages)
     assert f'{trained:,}' in text
     assert 'share the computation' in text
     assert 'pass' not in text
-    unet = timm_dfpt.wrap(_Skipping(), stages=['a', 'b', 'c'], head='head')
+    unet = timm_dfpt.wrap(_Skipping(), stages=['a', 'b', 'c'], classifier='head')
     assert unet.bypassed == ('b',)
     assert 'b: later layers also see' in unet.summary()
 

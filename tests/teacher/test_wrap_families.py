@@ -151,7 +151,7 @@ def test_fine_tuning_a_step(name: str) -> None:
         expected = model(x)
     state = copy.deepcopy(model.state_dict())
     teacher = timm_dfpt.wrap(model, variant='dfpt+', input_size=tuple(x.shape[1:])).train()
-    optimizer = torch.optim.SGD(teacher.trainable_parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(teacher.parameter_groups(), lr=0.1)
     before = [p.clone() for p in teacher.prompt_path.backbone.parameters()]
     nn.functional.cross_entropy(teacher(x).prompt, torch.tensor([0, 1])).backward()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Feature layouts: which one a tensor has, and how tokens become a picture and back."""
+"""Feature layouts: which one a tensor has; convert between token sequences and 2-D feature maps."""
 from __future__ import annotations
 
 import math
@@ -7,12 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .types import Layout
+
 __all__ = ['TokenOrder', 'from_patches', 'find_layout', 'find_prefix_tokens', 'to_patches', 'token_grid']
 
 _MAX_PREFIX_TOKENS = 16
 
 
-def find_layout(shape: torch.Size, channels: int | None, declared: str | None) -> str | None:
+def find_layout(shape: torch.Size, channels: int | None, declared: str | None) -> Layout | None:
     """Return `'NCHW'`, `'NHWC'` or `'NLC'`, or `None` when `shape` holds no features of `channels` channels.
 
     Args:
@@ -24,12 +26,13 @@ def find_layout(shape: torch.Size, channels: int | None, declared: str | None) -
         return 'NLC' if channels in (None, shape[2]) else None
     if len(shape) != 4:
         return None
-    fits = [layout for layout, axis in (('NCHW', 1), ('NHWC', 3)) if channels in (None, shape[axis])]
-    return declared if declared in fits else next(iter(fits), None)
+    axes: dict[Layout, int] = {'NCHW': 1, 'NHWC': 3}
+    fits = [layout for layout, axis in axes.items() if channels in (None, shape[axis])]
+    return next((layout for layout in fits if layout == declared), next(iter(fits), None))
 
 
 def find_prefix_tokens(tokens: int, declared: int, image_size: tuple[int, int], reduction: int | None) -> int:
-    """Return how many of `tokens` tokens come before the picture (class and register tokens).
+    """Return how many of `tokens` tokens come before the image tokens (class and register tokens).
 
     What the model declares is not always so at the place of the tap: in CaiT, XCiT and ConViT the class token joins
     later. So the grid decides, and first the one that the reduction asks for.
@@ -82,7 +85,7 @@ class TokenOrder(nn.Module):
     """Puts tokens that stand in an order of their own into raster order, and back.
 
     Args:
-        to_raster: For each place of the picture, row by row, the index of its token `[L]`.
+        to_raster: For each spatial position, row by row, the index of its token `[L]`.
     """
 
     to_raster: torch.Tensor
@@ -98,7 +101,7 @@ class TokenOrder(nn.Module):
 def to_patches(
     tokens: torch.Tensor, coord: torch.Tensor, valid: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Put patches at given coordinates (NaFlex: images of different sizes in a batch) into pictures.
+    """Put patches at given coordinates (NaFlex: images of different sizes in a batch) into feature maps.
 
     Args:
         tokens: Patch tokens `[B, L, C]`.
@@ -106,8 +109,8 @@ def to_patches(
         valid: Which patches are no padding `[B, L]`; `None` for all.
 
     Returns:
-        The pictures `[B, C, H, W]`, zero where an image has no patch; where it has one `[B, 1, H, W]`; and each token's
-        index in a picture `[B, L]`, which for padding is `H * W`.
+        The feature maps `[B, C, H, W]`, zero where an image has no patch; where it has one `[B, 1, H, W]`; and each
+        token's index in a feature map `[B, L]`, which for padding is `H * W`.
     """
     batch, _, channels = tokens.shape
     valid = torch.ones_like(coord[..., 0], dtype=torch.bool) if valid is None else valid.bool()
@@ -117,22 +120,22 @@ def to_patches(
     canvas = tokens.new_zeros(batch, height * width + 1, channels)
     canvas = canvas.scatter(1, index.unsqueeze(-1).expand(-1, -1, channels), tokens)
     mask = tokens.new_zeros(batch, height * width + 1).scatter(1, index, 1.0)
-    pictures = canvas[:, :-1].unflatten(1, (height, width)).permute(0, 3, 1, 2)
-    return pictures, mask[:, :-1].view(batch, 1, height, width), index
+    maps = canvas[:, :-1].unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    return maps, mask[:, :-1].view(batch, 1, height, width), index
 
 
-def from_patches(picture: torch.Tensor, index: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """Take the patch tokens out of pictures again.
+def from_patches(maps: torch.Tensor, index: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    """Take the patch tokens out of feature maps again.
 
     Args:
-        picture: Pictures `[B, C, H, W]`.
+        maps: Feature maps `[B, C, H, W]`.
         index: What `to_patches` returned `[B, L]`.
         padding: Tokens `[B, L, C]` from which the padding is taken.
 
     Returns:
         Patch tokens `[B, L, C]`.
     """
-    places = picture.shape[-2] * picture.shape[-1]
-    flat = picture.flatten(2).transpose(1, 2)
+    places = maps.shape[-2] * maps.shape[-1]
+    flat = maps.flatten(2).transpose(1, 2)
     taken = flat.gather(1, index.clamp(max=places - 1).unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
     return torch.where((index < places).unsqueeze(-1), taken, padding)

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from .config import Fingerprint, PromptPathConfig
+from .config import Fingerprint, PromptPathRecord
 from .download import Source, open_source, split_hub_id
 from .errors import HubError
 from .files import MAX_JSON_BYTES
@@ -81,12 +81,12 @@ def fingerprint(model: nn.Module) -> Fingerprint:
             plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             weights.update(plain.numpy().data)
     parameters = list(model.parameters())
-    dtype = str(parameters[0].dtype).removeprefix('torch.')
+    dtype: Any = str(parameters[0].dtype).removeprefix('torch.')
     count = sum(p.numel() for p in parameters)
     return Fingerprint(dtype, count, shapes.hexdigest(), weights.hexdigest())
 
 
-def check_base(config: PromptPathConfig, found: Fingerprint, shapes_only: bool = False) -> None:
+def check_base(config: PromptPathRecord, found: Fingerprint, shapes_only: bool = False) -> None:
     """Compare a base model with the one that the prompt path was tuned on.
 
     Raises:
@@ -108,7 +108,7 @@ def check_base(config: PromptPathConfig, found: Fingerprint, shapes_only: bool =
     )
 
 
-def build_meta_base(config: PromptPathConfig, source: Source) -> nn.Module:
+def build_meta_base(config: PromptPathRecord, source: Source) -> nn.Module:
     """Build the base model without memory for its weights, and without downloading them.
 
     Raises:
@@ -128,7 +128,7 @@ def build_meta_base(config: PromptPathConfig, source: Source) -> nn.Module:
     return build_meta(lambda: timm.create_model(name, **config.base_model_args), _dtype(config))
 
 
-def build_base(config: PromptPathConfig, source: Source) -> nn.Module:
+def build_base(config: PromptPathRecord, source: Source) -> nn.Module:
     """Build the base model through timm, from safetensors only, at the recorded revision.
 
     Args:
@@ -177,7 +177,7 @@ def _timm_weights(name: str) -> tuple[str, str]:
     return cfg.hf_hub_id, filename
 
 
-def _base_source(name: str, config: PromptPathConfig, source: Source) -> Source:
+def _base_source(name: str, config: PromptPathRecord, source: Source) -> Source:
     repo_id, revision = split_hub_id(name)
     offline = source.folder is None and source.files is None
     try:
@@ -193,5 +193,5 @@ def _base_source(name: str, config: PromptPathConfig, source: Source) -> Source:
         raise HubError(f'The base model of {source.name}: {error}') from error
 
 
-def _dtype(config: PromptPathConfig) -> torch.dtype:
+def _dtype(config: PromptPathRecord) -> torch.dtype:
     return getattr(torch, config.base_fingerprint.dtype)

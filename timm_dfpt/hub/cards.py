@@ -162,7 +162,7 @@ def prompt_path_card(
 
     Args:
         repo_id: Repository it is for.
-        config: Its `PromptPathConfig`.
+        config: Its `PromptPathRecord`.
         params: Number of its own parameters.
         size_bytes: Size of its weights file.
         base_link: Repository of the base model, for the Hub's model tree.

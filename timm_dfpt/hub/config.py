@@ -1,26 +1,26 @@
 """`prompt_config.json`: what is stored of a prompt path besides its weights, validated before anything is built."""
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import timm
+from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..backbone.types import Feature, Stage
+from ..backbone.checks import check_fields, limited, shorten
+from ..backbone.types import Feature, Stage, is_module_name
 from ..teacher.blocks import PromptConfig
-from ..teacher.teacher import VARIANTS
+from ..teacher.prompt_path import Variant
 
 __all__ = [
     'FORMAT_VERSION',
     'Fingerprint',
-    'PromptPathConfig',
+    'PromptPathRecord',
     'check_data_config',
     'check_label_names',
     'check_model_args',
@@ -28,28 +28,41 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_FILE = 'prompt_config.json'
 _MAX_STAGES = 256
-_MAX_CHANNELS = 2**17
 _MAX_CLASSES = 10**6
 _MAX_ARGS = 64
 _MAX_SIDE = 4096
 _MAX_ARG = 10**6  # an image side, a width, a number of classes
 _MAX_VALUES = 1024
 _MAX_DEPTH = 16384  # numbers of modules, each of which costs time to build even where it costs no memory
-_MODULE = re.compile(r'\w+(\.\w+)*')
 _NAME = re.compile(r'\w+(\.[\w\-]+)*')
 _SHA256 = re.compile(r'[0-9a-f]{64}')
 _COMMIT = re.compile(r'[0-9a-f]{40}')
-_LAYOUTS = ('NCHW', 'NHWC', 'NLC')
-_DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
 _DEPTH_ARG = re.compile(r'depth|layer|block|repeat|stage|group', re.IGNORECASE)
 # What makes timm's factory read a file, download, or return something else than a classifier.
 _FORBIDDEN_ARG = re.compile(
     r'pretrained.*|checkpoint.*|cache_dir|features_only|scriptable|exportable|no_jit|device|dtype|.*_fn'
 )
+_Record = TypeVar('_Record')
 
 
+def _is_base_model(value: str | None) -> bool:
+    if value is None:
+        return True
+    if len(value) > 200:
+        return False
+    if not value.startswith('hf-hub:'):
+        return _NAME.fullmatch(value) is not None and timm.is_model(value.partition('.')[0])
+    try:
+        validate_repo_id(value.removeprefix('hf-hub:'))
+    except HFValidationError:
+        return False
+    return True
+
+
+@strict
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
     """What a base model must be to be the one that a prompt path was tuned on.
@@ -61,18 +74,19 @@ class Fingerprint:
         weights: sha256 over their values.
     """
 
-    dtype: str
-    parameters: int
-    shapes: str
-    weights: str
+    dtype: Literal['float64', 'float32', 'float16', 'bfloat16']
+    parameters: int = limited('a positive integer', lambda count: 1 <= count <= 10**12)
+    shapes: str = limited('a sha256 of 64 hexadecimal digits', lambda digest: _SHA256.fullmatch(digest) is not None)
+    weights: str = limited('a sha256 of 64 hexadecimal digits', lambda digest: _SHA256.fullmatch(digest) is not None)
 
     def __str__(self) -> str:
         weights = f', weights {self.weights[:12]}' if self.weights else ''
         return f'{self.parameters:,} parameters of {self.dtype}, shapes {self.shapes[:12]}{weights}'
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptPathConfig:
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptPathRecord:
     """All of `prompt_config.json`.
 
     Args:
@@ -85,7 +99,7 @@ class PromptPathConfig:
         base_fingerprint: What the base must be.
         num_classes: Number of classes of the prompt path.
         stages: Behind which modules the blocks stand.
-        head: Names of the classifier modules.
+        classifier: Names of the classifier modules.
         prompt: Shape of the blocks.
         label_names: Names of the classes.
         data_config: Preprocessing of the base's input, as timm's `resolve_data_config` returns it.
@@ -96,15 +110,25 @@ class PromptPathConfig:
         timm_version: timm's version when it was written.
     """
 
-    variant: str
-    base_model: str | None
-    base_revision: str | None
-    base_architecture: str | None
+    variant: Variant
+    base_model: str | None = limited(
+        'null, a timm name such as "resnet50.a1_in1k" or "hf-hub:user/name" (no path and no URL)', _is_base_model
+    )
+    base_revision: str | None = limited(
+        'a commit of 40 hexadecimal digits or null', lambda value: value is None or _COMMIT.fullmatch(value) is not None
+    )
+    base_architecture: str | None = limited(
+        'an architecture that this timm has (a newer timm may have it) or null',
+        lambda value: value is None or timm.is_model(value),
+    )
     base_model_args: dict[str, Any]
     base_fingerprint: Fingerprint
-    num_classes: int
-    stages: tuple[Stage, ...]
-    head: tuple[str, ...]
+    num_classes: int = limited(f'1 to {_MAX_CLASSES:,}', lambda count: 1 <= count <= _MAX_CLASSES)
+    stages: tuple[Stage, ...] = limited(f'1 to {_MAX_STAGES} stages', lambda found: 0 < len(found) <= _MAX_STAGES)
+    classifier: tuple[str, ...] = limited(
+        f'1 to {_MAX_STAGES} module names such as "layer1.2"',
+        lambda names: 0 < len(names) <= _MAX_STAGES and all(map(is_module_name, names)),
+    )
     prompt: PromptConfig
     label_names: list[str] | None = None
     data_config: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -121,76 +145,102 @@ class PromptPathConfig:
         data['prompt'] = self.prompt.to_dict()
         return {key: data[key] for key in first} | {key: data[key] for key in data if key not in first}
 
-    def validated(self) -> PromptPathConfig:
+    def validated(self) -> 'PromptPathRecord':
         """Return what a reader of the file will see, checked as it will be: what cannot be read must not be written.
 
         Raises:
-            ValueError: A value is not allowed.
+            ValueError: If a value is not allowed.
         """
         return self.from_dict(json.loads(json.dumps(self.to_dict())))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PromptPathConfig:
-        """Validate types and ranges of every value.
+    def from_dict(cls, data: Mapping[str, Any]) -> 'PromptPathRecord':
+        """Validate types and ranges of every value; files of an older format are converted.
 
         Raises:
-            ValueError: A value is missing or not allowed; the message names it.
+            ValueError: If a value is missing or not allowed; the message names it.
         """
-        version: Any = data.get('format_version')
-        _require(type(version) is int and version >= 1, 'format_version', version, 'a positive integer')
+        version = data.get('format_version')
+        if type(version) is not int or version < 1:
+            raise ValueError(f'format_version must be a positive integer, got {shorten(version)}.')
         if version > FORMAT_VERSION:
             raise ValueError(
-                f'prompt_config.json has format_version {version}, and this timm_dfpt reads up to {FORMAT_VERSION}. '
+                f'{_FILE} has format_version {version}, and this timm_dfpt reads up to {FORMAT_VERSION}. '
                 'Update it: pip install -U timm_dfpt'
             )
-        data = _known(data, cls, 'prompt_config.json')
-        optional = {field.name for field in dataclasses.fields(cls) if _has_default(field)}
-        for field in dataclasses.fields(cls):
-            if field.name not in data and field.name not in optional:
-                raise ValueError(f'prompt_config.json lacks {field.name!r}; it is damaged or not of a prompt path.')
-        data['base_fingerprint'] = _parse_fingerprint(data['base_fingerprint'])
-        data['stages'] = _parse_stages(data['stages'])
-        data['prompt'] = _parse_prompt(data['prompt'])
-        data['head'] = _parse_modules('head', data['head'])
-        config = cls(**data)
-        config._check()
-        return config
+        values = dict(data if version > 1 else _from_version_1(data))
+        values['format_version'] = FORMAT_VERSION
+        if 'base_fingerprint' in values:
+            values['base_fingerprint'] = _read(Fingerprint, values['base_fingerprint'], 'base_fingerprint')
+        if 'prompt' in values:
+            values['prompt'] = _read(PromptConfig, values['prompt'], 'prompt')
+        stages = values.get('stages')
+        # A list that is too long is refused as it is, and not after each of its entries has been read.
+        if isinstance(stages, list) and len(stages) <= _MAX_STAGES:
+            values['stages'] = [_read_stage(stage, f'stages[{i}]') for i, stage in enumerate(stages)]
+        record = _read(cls, values, _FILE)
+        check_model_args('base_model_args', record.base_model_args)
+        if record.label_names is not None:
+            check_label_names(record.label_names, record.num_classes)
+        check_data_config(record.data_config)
+        return record
 
-    def _check(self) -> None:
-        _require(self.variant in VARIANTS, 'variant', self.variant, f'one of {VARIANTS}')
-        _require(_is_int(self.num_classes, 1, _MAX_CLASSES), 'num_classes', self.num_classes, f'1 to {_MAX_CLASSES:,}')
-        _require(isinstance(self.train_bn, bool), 'train_bn', self.train_bn, 'true or false')
-        _require(isinstance(self.training, dict), 'training', self.training, 'an object')
-        revision = self.base_revision
-        _require(
-            revision is None or (isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None),
-            'base_revision',
-            revision,
-            'a commit of 40 hexadecimal digits or null',
+
+def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the values of format 1 their names of today, and refuse two ablations, which no longer exist.
+
+    Raises:
+        ValueError: If the file is of such an ablation.
+    """
+    values = {'classifier' if key == 'head' else key: value for key, value in data.items()}
+    if not isinstance(data.get('prompt'), Mapping):
+        return values
+    names = {'reduction': 'rd_ratio', 'head': 'new_head'}
+    prompt = {names.get(key, key): value for key, value in data['prompt'].items()}
+    norms = {'batch': 'batchnorm2d', 'layer': 'layernorm2d', 'none': None}
+    if isinstance(norm := prompt.get('norm_layer'), str):
+        prompt['norm_layer'] = norms.get(norm, norm)
+    # Which stages are open is said by `stages`.
+    prompt.pop('after_last', None)
+    if prompt.pop('arrangement', 'parallel') != 'parallel' or prompt.get('fusion') == 'none':
+        raise ValueError(
+            f"{_FILE}: an arrangement other than 'parallel' and the fusion 'none' were ablations of format 1; this "
+            'timm_dfpt cannot build them.'
         )
-        architecture = self.base_architecture
-        _require(
-            architecture is None or (isinstance(architecture, str) and timm.is_model(architecture)),
-            'base_architecture',
-            architecture,
-            'an architecture that this timm has (a newer timm may have it) or null',
-        )
-        _check_base_model(self.base_model)
-        check_model_args('base_model_args', self.base_model_args)
-        if self.label_names is not None:
-            check_label_names(self.label_names, self.num_classes)
-        check_data_config(self.data_config)
+    return {**values, 'prompt': prompt}
 
 
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+def _read(cls: type[_Record], data: Any, where: str) -> _Record:
+    """Build a strict dataclass from JSON and check it. Keys that it lacks are warned about: a newer version wrote them.
+
+    Raises:
+        ValueError: If a value is missing or not allowed.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f'{where} must be an object, got {shorten(data)}.')
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(str(key)[:40] for key in data if key not in fields)
+    if unknown:
+        _logger.warning(f'{where} has keys that this version does not know and ignores: {", ".join(unknown[:10])}')
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise ValueError(f'{where} lacks {name!r}; it is damaged or not of a prompt path.')
+    record = cls(**{key: value for key, value in data.items() if key in fields})
+    check_fields(record, '' if where == _FILE else f'{where}.')
+    return record
+
+
+def _read_stage(data: Any, where: str) -> Stage:
+    features = data.get('features') if isinstance(data, Mapping) else None
+    if isinstance(features, list):
+        data = {**data, 'features': [_read(Feature, feature, f'{where}.features') for feature in features]}
+    return _read(Stage, data, where)
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
     if not condition:
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else f'{shown[:80]}...'
-        raise ValueError(f'{key} must be {allowed}, got {shown}.')
+        raise ValueError(f'{key} must be {allowed}, got {shorten(value)}.')
 
 
 def _is_int(value: Any, low: int, high: int) -> bool:
@@ -201,88 +251,6 @@ def _is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
 
 
-def _known(data: Any, cls: type, where: str) -> dict[str, Any]:
-    """Keep the keys that the dataclass has, and warn about the others: a newer version may have written them."""
-    _require(isinstance(data, Mapping), where, data, 'an object')
-    names = {field.name for field in dataclasses.fields(cls)}
-    unknown = sorted(str(key)[:40] for key in data if key not in names)
-    if unknown:
-        _logger.warning(f'{where} has keys that this version does not know and ignores: {", ".join(unknown[:10])}')
-    return {key: value for key, value in data.items() if key in names}
-
-
-def _parse_fingerprint(value: Any) -> Fingerprint:
-    data = _known(value, Fingerprint, 'base_fingerprint')
-    for key in ('shapes', 'weights'):
-        digest = data.get(key)
-        good = isinstance(digest, str) and _SHA256.fullmatch(digest) is not None
-        _require(good, f'base_fingerprint.{key}', digest, 'a sha256 of 64 hexadecimal digits')
-    count, dtype = data.get('parameters'), data.get('dtype')
-    _require(_is_int(count, 1, 10**12), 'base_fingerprint.parameters', count, 'a positive integer')
-    _require(dtype in _DTYPES, 'base_fingerprint.dtype', dtype, f'one of {_DTYPES}')
-    return Fingerprint(**data)
-
-
-def _parse_prompt(value: Any) -> PromptConfig:
-    data = _known(value, PromptConfig, 'prompt')
-    try:
-        return PromptConfig(**data)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'prompt_config.json: {error}') from error
-
-
-def _parse_modules(key: str, value: Any) -> tuple[str, ...]:
-    _require(isinstance(value, list) and 0 < len(value) <= _MAX_STAGES, key, value, f'1 to {_MAX_STAGES} module names')
-    for name in value:
-        _require(
-            isinstance(name, str) and len(name) <= 200 and _MODULE.fullmatch(name) is not None,
-            key,
-            name,
-            'a module name such as "layer1.2"',
-        )
-    return tuple(value)
-
-
-def _parse_stages(value: Any) -> tuple[Stage, ...]:
-    _require(isinstance(value, list) and 0 < len(value) <= _MAX_STAGES, 'stages', value, f'1 to {_MAX_STAGES} stages')
-    stages = []
-    for i, entry in enumerate(value):
-        data = _known(entry, Stage, f'stages[{i}]')
-        (module,) = _parse_modules(f'stages[{i}].module', [data.get('module')])
-        reduction: Any = data.get('reduction')
-        features: Any = data.get('features')
-        _require(_is_int(reduction, 1, 4096), f'stages[{i}].reduction', reduction, '1 to 4096')
-        good = isinstance(features, list) and 0 < len(features) <= 16
-        _require(good, f'stages[{i}].features', features, '1 to 16 features')
-        stages.append(Stage(module, reduction, tuple(_parse_feature(f'stages[{i}]', entry) for entry in features)))
-    return tuple(stages)
-
-
-def _parse_feature(where: str, value: Any) -> Feature:
-    data = _known(value, Feature, f'{where}.features')
-    limits = {'index': (0, 63), 'channels': (1, _MAX_CHANNELS), 'prefix_tokens': (0, 4096)}
-    for key, (low, high) in limits.items():
-        _require(_is_int(data.get(key), low, high), f'{where}.features.{key}', data.get(key), f'{low} to {high}')
-    layout = data.get('layout')
-    _require(layout in _LAYOUTS, f'{where}.features.layout', layout, f'one of {_LAYOUTS}')
-    return Feature(**data)
-
-
-def _check_base_model(value: Any) -> None:
-    allowed = 'null, a timm name such as "resnet50.a1_in1k" or "hf-hub:user/name" (no path and no URL)'
-    _require(value is None or (isinstance(value, str) and len(value) <= 200), 'base_model', value, allowed)
-    if value is None:
-        return
-    if not value.startswith('hf-hub:'):
-        known = _NAME.fullmatch(value) is not None and timm.is_model(value.partition('.')[0])
-        _require(known, 'base_model', value, allowed)
-        return
-    try:
-        validate_repo_id(value.removeprefix('hf-hub:'))
-    except HFValidationError as error:
-        raise ValueError(f'base_model must be {allowed}, got {value!r}.') from error
-
-
 def check_model_args(key: str, value: Any) -> None:
     """Check arguments for `timm.create_model` that come from a file.
 
@@ -291,7 +259,7 @@ def check_model_args(key: str, value: Any) -> None:
         value: The arguments.
 
     Raises:
-        ValueError: An argument is not a plain value, is absurdly large, or would make timm do something else.
+        ValueError: If an argument is not a plain value, is absurdly large, or would make timm do something else.
     """
     _require(isinstance(value, dict) and len(value) <= _MAX_ARGS, key, value, f'an object of up to {_MAX_ARGS} values')
     for name, arg in value.items():
@@ -321,7 +289,7 @@ def check_label_names(label_names: Any, num_classes: int) -> None:
     """Check the names of the classes.
 
     Raises:
-        ValueError: They are not a list of `num_classes` non-empty strings.
+        ValueError: If they are not a list of `num_classes` non-empty strings.
     """
     _require(isinstance(label_names, (list, tuple)), 'label_names', label_names, 'a list with a name for each class')
     if len(label_names) != num_classes:
@@ -334,7 +302,7 @@ def check_data_config(value: Any) -> None:
     """Check preprocessing that comes from a file.
 
     Raises:
-        ValueError: A value is of a wrong type or out of its range.
+        ValueError: If a value is of a wrong type or out of its range.
     """
     _require(isinstance(value, dict), 'data_config', value, 'an object')
     size = value.get('input_size')

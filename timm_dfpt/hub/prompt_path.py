@@ -18,10 +18,10 @@ from ..backbone.stages import find_stages
 from ..backbone.types import Stage
 from ..teacher.prompt_path import PromptPath
 from ..teacher.teacher import DualForwardPathTeacher
-from ..teacher.wrapping import wrap
+from ..teacher.wrapping import open_stages
 from ..version import __version__
 from .base import build_base, build_meta_base, check_base, fingerprint, origin_of
-from .config import PromptPathConfig, check_label_names
+from .config import PromptPathRecord, check_label_names
 from .download import Source
 from .files import (
     MAX_JSON_BYTES,
@@ -93,7 +93,7 @@ def describe(
     label_names: Sequence[str] | None = None,
     data_config: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
-) -> PromptPathConfig:
+) -> PromptPathRecord:
     """Return what `prompt_config.json` says of a teacher. Arguments as in `save_prompt_path`.
 
     Raises:
@@ -114,7 +114,7 @@ def describe(
         data_config = resolve_model_data_config(base) if cfg else {}
     architecture = cfg.get('architecture')
     path = teacher.prompt_path
-    config = PromptPathConfig(
+    config = PromptPathRecord(
         variant=teacher.variant,
         base_model=known_model,
         base_revision=base_revision or known_revision,
@@ -123,7 +123,7 @@ def describe(
         base_fingerprint=fingerprint(base),
         num_classes=num_classes,
         stages=teacher.stages,
-        head=path.head_names,
+        classifier=path.classifier,
         prompt=path.config,
         label_names=list(label_names) if label_names is not None else None,
         data_config=dict(data_config),
@@ -136,7 +136,7 @@ def describe(
 
 
 def _num_classes(teacher: DualForwardPathTeacher) -> int:
-    head = teacher.prompt_path.model.get_submodule(teacher.prompt_path.head_names[0])
+    head = teacher.prompt_path.model.get_submodule(teacher.prompt_path.classifier[0])
     base: Any = teacher.prompt_path.model
     classes = getattr(base, 'num_classes', None) or getattr(head, 'out_features', None)
     return int(classes or 0)
@@ -159,21 +159,23 @@ def load_prompt_path(source: Source, model: nn.Module | None = None) -> DualForw
         HubError: A file cannot be had or is damaged.
         ValueError: The files are not of one valid prompt path, or the base is another one.
     """
-    config = PromptPathConfig.from_dict(read_json(source.get(PROMPT_CONFIG, MAX_JSON_BYTES)))
+    config = PromptPathRecord.from_dict(read_json(source.get(PROMPT_CONFIG, MAX_JSON_BYTES)))
     weights = source.get(PROMPT_WEIGHTS)
     found = read_specs(weights)
-    own_head = any(name.startswith('head.') for name in found)
+    if any(name.startswith('head.') for name in found):
+        # Format 1 said no where num_classes alone had asked for a new head.
+        config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, new_head=True))
     twin = _meta_twin(model) if model is not None else build_meta_base(config, source)
     check_base(config, fingerprint(twin), shapes_only=True)
-    check_tensors(f'{PROMPT_WEIGHTS} of {source.name}', found, _expected(twin, config, own_head))
+    check_tensors(f'{PROMPT_WEIGHTS} of {source.name}', found, _expected(twin, config))
     base = model if model is not None else build_base(config, source)
     check_base(config, fingerprint(base))
-    teacher = _wrap(base, config, own_head)
+    teacher = _wrap(base, config)
     teacher.prompt_path.load_state_dict(read_tensors(weights), strict=True)
     return teacher.eval()
 
 
-def _expected(twin: Any, config: PromptPathConfig, own_head: bool) -> dict[str, TensorSpec]:
+def _expected(twin: Any, config: PromptPathRecord) -> dict[str, TensorSpec]:
     """Return the tensors that a prompt path has on a base without memory.
 
     Raises:
@@ -187,15 +189,15 @@ def _expected(twin: Any, config: PromptPathConfig, own_head: bool) -> dict[str, 
                 config.stages,
                 config.prompt,
                 variant=config.variant,
-                head=config.head,
-                num_classes=_new_classes(twin, config, own_head),
+                classifier=config.classifier,
+                num_classes=_new_classes(twin, config),
             )
     except BUILD_ERRORS as error:
         raise ValueError(f'The base model cannot be opened as the prompt path asks: {error}') from error
     return specs_of(path)
 
 
-def _check_stages(found: Sequence[Stage], config: PromptPathConfig) -> None:
+def _check_stages(found: Sequence[Stage], config: PromptPathRecord) -> None:
     """Compare the stages of a base with the recorded ones in what decides about shapes."""
     for stage, recorded in zip(found, config.stages, strict=True):
         features, known = ([(f.index, f.channels, f.layout) for f in s.features] for s in (stage, recorded))
@@ -205,33 +207,30 @@ def _check_stages(found: Sequence[Stage], config: PromptPathConfig) -> None:
             )
 
 
-def _wrap(base: Any, config: PromptPathConfig, own_head: bool) -> DualForwardPathTeacher:
-    # The recorded stages are those that have a block, so that none is left out a second time.
-    teacher = wrap(
+def _wrap(base: Any, config: PromptPathRecord) -> DualForwardPathTeacher:
+    return open_stages(
         base,
-        stages=_modules(config),
-        num_classes=_new_classes(base, config, own_head),
-        prompt=dataclasses.replace(config.prompt, after_last=True),
+        _modules(config),
+        close_last=False,
+        prompt=config.prompt,
         variant=config.variant,
-        head=config.head,
+        classifier=config.classifier,
+        num_classes=_new_classes(base, config),
         train_bn=config.train_bn,
         input_size=_input_size(base, config),
     )
-    teacher.prompt_path.config = config.prompt
-    return teacher
 
 
-def _modules(config: PromptPathConfig) -> list[str]:
+def _modules(config: PromptPathRecord) -> list[str]:
     return [stage.module for stage in config.stages]
 
 
-def _new_classes(base: Any, config: PromptPathConfig, own_head: bool) -> int | None:
-    """Return the number of classes where the prompt path has a head that is no copy of the base's."""
-    differs = config.num_classes != getattr(base, 'num_classes', config.num_classes)
-    return config.num_classes if differs or (own_head and not config.prompt.head) else None
+def _new_classes(base: Any, config: PromptPathRecord) -> int | None:
+    """Return the number of classes where it is not the base's."""
+    return config.num_classes if config.num_classes != getattr(base, 'num_classes', config.num_classes) else None
 
 
-def _input_size(base: Any, config: PromptPathConfig) -> tuple[int, int, int] | None:
+def _input_size(base: Any, config: PromptPathRecord) -> tuple[int, int, int] | None:
     """timm's models say which size they take; of others only the recorded one is known to be good."""
     size = config.data_config.get('input_size')
     return tuple(size) if size and not getattr(base, 'pretrained_cfg', None) else None

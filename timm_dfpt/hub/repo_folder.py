@@ -16,7 +16,7 @@ from torch import nn
 from ..teacher.teacher import DualForwardPathTeacher
 from .base import build_base, check_base, commit_of, fingerprint, hub_repo_of
 from .cards import RunFacts, prompt_path_card, student_card
-from .config import PromptPathConfig
+from .config import PromptPathRecord
 from .download import open_source
 from .files import read_json, read_specs, write_json
 from .prompt_path import PROMPT_CONFIG, PROMPT_WEIGHTS, save_prompt_path
@@ -115,7 +115,7 @@ def stage_prompt_path(
         if any(value is not None for value in saving.values()):
             raise ValueError(f'{str(teacher)!r} is published as it was saved: leave {", ".join(saving)} out.')
         _copy(Path(teacher), folder, (PROMPT_CONFIG, PROMPT_WEIGHTS), ())
-    config = PromptPathConfig.from_dict(read_json(folder / PROMPT_CONFIG))
+    config = PromptPathRecord.from_dict(read_json(folder / PROMPT_CONFIG))
     if base_model is not None:
         config = dataclasses.replace(config, base_model=base_model or None, base_revision=base_revision)
     if training is not None:
@@ -138,7 +138,7 @@ def stage_prompt_path(
     card.save(folder / CARD)
 
 
-def _proven(config: PromptPathConfig, folder: Path, token: str | bool | None) -> PromptPathConfig:
+def _proven(config: PromptPathRecord, folder: Path, token: str | bool | None) -> PromptPathRecord:
     """Build the base that a config names, hold it against the fingerprint, and note its commit."""
     if config.base_model is None:
         _logger.warning('The teacher of this prompt path is not on the Hub: it can only be loaded with model=teacher.')

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-__all__ = ['autocasts', 'keep_less']
+__all__ = ['autocasts', 'save_fewer_activations']
 
 _Ints = tuple[int, ...]
 
@@ -25,8 +25,8 @@ def autocasts(device: str) -> bool:
     return device != 'meta' and torch.is_autocast_enabled(device)
 
 
-def keep_less(model: nn.Module) -> None:
-    """Let the convolutions and BatchNorms of `model` keep no input that only the gradient of a weight would need.
+def save_fewer_activations(model: nn.Module) -> None:
+    """Do not save inputs of frozen convolution and BatchNorm layers for the backward pass.
 
     Results and gradients stay the same to the last bit. Layers whose weights are trained are not affected.
     """

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -12,14 +13,16 @@ from torch import nn
 from ..backbone.layouts import TokenOrder
 from ..backbone.rules import rule_for
 from ..backbone.types import Stage, name_of
-from .blocks import PromptBlock, PromptConfig, create_fusion
-from .frozen_layers import keep_less
+from .blocks import FusionBlock, PromptBlock, PromptConfig
+from .frozen_layers import save_fewer_activations
 from .hooks import CastInput, Injection
 from .prefix import PathState
 
-__all__ = ['PromptPath', 'VARIANTS']
+__all__ = ['PromptPath', 'VARIANTS', 'Variant']
 
-VARIANTS = ('dfpt', 'dfpt+')
+Variant = Literal['dfpt', 'dfpt+']
+"""What of the prompt path is trained: blocks and head (DFPT-KD), or a copy of the backbone as well (DFPT-KD+)."""
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -35,10 +38,10 @@ class PromptPath(nn.Module):
         stages: Where the blocks go.
         config: How blocks and head are built.
         variant: `'dfpt'` or `'dfpt+'`.
-        head: Names of the classifier modules, as in timm's `pretrained_cfg['classifier']`.
-        num_classes: Number of classes `K`, where the prompt path's head shall have another number than the teacher's.
+        classifier: Names of the classifier modules, as in timm's `pretrained_cfg['classifier']`.
+        num_classes: Number of classes `K` of a head with new weights; `None` starts from the teacher's head.
         train_bn: `'dfpt+'` only: the backbone copy's BatchNorm layers use and update batch statistics in training.
-        state: Shared with the original path.
+        save_memory: `'dfpt'` only: do not save inputs of frozen layers for the backward pass; the results are the same.
     """
 
     def __init__(
@@ -47,25 +50,25 @@ class PromptPath(nn.Module):
         stages: Sequence[Stage],
         config: PromptConfig,
         *,
-        variant: str,
-        head: Sequence[str],
+        variant: Variant,
+        classifier: Sequence[str],
         num_classes: int | None = None,
         train_bn: bool = False,
-        state: PathState | None = None,
+        save_memory: bool = True,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.variant = variant
+        self.variant: Variant = variant
         self.stages = tuple(stages)
         self.train_bn = train_bn
-        self.head_names = tuple(head)
-        self.state = state or PathState()
+        self.classifier = tuple(classifier)
+        self.state = PathState()
         # Copy first, hook second: a copy of a hooked tree would copy hooks and state.
         shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())} if variant == 'dfpt' else {}
         tree = copy.deepcopy(model, shared).eval()
         if num_classes is not None:
-            _replace_head(tree, self.head_names, num_classes)
-        own_head = num_classes is not None or config.head
+            _replace_head(tree, self.classifier, num_classes)
+            config = dataclasses.replace(config, new_head=True)
+        self.config = config
         param = next(model.parameters())
         # What is trained is kept in float32, even where the frozen teacher is not.
         dtype = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
@@ -73,27 +76,28 @@ class PromptPath(nn.Module):
         self.blocks = nn.ModuleList(
             PromptBlock(feature.channels, config) if config.block else _NoBlock() for feature in features
         ).to(device=param.device, dtype=dtype)
-        self.fusions = nn.ModuleList(create_fusion(feature.channels, config) for feature in features).to(
-            device=param.device, dtype=dtype
-        )
+        self.fusions = nn.ModuleList(
+            FusionBlock(feature.channels, depthwise=config.fusion == 'depthwise') for feature in features
+        ).to(device=param.device, dtype=dtype)
         # Without parameters and persistent buffers: nothing of it is in the state dict.
         self.orders = nn.ModuleList(
             _token_order(tree, stage.module) for stage in self.stages for _ in stage.features
         ).to(device=param.device)
         self.head = nn.ModuleList()
         if variant == 'dfpt':
-            if own_head:
-                for name in self.head_names:
+            if config.new_head:
+                for name in self.classifier:
                     leaf = copy.deepcopy(tree.get_submodule(name)).to(dtype).requires_grad_(True)
                     leaf.register_forward_pre_hook(CastInput())
                     tree.set_submodule(name, leaf)
                     self.head.append(leaf)
-            keep_less(tree)
+            if save_memory:
+                save_fewer_activations(tree)
             self._shared_tree = (tree,)
         else:
             self.backbone = tree.to(dtype).requires_grad_(True)
-            for name in self.head_names:
-                tree.get_submodule(name).requires_grad_(own_head)
+            for name in self.classifier:
+                tree.get_submodule(name).requires_grad_(config.new_head)
         self._hook_blocks()
         self.train(self.training)
 
@@ -115,7 +119,7 @@ class PromptPath(nn.Module):
         """Take every frozen tensor from `model` again, after a conversion or load that has replaced tensors."""
         if self.variant != 'dfpt':
             return
-        own = tuple(self.head_names) if self.head else ()
+        own = self.classifier if self.head else ()
         modules = dict(model.named_modules(remove_duplicate=False))
         for name, mine in self.model.named_modules():
             if any(name == head or name.startswith(f'{head}.') for head in own):
@@ -144,7 +148,7 @@ class PromptPath(nn.Module):
         """Return the prompt path's logits `z_p` `[B, K]` for the input `x` `[B, C, H, W]`.
 
         Raises:
-            RuntimeError: A block did not run exactly once.
+            RuntimeError: If a block did not run exactly once.
         """
         state = self.state
         state.fired.clear()
@@ -161,9 +165,9 @@ class PromptPath(nn.Module):
         counts = {stage.module: self.state.fired.count(i) for i, stage in enumerate(self.stages)}
         wrong = {name: count for name, count in counts.items() if count != 1}
         return (
-            f'The prompt blocks of {name_of(self.model)} must each run once a forward, but ran as often as '
-            f'{wrong} says. Something calls these modules in another way than when the model was wrapped, as '
-            'gradient checkpointing over the children of a container does; wrap with other module names: stages=[...].'
+            f'The prompt blocks of {name_of(self.model)} must run exactly once per forward; call counts: {wrong}. '
+            'The forward has changed since wrap(), as gradient checkpointing over the children of a container changes '
+            'it; wrap with other module names: stages=[...].'
         )
 
 

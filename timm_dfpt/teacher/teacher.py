@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +13,9 @@ from ..backbone.types import Stage, name_of
 from .blocks import PromptConfig
 from .hub_methods import PromptPathHubMixin
 from .prefix import PrefixRecorder, PrefixReplay
-from .prompt_path import VARIANTS, PromptPath, match_dtype
+from .prompt_path import PromptPath, Variant, match_dtype
 
-__all__ = ['DualForwardOutput', 'DualForwardPathTeacher', 'PromptPath', 'VARIANTS']
-
-_logger = logging.getLogger(__name__)
+__all__ = ['DualForwardOutput', 'DualForwardPathTeacher']
 
 
 class DualForwardOutput(NamedTuple):
@@ -72,7 +69,7 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
         self.register_load_state_dict_post_hook(_share_after_load)
 
     @property
-    def variant(self) -> str:
+    def variant(self) -> Variant:
         """`'dfpt'` or `'dfpt+'`."""
         return self.prompt_path.variant
 
@@ -129,7 +126,7 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
         """Return the prompt path's logits `z_p` `[B, K]`."""
         return self.prompt_path(x)
 
-    def trainable_parameters(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return parameter groups for an optimizer.
 
         Returns:
@@ -140,7 +137,7 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
         head: list[nn.Parameter] = [p for p in path.head.parameters() if p.requires_grad]
         backbone: list[nn.Parameter] = []
         if path.variant == 'dfpt+':
-            in_head = {id(p) for n in path.head_names for p in path.model.get_submodule(n).parameters()}
+            in_head = {id(p) for n in path.classifier for p in path.model.get_submodule(n).parameters()}
             for param in path.backbone.parameters():
                 if param.requires_grad:
                     (head if id(param) in in_head else backbone).append(param)
@@ -154,7 +151,7 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
         Gradients stay the same. The paths then share no computation.
 
         Raises:
-            ValueError: The architecture does not support it.
+            ValueError: If the architecture does not support it.
         """
         model: Any = self.prompt_path.model
         try:
@@ -199,7 +196,7 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
         for name in self.bypassed:
             lines.append(f'{name}: later layers also see features from before it, which pass its block by')
         trained = 0
-        for group in self.trainable_parameters():
+        for group in self.parameter_groups():
             count = sum(p.numel() for p in group['params'])
             trained += count
             lines.append(f'trainable {group["name"]}: {count:,} parameters')
@@ -210,6 +207,12 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
             else 'the paths share no computation: a step costs two full forwards of the teacher'
         )
         return '\n'.join(lines)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, of how many in all, as PEFT does."""
+        trained = sum(p.numel() for group in self.parameter_groups() for p in group['params'])
+        total = sum(p.numel() for p in self.parameters())
+        print(f'trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}')
 
     def _apply(self, fn: Any, recurse: bool = True) -> DualForwardPathTeacher:
         super()._apply(fn, recurse)

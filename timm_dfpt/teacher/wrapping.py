@@ -11,13 +11,13 @@ from torch import nn
 from ..backbone.calibration import Calibration, calibrate, calibration_input
 from ..backbone.modes import evaluating
 from ..backbone.stages import find_taps
-from ..backbone.types import Stage, Tap, name_of
+from ..backbone.types import Stage, name_of
 from .blocks import PromptConfig
 from .prefix import plan_prefix
-from .prompt_path import VARIANTS, PromptPath
+from .prompt_path import VARIANTS, PromptPath, Variant
 from .teacher import DualForwardPathTeacher
 
-__all__ = ['wrap']
+__all__ = ['open_stages', 'wrap']
 
 _logger = logging.getLogger(__name__)
 
@@ -33,39 +33,73 @@ def wrap(
     stages: int | Sequence[str] | None = None,
     num_classes: int | None = None,
     prompt: PromptConfig | None = None,
-    variant: str = 'dfpt',
-    head: str | Sequence[str] | None = None,
+    variant: Variant = 'dfpt',
+    classifier: str | Sequence[str] | None = None,
     train_bn: bool = False,
+    save_memory: bool = True,
     input_size: tuple[int, int, int] | None = None,
 ) -> DualForwardPathTeacher:
-    """Give a pre-trained model a second, prompt-based forward path (DFPT-KD, arXiv 2506.18244).
+    """Freeze a pre-trained model in place, run it a few times, and give it a second, prompt-based forward path.
 
-    Before any training the prompt path returns what the model returns. A calibration pass proves on this very model
-    that every block runs once, that the paths agree and that every new parameter is reached by the gradient.
+    Source: DFPT-KD, arXiv 2506.18244. Before any training the prompt path returns what the model returns. The few runs
+    on a small input prove on this very model that every block runs once, that the paths agree and that every new
+    parameter is reached by the gradient. `teacher.unwrap()` gives the model back as it was.
 
     Args:
-        model: Any timm classifier; with `stages=[...]` (and `head=`) any model. It is frozen in place;
-            `teacher.unwrap()` gives it back.
+        model: Any timm classifier; with `stages=[...]` (and `classifier=`) any model.
         stages: `None` for the model's own stages, a number, or the names of the modules that end a stage.
         num_classes: Give the prompt path a new head for this number of classes; `None` copies the model's head.
         prompt: Shape of prompt blocks, fusion and head; `None` for the defaults.
         variant: `'dfpt'` tunes blocks and head only; `'dfpt+'` also a trainable copy of the backbone.
-        head: Name (or names) of the classifier module; by default what timm or `get_classifier()` says.
+        classifier: Name (or names) of the classifier module; by default what timm or `get_classifier()` says.
         train_bn: With `'dfpt+'`, let the copy's BatchNorm layers use batch statistics in training. The default
             (ours) keeps them in evaluation, so that the prompt path starts as the teacher in training, too.
+        save_memory: With `'dfpt'`, do not save inputs of frozen convolution and BatchNorm layers for the backward pass.
+            Logits and gradients are the same to the last bit.
         input_size: `(C, H, W)` of the calibration input; by default the smallest size that the model takes.
 
     Returns:
         The teacher: `teacher(x)` returns the logits of both paths.
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: The model cannot be opened as asked; the message names model, reason and remedy.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If the model cannot be opened as asked; the message names model, reason and remedy.
 
     Example:
         >>> teacher = timm_dfpt.wrap(timm.create_model('resnet50', pretrained=True))
         >>> out = teacher(images)
         >>> out.original, out.prompt
+    """
+    return open_stages(
+        model,
+        stages,
+        close_last=True,
+        num_classes=num_classes,
+        prompt=PromptConfig() if prompt is None else prompt,
+        variant=variant,
+        classifier=classifier,
+        train_bn=train_bn,
+        save_memory=save_memory,
+        input_size=input_size,
+    )
+
+
+def open_stages(
+    model: nn.Module,
+    stages: int | Sequence[str] | None,
+    *,
+    close_last: bool,
+    prompt: PromptConfig,
+    variant: Variant,
+    classifier: str | Sequence[str] | None,
+    num_classes: int | None,
+    train_bn: bool,
+    save_memory: bool = True,
+    input_size: tuple[int, int, int] | None = None,
+) -> DualForwardPathTeacher:
+    """Do what `wrap` does, with the last stage open or closed; the other arguments are those of `wrap`.
+
+    Blocks go between stages, so that `wrap` leaves the last one closed. A saved prompt path names those that are open.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be a torch.nn.Module such as timm.create_model(...), got {type(model).__name__}.')
@@ -77,25 +111,32 @@ def wrap(
         raise ValueError(f'num_classes must be None or a positive integer, got {num_classes!r}.')
     if train_bn and variant != 'dfpt+':
         raise ValueError("train_bn=True needs variant='dfpt+': the backbone of 'dfpt' is frozen.")
-    prompt = PromptConfig() if prompt is None else prompt
     if not isinstance(prompt, PromptConfig):
         raise TypeError(f'prompt must be a PromptConfig, got {type(prompt).__name__}.')
-    heads = _head_names(model, head)
+    names = _classifier_names(model, classifier)
     taps = find_taps(model, stages)
     x = calibration_input(model, input_size)
     found = calibrate(model, taps, x)
-    open_stages = _stages_to_open(model, taps, found, prompt.after_last, named=isinstance(stages, Sequence))
+    closed = {taps[-1].module} if close_last else set()
+    opened = _stages_to_open(model, found, closed, named=isinstance(stages, Sequence))
     prefix = []
     if variant == 'dfpt':
         with evaluating(model):
-            prefix = plan_prefix(model, open_stages[0].module, x)
+            prefix = plan_prefix(model, opened[0].module, x)
     # Weights made under inference_mode could never be trained.
     with torch.inference_mode(False):
         path = PromptPath(
-            model, open_stages, prompt, variant=variant, head=heads, num_classes=num_classes, train_bn=train_bn
+            model,
+            opened,
+            prompt,
+            variant=variant,
+            classifier=names,
+            num_classes=num_classes,
+            train_bn=train_bn,
+            save_memory=save_memory,
         )
-    opened = {stage.module for stage in open_stages}
-    teacher = DualForwardPathTeacher(model, path, prefix, [name for name in found.bypassed if name in opened])
+    modules = {stage.module for stage in opened}
+    teacher = DualForwardPathTeacher(model, path, prefix, [name for name in found.bypassed if name in modules])
     try:
         _verify(teacher, x, num_classes)
     except Exception:
@@ -104,11 +145,8 @@ def wrap(
     return teacher
 
 
-def _stages_to_open(
-    model: nn.Module, taps: Sequence[Tap], found: Calibration, after_last: bool, named: bool
-) -> list[Stage]:
+def _stages_to_open(model: nn.Module, found: Calibration, closed: set[str], named: bool) -> list[Stage]:
     kind = name_of(model)
-    closed = set() if after_last else {taps[-1].module}
     unused = [name for name in found.unused if name not in closed]
     if unused and named:
         raise ValueError(
@@ -120,35 +158,36 @@ def _stages_to_open(
     stages = [stage for stage in found.stages if stage.module not in closed]
     if not stages:
         raise ValueError(
-            f'{kind} has a single stage, and blocks go between stages. '
-            'Use PromptConfig(after_last=True) or name more stages in stages=[...].'
+            f'{kind} has a single stage, and blocks go between stages. Name more stages in stages=[...].'
         )
     return stages
 
 
-def _head_names(model: nn.Module, head: str | Sequence[str] | None) -> tuple[str, ...]:
+def _classifier_names(model: nn.Module, classifier: str | Sequence[str] | None) -> tuple[str, ...]:
     kind = name_of(model)
     if getattr(model, 'num_classes', None) == 0:
         remedy = (
             'Create it with its classes, e.g. timm.create_model(name, pretrained=True, num_classes=1000).'
             if hasattr(model, 'get_classifier')
             else 'It is an encoder without a classifier: wrap a classifier of the same family instead, or a module of '
-            'your own with this encoder and a head, with stages=[...] and head=....'
+            'your own with this encoder and a head, with stages=[...] and classifier=....'
         )
         raise ValueError(f'{kind} has num_classes=0, so it has no logits to teach with. {remedy}')
-    names = head if head is not None else (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
+    names = classifier
+    if names is None:
+        names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
     get_classifier: Any = getattr(model, 'get_classifier', None)
     if names is None and get_classifier is not None:
-        classifier = get_classifier()
-        names = next((name for name, module in model.named_modules() if module is classifier), None)
+        found = get_classifier()
+        names = next((name for name, module in model.named_modules() if module is found), None)
     if not names:
-        raise ValueError(f'{kind} does not say which module is its classifier; name it, e.g. head="fc".')
-    found = (names,) if isinstance(names, str) else tuple(names)
+        raise ValueError(f'{kind} does not say which module is its classifier; name it, e.g. classifier="fc".')
+    names = (names,) if isinstance(names, str) else tuple(names)
     modules = dict(model.named_modules())
-    missing = [name for name in found if name not in modules]
+    missing = [name for name in names if name not in modules]
     if missing:
-        raise ValueError(f'{kind} has no module {missing[0]!r} for its classifier; name another one, e.g. head="fc".')
-    return found
+        raise ValueError(f'{kind} has no module {missing[0]!r}; name its classifier, e.g. classifier="fc".')
+    return names
 
 
 def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int | None) -> None:
@@ -159,10 +198,10 @@ def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int |
         if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2:
             raise ValueError(f'{kind} must return logits [B, K], got {_describe(prompt)}.')
         if num_classes is None and not _close(original, prompt):
+            difference = (original - prompt).abs().max().item()
             raise ValueError(
-                f'The prompt path of {kind} does not start as the original path: logits differ by up to '
-                f'{(original - prompt).abs().max().item():.2e}. Its forward cannot be repeated (randomness in '
-                'evaluation?); name other modules in stages=[...].'
+                f'{kind}: prompt logits differ from the original by {difference:.2e} before training: the forward is '
+                'not deterministic in eval mode. Name other modules in stages=[...].'
             )
         named = [(name, p) for name, p in teacher.prompt_path.named_parameters() if p.requires_grad]
         grads = torch.autograd.grad(prompt.float().square().sum(), [p for _, p in named], allow_unused=True)

@@ -6,7 +6,7 @@ import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -25,6 +25,7 @@ from ..losses import KD_LOSSES, DFPTWeights
 from ..tasks.baselines import AdaptedTeacher, CTKDTask, LogitLossTask
 from ..tasks.dfpt import DFPTDistillationTask
 from ..teacher.blocks import PromptConfig
+from ..teacher.prompt_path import Variant
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
 from .options import TrainConfig
@@ -37,6 +38,9 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _LOCAL = 'local-dir:'
+_NORM_LAYERS: dict[str, Literal['batchnorm2d', 'layernorm2d'] | None] = {
+    'batch': 'batchnorm2d', 'layer': 'layernorm2d', 'none': None
+}  # fmt: skip
 
 
 def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
@@ -187,21 +191,20 @@ def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeache
             teacher.prompt_path.requires_grad_(False)
         return teacher
     prompt = PromptConfig(
-        reduction=config.prompt_reduction,
+        rd_ratio=config.prompt_reduction,
         partial_ratio=config.prompt_partial_ratio,
         kernel_sizes=tuple(config.prompt_kernel_sizes),
-        arrangement=config.prompt_arrangement,
-        norm_layer=config.prompt_norm,
+        norm_layer=_NORM_LAYERS[config.prompt_norm],
         act_layer=config.prompt_act,
         fusion=config.prompt_fusion,
         block=config.prompt_block,
-        head=config.prompt_head,
-        after_last=config.prompt_after_last,
+        new_head=config.prompt_head,
     )
     stages: Any = config.prompt_stages or None
     if stages and len(stages) == 1 and stages[0].isdigit():
         stages = int(stages[0])
-    return wrap(model, stages=stages, prompt=prompt, variant=config.method, train_bn=config.prompt_train_bn)
+    variant = cast(Variant, config.method)
+    return wrap(model, stages=stages, prompt=prompt, variant=variant, train_bn=config.prompt_train_bn)
 
 
 def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:

@@ -315,11 +315,7 @@ def _student_optimizer(config: TrainConfig, task: TrainingTask) -> torch.optim.O
 
 
 def _prompt_optimizer(config: TrainConfig, task: DFPTDistillationTask) -> torch.optim.Optimizer:
-    groups = task.teacher.trainable_parameters()
-    if not groups:
-        raise ValueError(
-            'The prompt path has nothing to train: prompt_block and prompt_head are off and prompt_fusion is none.'
-        )
+    groups = task.teacher.parameter_groups()
     for group in groups:
         scale = config.prompt_backbone_lr_scale if group['name'] == 'backbone' else 1.0
         group['lr'] = config.prompt_lr * scale

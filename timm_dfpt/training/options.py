@@ -94,16 +94,18 @@ class TrainConfig:
     prompt_path: str | None = _opt(None, 'start from a published prompt path: Hub id or folder', 'prompt path')
     freeze_prompt_path: bool = _opt(False, 'use --prompt-path as it is instead of tuning it on', 'prompt path')
     prompt_stages: list[str] = _opt([], 'number of stages, or the modules that end one', 'prompt path')
-    prompt_reduction: float = _opt(2.0, 'r1: blocks work on channels / r1', 'prompt path')
-    prompt_partial_ratio: float = _opt(0.5, 'r2: share of channels a partial convolution convolves', 'prompt path')
+    prompt_reduction: float = _opt(
+        2.0, 'r1 (rd_ratio): blocks work on channels / r1', 'prompt path', above=0, high=1024
+    )
+    prompt_partial_ratio: float = _opt(
+        0.5, 'r2: share of channels a partial convolution convolves', 'prompt path', above=0, high=1
+    )
     prompt_kernel_sizes: list[int] = _opt([1, 3, 5], 'kernel sizes of the partial convolutions', 'prompt path')
-    prompt_arrangement: str = _opt('parallel', 'parallel (scales side by side) or sequential (in a row)', 'prompt path')
-    prompt_norm: str = _opt('batch', 'norm layer of the blocks: batch, layer or none', 'prompt path')
+    prompt_norm: Literal['batch', 'layer', 'none'] = _opt('batch', 'norm layer of the blocks', 'prompt path')
     prompt_act: str = _opt('relu', 'activation of the blocks', 'prompt path')
-    prompt_fusion: str = _opt('conv', 'fusion: conv (1x1, paper), depthwise or none', 'prompt path')
+    prompt_fusion: Literal['conv', 'depthwise'] = _opt('conv', 'fusion: conv (1x1, paper) or depthwise', 'prompt path')
     prompt_block: bool = _opt(True, 'use prompt blocks', 'prompt path')
     prompt_head: bool = _opt(True, 'give the prompt path a trainable head of its own', 'prompt path')
-    prompt_after_last: bool = _opt(False, 'also put a block after the last stage', 'prompt path')
     prompt_train_bn: bool = _opt(False, 'dfpt+: train BatchNorm of the backbone copy', 'prompt path')
     prompt_opt: str = _opt('adamw', 'optimizer of the prompt path', 'prompt path')
     prompt_lr: float = _opt(1e-3, 'learning rate of the prompt path', 'prompt path', low=0)
@@ -246,12 +248,6 @@ class TrainConfig:
             raise ValueError(f'prompt_path options need method dfpt or dfpt+, got method={self.method}.')
         if self.method in self.baselines or len(set(self.baselines)) != len(self.baselines):
             raise ValueError(f'baselines={self.baselines} names a method twice (method={self.method}).')
-        untrained = not (self.prompt_block or self.prompt_head or self.prompt_path) and self.prompt_fusion == 'none'
-        if self.method == 'dfpt' and untrained:
-            raise ValueError(
-                'prompt_block and prompt_head are off and prompt_fusion is none: the prompt path has nothing to train. '
-                'Turn one of them on, or use --method kd.'
-            )
         if self.freeze_prompt_path and not self.prompt_path:
             raise ValueError('freeze_prompt_path needs a tuned one to start from: name it with --prompt-path.')
         if (self.mixup or self.cutmix) and 'dkd' in (self.method, *self.baselines, self.kd_loss if dual else None):
