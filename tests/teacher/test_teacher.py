@@ -538,7 +538,7 @@ def test_torchvision_models() -> None:
         ({'num_classes': True}, 'num_classes must be'),
         ({'train_bn': True}, "needs variant='dfpt\\+'"),
         ({'classifier': 'nowhere'}, "no module 'nowhere'"),
-        ({'stages': ['layer1', 'nowhere']}, "'nowhere', which is no module"),
+        ({'stages': ['layer1', 'nowhere']}, "'nowhere', which is not a module"),
         ({'stages': []}, 'names no module'),
         ({'stages': 0}, 'stages must be'),
         ({'stages': 9}, 'more stages than the 5'),
@@ -587,6 +587,15 @@ def test_models_that_give_no_logits_and_unused_stages_are_refused() -> None:
         timm_dfpt.wrap(_Detector(), stages=['body.0', 'body.1'], classifier='head')
     with pytest.raises(ValueError, match="behind 'side'"):
         timm_dfpt.wrap(_Detector(), stages=['body.0', 'side', 'head'], classifier='head')
+
+
+def test_trainable_parameters_are_printed_as_peft_does(capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = make_teacher()
+    teacher.print_trainable_parameters()
+    trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in teacher.parameters())
+    expected = f'trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}\n'
+    assert capsys.readouterr().out == expected
 
 
 def test_summary_names_stages_shares_and_what_passes_by() -> None:

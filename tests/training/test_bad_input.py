@@ -242,7 +242,7 @@ CASES = {
     ),
     'stages unknown': (
         ['--prompt-stages', 'layer1', 'layer9'],
-        "stages names 'layer9', which is no module of resnet18.*See .*named_modules",
+        "stages names 'layer9', which is not a module of resnet18.*See .*named_modules",
     ),
     'too many stages': (['--prompt-stages', '99'], 'stages=99 asks for more stages than the 5 that resnet18'),
     'even kernel': (['--prompt-kernel-sizes', '2'], r'kernel_sizes must be 1 to 8 odd integers .*got \(2,\)'),

@@ -16,7 +16,7 @@ from .types import Feature, Stage, Tap, name_of
 
 __all__ = ['Calibration', 'calibrate', 'calibration_input']
 
-# Small enough that wrapping costs little, large enough that a reduction of 32 leaves a map and not a point.
+# Small enough that wrapping costs little, large enough that a reduction of 32 leaves a map, not a point.
 _SIDE = 64
 _DEFAULT_SIDE = 224
 
@@ -40,7 +40,7 @@ class Calibration:
 class _Probe:
     """Hook on a tap: finds the features in the output and adds to each a zero that requires a gradient.
 
-    The zero's gradient tells what the feature reaches. With `cut`, what comes from before the tap ends there, so that
+    The zero's gradient shows what the feature reaches. With `cut`, what comes from before the tap ends there, so that
     only what goes around it is reached.
     """
 
@@ -70,7 +70,7 @@ def calibrate(model: nn.Module, taps: Sequence[Tap], x: torch.Tensor) -> Calibra
     """Run `model` on `x` `[B, C, H, W]` and find the features behind `taps`.
 
     Raises:
-        ValueError: A tap does not run exactly once and in order, or its output holds no features.
+        ValueError: If a tap does not run exactly once and in order, or its output holds no features.
     """
     modules = dict(model.named_modules())
     missing = [tap.module for tap in taps if tap.module not in modules]
@@ -119,7 +119,7 @@ def _run(
     names = [tap.module for tap in taps]
     if order != names:
         raise ValueError(
-            f'The stages {names} of {name_of(model)} must each run once a forward and in this order, but '
+            f'The stages {names} of {name_of(model)} must each run once per forward and in this order, but '
             f'{order or "none of them"} ran. Name other modules, in the order in which they run: stages=[...].'
         )
     return probes, leaf, [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
@@ -187,7 +187,7 @@ def calibration_input(model: nn.Module, input_size: tuple[int, int, int] | None 
         input_size: `(C, H, W)`; by default the first of a few small sizes that the model takes.
 
     Raises:
-        ValueError: The model takes none of them.
+        ValueError: If the model takes none of them.
     """
     if input_size is not None and not (
         isinstance(input_size, Sequence)

@@ -93,7 +93,7 @@ class TokenOrder(nn.Module):
 
     def __init__(self, to_raster: torch.Tensor) -> None:
         super().__init__()
-        # Not persistent: they follow from the architecture and are no weights.
+        # Not persistent: they follow from the architecture and are not weights.
         self.register_buffer('to_raster', to_raster, persistent=False)
         self.register_buffer('from_raster', torch.argsort(to_raster), persistent=False)
 
@@ -106,7 +106,7 @@ def to_patches(
     Args:
         tokens: Patch tokens `[B, L, C]`.
         coord: Row and column of each patch `[B, L, 2]`.
-        valid: Which patches are no padding `[B, L]`; `None` for all.
+        valid: Which patches are not padding `[B, L]`; `None` for all.
 
     Returns:
         The feature maps `[B, C, H, W]`, zero where an image has no patch; where it has one `[B, 1, H, W]`; and each

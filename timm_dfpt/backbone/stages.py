@@ -33,7 +33,7 @@ def find_stages(
         The stages in the order in which they run. A feature that the model's output does not depend on is left out.
 
     Raises:
-        ValueError: The stages cannot be found; the message names the model, the reason and the remedy.
+        ValueError: If the stages cannot be found; the message names the model, the reason and the remedy.
     """
     return list(calibrate(model, find_taps(model, stages), calibration_input(model, input_size)).stages)
 
@@ -50,7 +50,7 @@ def find_taps(model: nn.Module, stages: int | Sequence[str] | None) -> list[Tap]
             f'{name_of(model)} has no feature_info that says where its stages are; '
             'name the modules that end a stage, e.g. stages=["layer1", "layer2", "layer3"].'
         )
-    # More than that, and all alike: the blocks of a plain transformer and no stages.
+    # More than that, and all alike: the blocks of a plain transformer, not stages.
     if len(taps) > _DEFAULT_NUM_STAGES and len({(t.channels, t.reduction) for t in taps}) == 1:
         count = stages or _DEFAULT_NUM_STAGES
         if count <= len(taps):
@@ -93,7 +93,7 @@ def _named_taps(model: nn.Module, names: Sequence[Any]) -> list[Tap]:
     for name in names:
         if not isinstance(name, str) or name not in modules or not name:
             raise ValueError(
-                f'stages names {name!r}, which is no module of {name_of(model)}. '
+                f'stages names {name!r}, which is not a module of {name_of(model)}. '
                 'See [name for name, _ in model.named_modules()].'
             )
     found = [_last_child(modules, name) for name in names]

@@ -21,8 +21,8 @@ def check_logits(reference: Tensor, **others: Tensor) -> None:
         **others: Further logits by argument name.
 
     Raises:
-        TypeError: Something is not a floating-point tensor.
-        ValueError: A shape or a device does not fit.
+        TypeError: If something is not a floating-point tensor.
+        ValueError: If a shape or a device does not fit.
     """
     for name, logits in {'student_logits': reference, **others}.items():
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
@@ -55,8 +55,8 @@ def check_target(target: Tensor, logits: Tensor, hard_only: str | None = None) -
         hard_only: Name of the loss that needs class indices; None accepts class probabilities too.
 
     Raises:
-        TypeError: `target` is not a tensor, or its dtype does not fit.
-        ValueError: Shape or device do not fit, or the labels are soft where `hard_only` is set.
+        TypeError: If `target` is not a tensor, or its dtype does not fit.
+        ValueError: If shape or device do not fit, or the labels are soft where `hard_only` is set.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f'target must be a tensor of class indices [B] or probabilities [B, K], got {type(target)}.')
@@ -78,7 +78,7 @@ def check_target(target: Tensor, logits: Tensor, hard_only: str | None = None) -
     elif target.shape != logits.shape[:1]:
         raise ValueError(
             f'target with class indices must have the shape [{logits.shape[0]}] of the batch, '
-            f'got {list(target.shape)}; give one class index a sample.'
+            f'got {list(target.shape)}; give one class index per sample.'
         )
 
 
@@ -91,8 +91,8 @@ def check_temperature(temperature: float | Tensor) -> None:
         temperature: Softmax temperature, a number or a tensor without dimensions.
 
     Raises:
-        TypeError: `temperature` is neither a number nor a tensor.
-        ValueError: It is not positive and finite, or a tensor with dimensions.
+        TypeError: If `temperature` is neither a number nor a tensor.
+        ValueError: If it is not positive and finite, or a tensor with dimensions.
     """
     if isinstance(temperature, Tensor):
         if temperature.ndim != 0:

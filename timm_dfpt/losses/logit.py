@@ -38,8 +38,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
         Scalar loss, mean over the batch. Rounding may leave it a little below zero when both distributions agree.
 
     Raises:
-        TypeError: The logits are not floating-point tensors, or the temperature is not a number.
-        ValueError: Shapes or devices differ, or the temperature is not positive and finite.
+        TypeError: If the logits are not floating-point tensors, or the temperature is not a number.
+        ValueError: If shapes or devices differ, or the temperature is not positive and finite.
     """
     check_logits(student_logits, teacher_logits=teacher_logits)
     check_temperature(temperature)
@@ -77,8 +77,8 @@ def dkd_loss(
         Scalar loss, mean over the batch; zero with a single class.
 
     Raises:
-        TypeError: The logits are not floating-point tensors, or temperature or target have the wrong type.
-        ValueError: Shapes or devices differ, the target is soft, or the temperature is not positive and finite.
+        TypeError: If the logits are not floating-point tensors, or temperature or target have the wrong type.
+        ValueError: If shapes or devices differ, the target is soft, or the temperature is not positive and finite.
     """
     check_logits(student_logits, teacher_logits=teacher_logits)
     check_target(target, student_logits, hard_only='dkd')
@@ -114,7 +114,7 @@ def dist_loss(
     `T^2 (beta (1 - mean_b rho(p_s[b, :], p_t[b, :])) + gamma (1 - mean_k rho(p_s[:, k], p_t[:, k])))`. Source: Huang et
     al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022; the factor T^2 is that of public code. A
     correlation that does not exist because one side is constant (one class, a batch of one, a zero-initialised head)
-    counts as 0 and gives no gradient, where dividing by a small number would give a huge one.
+    is 0 and gives no gradient, where dividing by a small number would give a huge one.
 
     Args:
         student_logits: Logits of the student `[B, K]`.
@@ -127,8 +127,8 @@ def dist_loss(
         Scalar loss, in `[0, 2 T^2 (beta + gamma)]`.
 
     Raises:
-        TypeError: The logits are not floating-point tensors, or the temperature is not a number.
-        ValueError: Shapes or devices differ, or the temperature is not positive and finite.
+        TypeError: If the logits are not floating-point tensors, or the temperature is not a number.
+        ValueError: If shapes or devices differ, or the temperature is not positive and finite.
     """
     check_logits(student_logits, teacher_logits=teacher_logits)
     check_temperature(temperature)
@@ -167,7 +167,7 @@ def logit_std_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     Source: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, algorithms 1 and 2: the standard
     deviation divides by K (the authors' code divides by K - 1, which is the same as a temperature larger by
     `sqrt(K / (K - 1))`). Their code multiplies this loss by 9 and uses T = 2; the weight is left to the caller. Logits
-    that are all equal (a zero-initialised head, one class) have no standard score: they count as 0, without gradient.
+    that are all equal (a zero-initialised head, one class) have no standard score: it is 0, without gradient.
 
     Args:
         student_logits: Logits of the student `[B, K]`.
@@ -178,8 +178,8 @@ def logit_std_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
         Scalar loss, mean over the batch.
 
     Raises:
-        TypeError: The logits are not floating-point tensors, or the temperature is not a number.
-        ValueError: Shapes or devices differ, or the temperature is not positive and finite.
+        TypeError: If the logits are not floating-point tensors, or the temperature is not a number.
+        ValueError: If shapes or devices differ, or the temperature is not positive and finite.
     """
     check_logits(student_logits, teacher_logits=teacher_logits)
     with full_precision(student_logits):
@@ -217,8 +217,8 @@ def ttm_loss(
         Scalar loss, mean over the batch.
 
     Raises:
-        TypeError: The logits are not floating-point tensors, or the temperature is not a number.
-        ValueError: Shapes or devices differ, or the temperature is not positive and finite.
+        TypeError: If the logits are not floating-point tensors, or the temperature is not a number.
+        ValueError: If shapes or devices differ, or the temperature is not positive and finite.
     """
     check_logits(student_logits, teacher_logits=teacher_logits)
     check_temperature(temperature)

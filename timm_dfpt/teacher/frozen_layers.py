@@ -1,8 +1,8 @@
-"""Convolutions and BatchNorm of frozen weights that keep nothing for the backward pass but what it needs.
+"""Frozen convolution and BatchNorm layers that save no inputs for the backward pass.
 
-torch keeps the input of every convolution and every BatchNorm, for the gradient of their weights. A frozen layer has no
+torch saves the input of every convolution and every BatchNorm for the gradient of their weights. A frozen layer has no
 such gradient, and that of its input depends on the weights alone. In a network such as ResNet this is more than half
-of what the prompt path would keep.
+of what the prompt path would save.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def save_fewer_activations(model: nn.Module) -> None:
 class _FrozenForward:
     """The `forward` of a frozen layer: its class's own, with the functions in it exchanged.
 
-    A class and no closure, so that deepcopy and pickle take the module along.
+    A class, not a closure, so that deepcopy and pickle take the module along.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -20,7 +20,7 @@ __all__ = ['CastInput', 'Injection']
 class Injection:
     """Forward hook on the module of a stage: replaces its features `h` by `F(h + P(h))`.
 
-    A class and no closure, so that deepcopy and pickle take blocks and state along.
+    A class, not a closure, so that deepcopy and pickle take blocks and state along.
 
     Args:
         index: Number of the stage.

@@ -28,8 +28,8 @@ class PathState:
         recording: The original pass that is running records its prefix.
         replaying: The prompt pass that is running takes its prefix from the record.
         outputs: For each module of the prefix what its calls returned.
-        patch_coord: Row and column of each patch `[B, L, 2]` where the input is patches (NaFlex) and no picture.
-        patch_valid: Which patches are no padding `[B, L]`.
+        patch_coord: Row and column of each patch `[B, L, 2]` where the input is patches (NaFlex), not an image.
+        patch_valid: Which patches are not padding `[B, L]`.
     """
 
     image_size: tuple[int, int] = (0, 0)
@@ -58,7 +58,7 @@ class PathState:
 class PrefixRecorder:
     """Forward hook on a module of the original path: keeps what its first calls return.
 
-    A class and no closure, so that deepcopy and pickle take the state along.
+    A class, not a closure, so that deepcopy and pickle take the state along.
 
     Args:
         state: Shared with the prompt path.

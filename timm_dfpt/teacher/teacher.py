@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..backbone.modes import ModelState
 from ..backbone.types import Stage, name_of
@@ -57,7 +58,7 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
         self.prompt_path = prompt_path
         self.bypassed = tuple(bypassed)
         self.grad_checkpointing = any(getattr(module, 'grad_checkpointing', False) for module in model.modules())
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self.prefix = tuple(prefix)
         state = prompt_path.state
         state.outputs = [[] for _ in self.prefix]
@@ -180,7 +181,7 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
         return self.model
 
     def summary(self) -> str:
-        """Return in words which stages are open, with which shapes, and how many parameters the prompt path adds."""
+        """Return which stages are open, with which shapes, and how many parameters the prompt path adds, as text."""
         total = sum(p.numel() for p in self.model.parameters())
         lines = [
             f'DualForwardPathTeacher(variant={self.variant!r}) on {name_of(self.model)}: '
@@ -214,13 +215,13 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
         total = sum(p.numel() for p in self.parameters())
         print(f'trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}')
 
-    def _apply(self, fn: Any, recurse: bool = True) -> DualForwardPathTeacher:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DualForwardPathTeacher:
         super()._apply(fn, recurse)
         self.prompt_path.share_weights_with(self.model)
         return self
 
 
-def _share_after_load(teacher: DualForwardPathTeacher, incompatible_keys: Any) -> None:
+def _share_after_load(teacher: DualForwardPathTeacher, incompatible_keys: object) -> None:
     # load_state_dict(assign=True) puts new tensors into the original path.
     teacher.model.requires_grad_(False)
     teacher.prompt_path.share_weights_with(teacher.model)
