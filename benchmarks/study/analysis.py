@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.plan import Cell, Plan
-from timm_dfpt.training.stats import summarise
+from timm_dfpt.training.report import summarise
 
 __all__ = ['CONTRASTS', 'DUAL', 'TITLES', 'Study', 'options_text', 'unlike']
 
@@ -74,7 +74,7 @@ class Study:
         """Compare two arms over the seeds that both have.
 
         Returns:
-            Summary of the paired differences `arm - base` (see `timm_dfpt.training.stats.summarise`) with `n` and
+            Summary of the paired differences `arm - base` (see `timm_dfpt.training.report.summarise`) with `n` and
             `wins`, the number above 0; `None` without a common seed.
         """
         others = {record['seed']: record[key] for record in self.find(regime, base)}

@@ -11,6 +11,7 @@ import yaml
 
 from timm_dfpt.training.compare import Arm
 from timm_dfpt.training.options import TrainConfig
+from timm_dfpt.training.run_folder import RunFolder
 
 __all__ = ['PLAN_FILE', 'Cell', 'Plan']
 
@@ -120,7 +121,7 @@ class Plan:
         for number, name in enumerate(self.options(cell).get('assistants', ())):
             folder = self._assistant(cell, arm.name, number)
             own: dict[str, Any] = {'student': self._trained(name), 'student_kwargs': {}, 'teacher': teacher}
-            own |= {'output': str(folder), 'resume': (folder / 'config.yaml').is_file()}
+            own |= {'output': str(folder), 'resume': RunFolder(folder).config.is_file()}
             runs.append(common.for_method('kd', **{**arm.changes, **own}))
             teacher = f'local-dir:{folder / "student"}'
         return runs

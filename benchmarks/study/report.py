@@ -21,7 +21,7 @@ from benchmarks.study.analysis import CONTRASTS, DUAL, TITLES, Study, mean, opti
 from benchmarks.study.plan import PLAN_FILE, Plan
 from benchmarks.study.plots import figures
 from benchmarks.study.run import RESULTS, read_records
-from timm_dfpt.training.stats import summarise
+from timm_dfpt.training.report import summarise
 
 __all__ = ['blocks', 'main', 'rewrite']
 

@@ -36,6 +36,7 @@ from timm_dfpt.training.compare import Arm, compare
 from timm_dfpt.training.evaluate import evaluate
 from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run import run
+from timm_dfpt.training.run_folder import ComparisonFolder, RunFolder
 
 RESULTS = Path(__file__).with_name('results')
 # More side by side do not fit into the caches of a core: with 36 of them each took twice as long.
@@ -64,7 +65,7 @@ def train_students(plan: Plan, cells: Sequence[Cell], folder: Path) -> list[dict
     """
     config = plan.config(cells[0], folder)
     arms = {cell: plan.arm(cell)[0] for cell in cells}
-    resumed = dataclasses.replace(config, resume=(folder / 'arms.json').is_file())
+    resumed = dataclasses.replace(config, resume=ComparisonFolder(folder).arms.is_file())
     assistants = [assistant for cell in cells for assistant in plan.assistants(cell)]
     with _spending(folder) as spent:
         for assistant in assistants:
@@ -103,22 +104,20 @@ def _spending(folder: Path) -> Iterator[Callable[[], dict[str, float]]]:
 def _make_records(
     plan: Plan, arms: Mapping[Cell, Arm], config: TrainConfig, folder: Path
 ) -> list[dict[str, Any]]:
-    seed_dir = folder / f'seed-{config.seed}'
-    summary = json.loads((seed_dir / 'summary.json').read_text(encoding='utf-8'))
-    lines = [json.loads(line) for line in (seed_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    run_folder = ComparisonFolder(folder).seed(config.seed)
+    summary, lines = run_folder.read_summary(), run_folder.read_metrics()
     records = []
     for cell, arm in arms.items():
         result = summary['arms'][arm.name]
         metrics = {split: {who: model[key] for who, model in result['models'].items()}
                    for split, key in (('val', 'val_metrics'), ('test', 'metrics'))}
-        metrics['train'] = _on_training_images(config, seed_dir / 'arms' / arm.name)
+        metrics['train'] = _on_training_images(config, run_folder.arm(arm.name))
         if cell.phase == 'tune':
             # What is not there cannot be looked at.
             del metrics['test']
         seconds, flops = result['step']['ms'] / 1000, result['step']['flops']
         for assistant in plan.assistants(cell):
-            file = Path(str(assistant.output), 'summary.json')
-            seconds += json.loads(file.read_text(encoding='utf-8'))['train_seconds'] / summary['steps']
+            seconds += RunFolder(str(assistant.output)).read_summary()['train_seconds'] / summary['steps']
         records.append({
             'regime': cell.regime,
             'arm': cell.arm,
@@ -149,7 +148,7 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def _on_training_images(config: TrainConfig, folder: Path) -> dict[str, dict[str, float]]:
+def _on_training_images(config: TrainConfig, folder: RunFolder) -> dict[str, dict[str, float]]:
     """Evaluate what was saved, as a user would load it, on the training images without augmentation."""
     data = load_splits(str(config.dataset))
     keys = ('input_size', 'mean', 'std', 'crop_pct')
@@ -161,13 +160,12 @@ def _on_training_images(config: TrainConfig, folder: Path) -> dict[str, dict[str
         seed=0,
         cache_images='auto',
     )
-    student = timm.create_model(f'local-dir:{folder / "student"}', pretrained=True).eval()
-    prompt_path = folder / 'prompt_path'
+    student = timm.create_model(f'local-dir:{folder.student}', pretrained=True).eval()
     teacher = None
-    if prompt_path.is_dir():
+    if folder.prompt_path.is_dir():
         # The base is our own, and nowhere published, so that it has to be given.
         base = timm.create_model(str(config.teacher), pretrained=True)
-        teacher = DualForwardPathTeacher.from_pretrained(str(prompt_path), base).eval()
+        teacher = DualForwardPathTeacher.from_pretrained(str(folder.prompt_path), base).eval()
 
     def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = {'student': student(x)}
@@ -222,18 +220,18 @@ def _missing(plan: Plan, results: Path) -> dict[tuple[Any, ...], list[Cell]]:
     return {key: cells for key, cells in groups.items() if cells}
 
 
-def _same_arms(plan: Plan, cells: Sequence[Cell], file: Path) -> bool:
+def _same_arms(plan: Plan, cells: Sequence[Cell], folder: ComparisonFolder) -> bool:
     """Say whether a folder has these students begun; the plan may have changed since."""
     arms = [plan.arm(cell)[0] for cell in cells]
     now = {arm.name: {'method': arm.method, **arm.changes} for arm in arms}
-    return file.is_file() and json.loads(file.read_text(encoding='utf-8')) == now
+    return folder.arms.is_file() and folder.read_arms() == now
 
 
 def run_missing(plan: Plan, work: Path, results: Path, only: str | None = None) -> None:
     """Train teachers and students until nothing is missing that no other worker is at."""
     for name, config in plan.teachers().items():
         with _claim(work / 'claims' / f'teacher-{name}') as mine:
-            if mine and not (Path(str(config.output)) / 'summary.json').is_file():
+            if mine and not RunFolder(str(config.output)).summary.is_file():
                 run(config)
     results.mkdir(exist_ok=True)
     while True:
@@ -249,7 +247,7 @@ def run_missing(plan: Plan, work: Path, results: Path, only: str | None = None) 
                 if not mine or group not in _missing(plan, results):
                     continue
                 folder = work / 'runs' / name
-                if not _same_arms(plan, cells, folder / 'arms.json'):
+                if not _same_arms(plan, cells, ComparisonFolder(folder)):
                     shutil.rmtree(folder, ignore_errors=True)
                 records = train_students(plan, cells, folder)
                 with open(results / f'{cells[0].regime}.jsonl', 'a', encoding='utf-8') as file:

@@ -159,7 +159,7 @@ def test_what_cannot_be_published_is_said_before_anything_is_sent(hub: Hub, trai
     hub.add_repo('alice/taken', {'README.md': b'# mine'})
     cases = [
         (('run',), 'Name what to publish'),
-        (('unfinished', '--push-to-hub', 'alice/s'), 'no finished run'),
+        (('unfinished', '--push-to-hub', 'alice/s'), 'the run is not finished'),
         (('plain', '--push-prompt-path', 'alice/p'), 'has no prompt_path'),
         (('run', '--push-to-hub', 'alice/s', '--push-prompt-path', 'alice/s'), 'a repository each'),
         (('run', '--push-to-hub', 'a/b/c'), 'repo_id must be'),

@@ -204,8 +204,8 @@ CASES = {
     'cache with augmentation': (['--cache-images', 'on', '--aa', 'rand-m9'], "cache_images='on' is not possible"),
     'fp16 without a GPU': (['--mixed-precision', 'fp16'], 'mixed_precision=fp16 needs a GPU'),
     # models
-    'student unknown': (['--student', 'resnet81'], "student='resnet81' is no timm model.*list_models|Did you mean"),
-    'student nearly right': (['--student', 'restnet18'], "='restnet18' is no timm model. Did you mean.*resnet18"),
+    'student unknown': (['--student', 'resnet81'], "student='resnet81' is not a timm model.*list_models|Did you mean"),
+    'student nearly right': (['--student', 'restnet18'], "='restnet18' is not a timm model. Did you mean.*resnet18"),
     'student of a folder that is not there': (['--student', 'local-dir:nowhere'], 'student=.* has no config.json'),
     'student argument unknown': (['--student-kwargs', 'depht=3'], "student='resnet18' cannot be created.*depht"),
     'student of other classes': (
@@ -219,7 +219,7 @@ CASES = {
         ['--student', 'test_vit', '--student-kwargs', 'patch_size=5', '--input-size', '3', '16', '17'],
         "student='test_vit' cannot take images of input_size=.*divisible by patch size",
     ),
-    'teacher unknown': (['--teacher', 'resnet81'], "teacher='resnet81' is no timm model"),
+    'teacher unknown': (['--teacher', 'resnet81'], "teacher='resnet81' is not a timm model"),
     'teacher of a folder that is not there': (['--teacher', 'local-dir:nowhere'], 'teacher=.* has no config.json'),
     'teacher without weights': (without_weights, 'has no model.safetensors'),
     'teacher damaged': (damaged_folder, 'cannot be created'),
@@ -275,13 +275,13 @@ CASES = {
     'one image a class': (grey, 'has a single image'),
     # the run folder
     'folder in use': (in_use, 'exists and is not empty'),
-    'resumed folder is something else': (lambda f: [*in_use(f), '--resume'], 'is not empty and holds no run'),
+    'resumed folder is something else': (lambda f: [*in_use(f), '--resume'], 'is not empty and has no run'),
     'folder is a file': (
         lambda f: ['--output', str(file(f / 'notes'))], "output: '.*notes' exists .*name another folder"
     ),
     'folder in a file': (
         lambda f: ['--output', str(file(f / 'notes') / 'run')],
-        "output: '.*run' cannot be made: '.*notes' is no folder to write in",
+        "output: cannot create '.*run': '.*notes' is not a writable directory",
     ),
     'folder of too long a name': (lambda f: ['--output', str(f / ('x' * 300))], "File name too long: '.*/x{300}'"),
 }  # fmt: skip
@@ -331,7 +331,7 @@ def test_folder_that_may_not_be_written(tiny, tmp_path):
         job.join()
         shown = log.read_text()
         assert job.exitcode == 1, shown
-        assert shown == f"error: output: '{folder}/run' cannot be made: '{folder}' is no folder to write in.\n"
+        assert shown == f"error: output: cannot create '{folder}/run': '{folder}' is not a writable directory.\n"
         os.chmod(folder, 0o755)
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 from timm_dfpt.training import compare as compare_module
 from timm_dfpt.training.cli import build_parser, resolve_config
 from timm_dfpt.training.compare import Arm, compare, main, parse_arm
+from timm_dfpt.training.report import summarise, t_quantile
 from timm_dfpt.training.run import main as distill
 from timm_dfpt.training.setup import RunSetup
-from timm_dfpt.training.stats import summarise, t_quantile
 from timm_dfpt.training.trainer import Trainer
 
 METHODS = ['scratch', 'kd', 'dkd', 'ctkd', 'dfpt', 'dfpt+']
@@ -218,7 +218,7 @@ def test_arms_cannot_change_what_makes_them_comparable(option):
         (['--methods', 'kd', '--seeds', '1', '--reference', 'dkd'], "reference='dkd'"),
         (['--methods', 'kd', 'dkd', '--seeds', '1', '--mixup', '0.2'], 'dkd needs class indices'),
         (['--methods', 'kd', 'dist', '--seeds', '1', '--mixed-precision', 'fp16'], 'bf16'),
-        (['--methods', 'kd', '--seeds', '1', '--resume'], 'holds no comparison'),
+        (['--methods', 'kd', '--seeds', '1', '--resume'], 'has no comparison'),
         (['--methods', 'kdd', '--seeds', '1'], "Did you mean 'kd'"),
         (['--methods', 'kd', '--seeds', '1', '--prompt-norm', 'layer'], 'has no effect with method=kd'),
     ],

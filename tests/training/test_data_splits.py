@@ -14,7 +14,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from timm_dfpt.data.datasets import DataSplits, dataset_fingerprint, load_splits
+from timm_dfpt.data.datasets import DataSplits, load_splits
+from timm_dfpt.data.fingerprint import dataset_fingerprint
 from timm_dfpt.training.run import main
 
 CARD = '''---

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from training_jobs import Job
 
 from timm_dfpt.hub.files import write_json, write_tensors
-from timm_dfpt.training.compare_report import plot_comparison
-from timm_dfpt.training.report import plot_curves, write_summary
+from timm_dfpt.training.report import plot_comparison, plot_curves
+from timm_dfpt.training.run_folder import RunFolder
 from timm_dfpt.training.teacher_cache import TeacherCache
 
 ROOT = Path(__file__).parents[2]
-LINE = '{"epoch": 1, "kd": {"train": {"loss": 1.0}, "val": {"student": {"top1": 50.0}}}}\n'
+LINE = {'epoch': 1, 'kd': {'train': {'loss': 1.0}, 'val': {'student': {'top1': 50.0}}}}
 
 
 @contextlib.contextmanager
@@ -42,18 +42,18 @@ def json(path):
 
 
 def summary(path):
-    write_summary(path, {'a': 'x' * 50_000})
+    run = RunFolder(path.parent)
+    run.summary = path
+    run.write_summary({'a': 'x' * 50_000})
 
 
 def curves(path):
-    (path.parent / 'metrics.jsonl').write_text(LINE)
-    plot_curves(path.parent / 'metrics.jsonl', path, 'title')
+    plot_curves([LINE], path, 'title')
 
 
 def comparison(path):
-    (path.parent / 'metrics.jsonl').write_text(LINE)
     result = {'arms': {'kd': {'val': {'values': [50.0], 'mean': 50.0}}}, 'seeds': [0], 'eval_split': 'val'}
-    plot_comparison(result, [path.parent], path)
+    plot_comparison(result, [[LINE]], path)
 
 
 @pytest.mark.parametrize('write', [tensors, json, summary, curves, comparison])

@@ -28,6 +28,7 @@ from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 from timm_dfpt.training.evaluate import evaluate
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.options import TrainConfig
+from timm_dfpt.training.run_folder import RunFolder
 from timm_dfpt.training.trainer import NonFiniteLossError, Trainer
 
 LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-3
@@ -49,7 +50,11 @@ def make_trainer(accelerator, folder, data, count=1, student=None, **options):
     for i in range(count):
         task = ClassificationTask(copy.deepcopy(student) or make_student(), nn.CrossEntropyLoss(), verbose=False)
         learners.append(Learner(f'learner{i}', config, task, accelerator, len(loaders[0])))
-    return Trainer(config, accelerator, learners, *loaders, folder)
+    train, val = loaders
+    return Trainer(
+        config=config, accelerator=accelerator, learners=learners, train_loader=train, val_loader=val,
+        folder=RunFolder(folder),
+    )  # fmt: skip
 
 
 def plain_training(student, batches, accumulate=1):

@@ -9,7 +9,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from timm_dfpt.data.datasets import load_splits
-from timm_dfpt.training.origin import changes, describe_data, describe_teachers
+from timm_dfpt.data.fingerprint import describe_data
+from timm_dfpt.training.checkpoint import changes, describe_teachers
 
 CLASSES = ('ash', 'birch')
 
@@ -82,8 +83,9 @@ def parquet(path, shades):
     return path
 
 
-def test_parquet_too(tmp_path):
-    options = {'val_fraction': 0.25, 'cache_dir': str(tmp_path / 'cache')}
+def test_parquet_too(tmp_path, monkeypatch):
+    monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path / 'cache')
+    options = {'val_fraction': 0.25}
     one = described(parquet(tmp_path / 'a.parquet', range(16)), **options)
     assert described(parquet(tmp_path / 'b.parquet', range(16)), **options) == one
     other = described(parquet(tmp_path / 'c.parquet', [*range(15), 99]), **options)

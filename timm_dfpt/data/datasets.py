@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import unicodedata
 from collections import Counter
@@ -20,7 +19,7 @@ from .sources import SPLIT_NAMES, open_dataset
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ['DataSplits', 'ImageSplit', 'dataset_fingerprint', 'load_splits']
+__all__ = ['DataSplits', 'ImageSplit', 'load_splits']
 
 _logger = logging.getLogger(__name__)
 
@@ -174,28 +173,6 @@ def load_splits(
         splits['train'] = splits['train'].select(train_rows)
         val_from = f'{val_fraction:.1%} of split {name!r}, stratified, seed {seed}'
     return DataSplits(splits['train'], splits['val'], splits.get('test'), class_names, val_from)
-
-
-def dataset_fingerprint(split: ImageSplit) -> str:
-    """Compute a hash of labels and encoded images in their order: the same on every machine, wherever the files lie.
-
-    Args:
-        split: The split.
-
-    Returns:
-        SHA-256 as 64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for start in range(0, len(split), _READ_ROWS):
-        rows = range(start, min(start + _READ_ROWS, len(split)))
-        for row, source in zip(rows, split.encoded(rows), strict=True):
-            if isinstance(source, str):
-                with open(source, 'rb') as file:
-                    source = file.read()
-            # Lengths keep the end of one image from passing for the start of the next.
-            digest.update(np.array([split.labels[row], len(source or b'')], dtype='<i8').tobytes())
-            digest.update(source or b'')
-    return digest.hexdigest()
 
 
 def _assign_roles(available: list[str], named: dict[str, str | None]) -> dict[str, str]:

@@ -1,14 +1,12 @@
 """From the options of a run to its student, its teacher and its task."""
 from __future__ import annotations
 
-import difflib
 import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import timm
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
@@ -17,10 +15,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
-from ..hub.base import safe_weights_name
-from ..hub.download import open_source
-from ..hub.files import MAX_JSON_BYTES, read_json
-from ..hub.student import CONFIG, require_weights
+from ..hub.timm_models import ModelSource
 from ..losses import KD_LOSSES, DFPTWeights
 from ..tasks.baselines import AdaptedTeacher, CTKDTask, LogitLossTask
 from ..tasks.dfpt import DFPTDistillationTask
@@ -31,13 +26,12 @@ from ..teacher.wrapping import wrap
 from .options import TrainConfig
 
 __all__ = [
-    'check_source', 'create_student', 'create_task', 'create_teacher', 'load_prompt_path', 'resolve_input_config',
-    'wrap_teacher',
+    'create_criterion', 'create_mixup', 'create_student', 'create_task', 'create_teacher', 'load_prompt_path',
+    'resolve_input_config', 'wrap_teacher',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
-_LOCAL = 'local-dir:'
 _NORM_LAYERS: dict[str, Literal['batchnorm2d', 'layernorm2d'] | None] = {
     'batch': 'batchnorm2d', 'layer': 'layernorm2d', 'none': None
 }  # fmt: skip
@@ -49,8 +43,7 @@ def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
     Returns:
         `input_size` `(C, H, W)`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
     """
-    check_source('student', config.student)
-    pretrained_cfg = _pretrained_cfg('student', config.student)
+    pretrained_cfg = ModelSource(str(config.student), 'student').pretrained_cfg()
     given: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
@@ -63,7 +56,7 @@ def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
         values = tuple(resolved[key])
         if len(values) not in (1, channels):
             if key in statistics:
-                raise ValueError(f'{key}={values} must have {channels} values, one a channel of input_size.')
+                raise ValueError(f'{key}={values} must have {channels} values, one per channel of input_size.')
             # ImageNet's three values for a grey image: their average keeps the range.
             values = (sum(values) / len(values),)
         resolved[key] = values * channels if len(values) == 1 else values
@@ -78,13 +71,18 @@ def create_student(
     Raises:
         ValueError: The model is unknown or cannot be built so; the message says why.
     """
-    kwargs: dict[str, Any] = {**_size_kwargs(config.student, input_config), **config.student_kwargs}
+    source = ModelSource(str(config.student), 'student')
+    cfg, size = source.pretrained_cfg(), tuple(input_config['input_size'])
+    kwargs: dict[str, Any] = {'num_classes': num_classes, 'in_chans': size[0]}
+    if cfg.get('fixed_input_size') and tuple(cfg['input_size'][1:]) != size[1:]:
+        kwargs['img_size'] = size[1:]
+    kwargs |= config.student_kwargs
     if config.drop:
         kwargs['drop_rate'] = config.drop
     if config.drop_path is not None:
         kwargs['drop_path_rate'] = config.drop_path
-    student = _create('student', config.student, config.student_pretrained, num_classes, input_config, kwargs)
-    _check_takes('student', config.student, student, input_config)
+    student: Any = source.create(config.student_pretrained, **kwargs)
+    _check_takes(config, student, size)
     recorded = {key: input_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     student.pretrained_cfg = {
         **student.pretrained_cfg,
@@ -101,12 +99,13 @@ def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module
     Raises:
         ValueError: The teacher is unknown, its weights cannot be loaded, or its classes are others.
     """
-    check_source('teacher', config.teacher)
+    source = ModelSource(str(config.teacher), 'teacher')
+    teacher: Any
     if config.teacher_checkpoint is None:
-        teacher = _create('teacher', config.teacher, True, None, None, config.teacher_kwargs)
+        teacher = source.create(True, **config.teacher_kwargs)
     else:
         # Without pretrained weights a head of the right size says nothing: the file must bring every tensor.
-        teacher = _create('teacher', config.teacher, False, len(class_names), None, config.teacher_kwargs)
+        teacher = source.create(False, **{**config.teacher_kwargs, 'num_classes': len(class_names)})
         load_checkpoint(teacher, config.teacher_checkpoint)
     if teacher.num_classes != len(class_names):
         raise ValueError(
@@ -299,94 +298,15 @@ def _check_kd_loss(config: TrainConfig) -> None:
         raise ValueError(f'kd_loss_kwargs={config.kd_loss_kwargs} do not fit {loss}: {error}') from error
 
 
-def check_source(role: str, name: Any) -> None:
-    """Refuse a model that cannot be found, before anything is built.
-
-    Args:
-        role: The option that names it, for the message.
-        name: What should be a timm name, `hf-hub:user/name` or `local-dir:folder`.
-
-    Raises:
-        ValueError: It is no such name, or there is no such thing here.
-    """
-    if not isinstance(name, str):
-        raise ValueError(f'{role} must name a model, got {name!r}.')
-    if name.startswith(_LOCAL):
-        folder = Path(name.removeprefix(_LOCAL))
-        missing = [f for f in ('config.json', 'model.safetensors') if not (folder / f).is_file()]
-        if missing:
-            raise ValueError(f'{role}={name!r}: the folder {str(folder)!r} has no {missing[0]}.')
-    elif ':' not in name and not timm.is_model(name.split('.')[0]):
-        close = timm.list_models(f'*{name}*')[:3] or difflib.get_close_matches(name, timm.list_models(), 3)
-        hint = f' Did you mean {", ".join(close)}?' if close else ' See timm.list_models().'
-        raise ValueError(f'{role}={name!r} is no timm model.{hint}')
-
-
-def _pretrained_cfg(role: str, name: str | None) -> dict[str, Any]:
-    assert name is not None
-    try:
-        if ':' in name:
-            model = timm.create_model(name, pretrained=False)
-            return dict(model.pretrained_cfg)
-        cfg = timm.get_pretrained_cfg(name)
-    except Exception as error:
-        raise ValueError(f'{role}={name!r} cannot be loaded: {error}') from error
-    return cfg.to_dict() if cfg is not None else {}
-
-
-def _size_kwargs(name: str | None, input_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the argument by which models of a fixed input size learn another one."""
-    cfg = _pretrained_cfg('student', name)
-    size = tuple(input_config['input_size'][1:])
-    return {'img_size': size} if cfg.get('fixed_input_size') and tuple(cfg['input_size'][1:]) != size else {}
-
-
-def _check_takes(role: str, name: Any, model: nn.Module, input_config: Mapping[str, Any]) -> None:
-    """Prove that a model takes images of the size of this run, before anything is written."""
-    size = tuple(input_config['input_size'])
-    model.eval()
+def _check_takes(config: TrainConfig, student: nn.Module, size: Sequence[int]) -> None:
+    """Run the student on an empty image of the size of this run, before anything is written."""
+    student.eval()
     try:
         with torch.no_grad():
-            model(torch.zeros(1, *size))
+            student(torch.zeros(1, *size))
     except Exception as error:
         raise ValueError(
-            f'{role}={name!r} cannot take images of input_size={size}: {str(error) or type(error).__name__}. '
-            'Give another --input-size, or the arguments of the architecture that fit it.'
+            f'student={config.student!r} cannot take images of input_size={size}: {str(error) or type(error).__name__}.'
+            ' Give another --input-size, or the arguments of the architecture that fit it.'
         ) from error
-    model.train()
-
-
-def _create(
-    role: str,
-    name: Any,
-    pretrained: bool,
-    num_classes: int | None,
-    input_config: Mapping[str, Any] | None,
-    kwargs: Mapping[str, Any],
-) -> Any:
-    options = dict(kwargs)
-    if num_classes is not None:
-        options['num_classes'] = num_classes
-    if input_config is not None:
-        options['in_chans'] = input_config['input_size'][0]
-    if pretrained and str(name).startswith('hf-hub:'):
-        _fetch_weights(role, name)
-    try:
-        return timm.create_model(name, pretrained=pretrained, **options)
-    except Exception as error:
-        shown = ', '.join(f'{k}={v!r}' for k, v in {'pretrained': pretrained, **options}.items())
-        raise ValueError(f'{role}={name!r} cannot be created with {shown}: {error}') from error
-
-
-def _fetch_weights(role: str, name: str) -> None:
-    """Fetch the safetensors of a repository and verify them: where there are none timm would read a pickle."""
-    try:
-        source = open_source(name)
-        config = read_json(source.get(CONFIG, MAX_JSON_BYTES))
-        cfg = config.get('pretrained_cfg')
-        # Old repositories have what is there at the top.
-        filename = safe_weights_name(cfg if isinstance(cfg, dict) else config)
-        require_weights(source, filename)
-        source.get(filename)
-    except (OSError, ValueError) as error:
-        raise ValueError(f'{role}={name!r} cannot be loaded: {error}') from error
+    student.train()

@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from safetensors.torch import load_model, save_model
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..hub.base import fingerprint
 from ..hub.files import sync
-from .origin import changes
 from .sharding import load_optimizer_state, load_weights, optimizer_state, whole_weights
 
-__all__ = ['latest_checkpoint', 'remove_leftovers', 'restore_checkpoint', 'save_checkpoint']
+__all__ = [
+    'changes', 'describe_teachers', 'latest_checkpoint', 'remove_leftovers', 'restore_checkpoint', 'save_checkpoint',
+]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
@@ -144,7 +146,7 @@ def restore_checkpoint(
         folder: Where the checkpoints of the run are.
         modules: As given to `save_checkpoint`.
         origin: What the run is made from, to be held against `progress['origin']` where that was saved; it counts in
-            the main process. See `origin.py`.
+            the main process. See `describe_data` and `describe_teachers`.
 
     Returns:
         The progress that was saved, or `None` if there is no checkpoint.
@@ -274,3 +276,34 @@ def _damage(path: Path) -> str | None:
         if _checksum(path / name) != checksum:
             return f'{name} has another checksum'
     return None
+
+
+def describe_teachers(teachers: Mapping[str, nn.Module | None]) -> dict[str, str]:
+    """Describe teachers so that others are described otherwise.
+
+    Args:
+        teachers: The frozen model by name of the learner, `None` for those without.
+
+    Returns:
+        By what it is about, the number of parameters and a hash of all weights.
+    """
+    known: dict[int, str] = {}
+    described = {}
+    for name, teacher in teachers.items():
+        if teacher is None:
+            continue
+        if id(teacher) not in known:
+            found = fingerprint(teacher)
+            digest = hashlib.sha256(f'{found.shapes} {found.weights}'.encode()).hexdigest()
+            known[id(teacher)] = f'{found.parameters:,} parameters, hash {digest[:16]}'
+        described[f'teacher of {name}'] = known[id(teacher)]
+    return described
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> Sequence[str]:
+    """Return in words what is described otherwise now than before."""
+    return [
+        f'{name}: {before.get(name, "none")} when the run was started, {now.get(name, "none")} now'
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]

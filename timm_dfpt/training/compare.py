@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shlex
 import statistics
@@ -17,22 +16,18 @@ import yaml
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..hub.files import write_text, writing
 from .cli import build_parser, resolve_config
-from .compare_report import markdown_table, plot_comparison
 from .export import export
 from .learner import Learner
 from .options import TrainConfig
-from .report import write_summary
+from .report import markdown_table, plot_comparison, summarise
 from .run import exit_code, train_side_by_side
-from .run_folder import CONFIG_FILE, SUMMARY_FILE, claim_run_dir
+from .run_folder import ComparisonFolder, RunFolder
 from .setup import RunSetup
-from .stats import summarise
 from .trainer import Preempted
 
 __all__ = ['Arm', 'compare', 'main', 'parse_arm']
 
-ARMS_FILE = 'arms.json'
 _TIMED_STEPS = 10
 _ALIASES = {'scratch': 'supervised'}
 # Given by the arms and the seeds.
@@ -159,17 +154,17 @@ def compare(
             'mixed_precision=fp16 has one loss scale, by which students trained side by side would change each other: '
             'use --mixed-precision bf16.'
         )
-    folder = Path(config.output)
+    folder = ComparisonFolder(config.output)
     # Like the ones of the seeds: what is asked for first counts for the whole process.
     accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.mixed_precision)
-    _open_folder(folder, arms, config.resume, accelerator)
+    folder.open({arm.name: {'method': arm.method, **arm.changes} for arm in arms}, config.resume, accelerator)
     result: dict[str, Any] = {}
     for number, seed in enumerate(seeds, start=1):
-        output = folder / f'seed-{seed}'
-        if not (output / SUMMARY_FILE).is_file():
+        run_folder = folder.seed(seed)
+        if not run_folder.summary.is_file():
             accelerator.print(f'seed {seed} ({number} of {len(seeds)})')
-            resume = (output / CONFIG_FILE).is_file()
-            common = dataclasses.replace(config, seed=seed, baselines=[], output=str(output), resume=resume)
+            resume = run_folder.config.is_file()
+            common = dataclasses.replace(config, seed=seed, baselines=[], output=str(run_folder), resume=resume)
             try:
                 _run_seed(common, arms, command)
             except Preempted as stop:
@@ -181,52 +176,26 @@ def compare(
     return result
 
 
-def _open_folder(folder: Path, arms: Sequence[Arm], resume: bool, accelerator: Accelerator) -> None:
-    """Make the folder, or make sure that it holds a comparison of the same arms."""
-    given = {arm.name: {'method': arm.method, **arm.changes} for arm in arms}
-    path = folder / ARMS_FILE
-    if resume:
-        if not path.is_file():
-            raise ValueError(f'resume: {str(folder)!r} holds no comparison. Leave --resume out to start one there.')
-        before = json.loads(path.read_text(encoding='utf-8'))
-        if before != given:
-            raise ValueError(
-                f'resume: the comparison in {str(folder)!r} has the arms {before}, not {given}. Give the same arms, or '
-                'another --output.'
-            )
-    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(
-            f'output: {str(folder)!r} exists and is not empty. Continue it with --resume, or name another folder.'
-        )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not resume:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(given, indent=2) + '\n')
-    accelerator.wait_for_everyone()
-
-
 def _in_training_order(arm: Arm) -> int:
     # The prompt path of DFPT-KD takes the most from the teacher's own pass, so it goes first and does that pass.
     return {'dfpt': 0, 'dfpt+': 1}.get(arm.method, 2)
 
 
 def _run_seed(config: TrainConfig, arms: Sequence[Arm], command: str) -> None:
-    run_dir = claim_run_dir(config)
+    folder = RunFolder.claim(config)
     options = {
-        arm.name: config.for_method(arm.method, **arm.changes, output=str(run_dir / 'arms' / arm.name))
+        arm.name: config.for_method(arm.method, **arm.changes, output=str(folder.arm(arm.name)))
         for arm in sorted(arms, key=_in_training_order)
     }
-    setup = RunSetup(config, str(run_dir))
-    learners, seconds = train_side_by_side(setup, options, run_dir, command)
+    setup = RunSetup(config, str(folder))
+    learners, seconds = train_side_by_side(setup, options, folder, command)
     results = setup.measure(learners)
     if setup.accelerator.is_main_process:
         facts = setup.facts(command)
         models = export(learners, results, facts, setup.example())
     costs = _step_costs(setup, learners)
     if setup.accelerator.is_main_process:
-        write_summary(
-            run_dir / SUMMARY_FILE,
+        folder.write_summary(
             {
                 **facts,
                 'eval_split': setup.eval_split,
@@ -269,12 +238,12 @@ def _step_costs(setup: RunSetup, learners: Sequence[Learner]) -> dict[str, dict[
 
 
 def _collect(
-    folder: Path, names: Sequence[str], seeds: Sequence[int], reference: str, command: str
+    folder: ComparisonFolder, names: Sequence[str], seeds: Sequence[int], reference: str, command: str
 ) -> dict[str, Any]:
     """Put the seeds that are finished together."""
-    runs = [json.loads((folder / f'seed-{seed}' / SUMMARY_FILE).read_text(encoding='utf-8')) for seed in seeds]
+    runs = [folder.seed(seed).read_summary() for seed in seeds]
     first = runs[0]
-    arms_given = json.loads((folder / ARMS_FILE).read_text(encoding='utf-8'))
+    arms_given = folder.read_arms()
     teachers = [run['arms'][name]['models'].get('teacher') for run in runs[:1] for name in names]
     arms: dict[str, Any] = {}
     for name in names:
@@ -305,7 +274,6 @@ def _collect(
     }
 
 
-def _write(folder: Path, result: Mapping[str, Any]) -> None:
-    write_text(folder / 'compare.json', json.dumps(result, indent=2) + '\n')
-    write_text(folder / 'compare.md', markdown_table(result) + '\n')
-    plot_comparison(result, [folder / f'seed-{seed}' for seed in result['seeds']], folder / 'compare.png')
+def _write(folder: ComparisonFolder, result: Mapping[str, Any]) -> None:
+    folder.write_result(result, markdown_table(result))
+    plot_comparison(result, [folder.seed(seed).read_metrics() for seed in result['seeds']], folder.plot)

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hub.prompt_path import save_prompt_path
-from ..hub.student import save_student
+from ..hub.prompt_path import PROMPT_WEIGHTS, save_prompt_path
+from ..hub.student import WEIGHTS, save_student
+from ..hub.timm_models import local_folder
 from ..tasks.dfpt import DFPTDistillationTask
 from .learner import Learner
 from .options import public_options
 from .report import measure_cost
+from .run_folder import RunFolder
 
 __all__ = ['export', 'export_student']
 
@@ -48,10 +50,10 @@ def _export(
     example: torch.Tensor,
     teacher_costs: dict[int, dict[str, float]],
 ) -> dict[str, Any]:
-    folder = Path(str(learner.config.output))
+    folder = RunFolder(str(learner.config.output))
     config, task = learner.config, learner.task
     student_metrics = {split: result['student'] for split, result in results.items()}
-    record = export_student(learner, student_metrics, folder / 'student', facts)
+    record = export_student(learner, student_metrics, folder.student, facts)
     models: dict[str, tuple[Any, list[nn.Parameter], str, list[Path]]] = {}
     if learner.teacher is not None:
         frozen = list(learner.teacher.parameters())
@@ -59,13 +61,13 @@ def _export(
         models['teacher'] = (learner.teacher_logits, frozen, source, _teacher_files(source))
         if isinstance(task, DFPTDistillationTask):
             save_prompt_path(
-                task.teacher, folder / 'prompt_path', label_names=facts['class_names'], training=record
+                task.teacher, folder.prompt_path, label_names=facts['class_names'], training=record
             )
             own = list(task.teacher.prompt_path.parameters())
             parameters = [*(frozen if config.method == 'dfpt' else ()), *own]
-            files = [folder / 'prompt_path' / 'prompt_path.safetensors']
+            files = [folder.prompt_path / PROMPT_WEIGHTS]
             models['prompt_path'] = (learner.prompt_logits, parameters, config.method, files)
-    files = [folder / 'student' / 'model.safetensors']
+    files = [folder.student / WEIGHTS]
     student = learner.published_student
     models['student'] = (student, list(student.parameters()), str(config.student), files)
     final, key = list(results)[-1], id(learner.teacher)
@@ -128,4 +130,5 @@ def export_student(
 
 
 def _teacher_files(name: str) -> list[Path]:
-    return [Path(name.removeprefix('local-dir:'), 'model.safetensors')] if name.startswith('local-dir:') else []
+    folder = local_folder(name)
+    return [folder / WEIGHTS] if folder else []

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from timm.optim import list_optimizers
 
 from ..data.checks import checked, default_of, nearest
+from ..hub.timm_models import LOCAL_DIR
 
 __all__ = ['METHODS', 'TrainConfig', 'public_options', 'resolve_paths']
 
@@ -23,7 +24,6 @@ _AUGMENTATIONS = (
     'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob'
 )  # fmt: skip
 _PATH_OPTIONS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path', 'output')
-_LOCAL_PREFIX = 'local-dir:'
 _KDLoss = Literal['kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm']
 # timm's, but for plateau: the learning rate must follow from the number of the update alone.
 _Schedule = Literal['cosine', 'tanh', 'step', 'constant', 'multistep', 'poly', 'wsd', 'rsqrt', 'none']
@@ -364,7 +364,7 @@ def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         value = values.get(key)
         if not isinstance(value, str):
             continue
-        prefix = _LOCAL_PREFIX if value.startswith(_LOCAL_PREFIX) else ''
+        prefix = LOCAL_DIR if value.startswith(LOCAL_DIR) else ''
         relative = value.removeprefix(prefix)
         if relative.startswith(('./', '../')):
             # What is not there keeps its full name: without the dots it could be the name of something on the Hub.
@@ -385,7 +385,7 @@ def public_options(config: TrainConfig) -> dict[str, Any]:
     for key in _PATH_OPTIONS:
         value = options[key]
         if isinstance(value, str):
-            prefix = _LOCAL_PREFIX if value.startswith(_LOCAL_PREFIX) else ''
+            prefix = LOCAL_DIR if value.startswith(LOCAL_DIR) else ''
             path = Path(value.removeprefix(prefix))
             options[key] = prefix + path.name if prefix or path.exists() else value
     options['output'] = None

@@ -19,10 +19,12 @@ from ..hub.errors import HubError
 from ..hub.files import read_json
 from ..hub.prompt_path import PROMPT_CONFIG
 from ..hub.push import empty_folder
-from ..hub.repo_folder import CURVES, stage_prompt_path, stage_student
+from ..hub.repo_folder import stage_prompt_path, stage_student
 from ..hub.student import DISTILLATION
+from ..hub.timm_models import local_folder
 from ..hub.upload import check_repo_id, push_folder
 from .options import TrainConfig
+from .run_folder import RunFolder
 
 __all__ = ['main', 'publish_run']
 
@@ -53,7 +55,7 @@ def publish_run(
         base_model: Where others can have the prompt path's teacher, if not where this run had it from; see
             `timm_dfpt.hub.push_prompt_path`.
         private: Whether new repositories are private.
-        license: Licence of the weights, e.g. `'apache-2.0'`; by default what the run was given with `--license`, and
+        license: License of the weights, e.g. `'apache-2.0'`; by default what the run was given with `--license`, and
             never taken from the models it started from.
         revision: Branch to push to, made where it does not exist.
         create_pr: Open pull requests instead of committing.
@@ -76,16 +78,17 @@ def publish_run(
         raise ValueError('Name what to publish: --push-to-hub user/student, --push-prompt-path user/prompt, or both.')
     if len(set(repos.values())) < len(repos):
         raise ValueError(f'Student and prompt path need a repository each, got {push_to_hub!r} for both.')
-    run_dir = Path(run_dir)
-    run, recipe = _read_run(run_dir, push_prompt_path)
+    run_folder = RunFolder(run_dir)
+    run, recipe = _read_run(run_folder, push_prompt_path)
     license = license or recipe.get('license')
     base_revision = None
-    if (run_dir / 'prompt_path' / PROMPT_CONFIG).is_file():
-        base_revision = read_json(run_dir / 'prompt_path' / PROMPT_CONFIG).get('base_revision')
+    prompt_config = run_folder.prompt_path / PROMPT_CONFIG
+    if prompt_config.is_file():
+        base_revision = read_json(prompt_config).get('base_revision')
     elif 'prompt_path' in repos:
-        raise FileNotFoundError(f'{str(run_dir)!r} has no prompt_path: a run of {run.method!r} tunes none.')
+        raise FileNotFoundError(f'{str(run_folder)!r} has no prompt_path: a run of {run.method!r} tunes none.')
     record = _record(run, recipe, base_revision)
-    curves = run_dir / CURVES if (run_dir / CURVES).is_file() else None
+    curves = run_folder.curves if run_folder.curves.is_file() else None
     options: dict[str, Any] = {
         'private': private,
         'revision': revision,
@@ -100,10 +103,10 @@ def publish_run(
             folder.mkdir()
             common: dict[str, Any] = {'run': run, 'curves': curves}
             if kind == 'student':
-                stage_student(run_dir / kind, folder, repos[kind], license, distillation=record, **common)
+                stage_student(run_folder.student, folder, repos[kind], license, distillation=record, **common)
             else:
                 common |= {'training': record, 'base_model': base_model, 'token': token}
-                stage_prompt_path(run_dir / kind, folder, repos[kind], license, **common)
+                stage_prompt_path(run_folder.prompt_path, folder, repos[kind], license, **common)
         if dry_run is not None:
             return {kind: str(folder) for kind, folder in folders.items()}
         message = f'Add {run.method} run'
@@ -114,12 +117,12 @@ def publish_run(
             }
         except HubError as error:
             raise HubError(
-                f'{error} The run folder is as it was; to try again: {_retry(run_dir, repos, private, license)}'
+                f'{error} The run folder is as it was; to try again: {_retry(run_folder, repos, private, license)}'
             ) from error
 
 
-def _retry(run_dir: Path, repos: Mapping[str, str], private: bool | None, license: str | None) -> str:
-    words = ['python', 'train/publish.py', str(run_dir)]
+def _retry(folder: RunFolder, repos: Mapping[str, str], private: bool | None, license: str | None) -> str:
+    words = ['python', 'train/publish.py', str(folder)]
     flags = {'student': '--push-to-hub', 'prompt_path': '--push-prompt-path'}
     for kind, repo in repos.items():
         words += [flags[kind], repo]
@@ -128,18 +131,18 @@ def _retry(run_dir: Path, repos: Mapping[str, str], private: bool | None, licens
     return shlex.join(words)
 
 
-def _read_run(run_dir: Path, prompt_path_repo: str | None) -> tuple[RunFacts, dict[str, Any]]:
-    """Read what a card tells of a run, and its options. The only place that knows the layout of `summary.json`."""
-    for name in ('summary.json', 'config.yaml'):
-        if not (run_dir / name).is_file():
+def _read_run(folder: RunFolder, prompt_path_repo: str | None) -> tuple[RunFacts, dict[str, Any]]:
+    """Read what a card tells of a run, and its options. The only place that reads the layout of `summary.json`."""
+    for file in (folder.summary, folder.config):
+        if not file.is_file():
             raise FileNotFoundError(
-                f'{str(run_dir)!r} has no {name}, so it is no finished run. Finish it with train/distill.py --resume.'
+                f'{str(folder)!r} has no {file.name}: the run is not finished. Finish it with --resume.'
             )
-    summary = read_json(run_dir / 'summary.json')
-    record_file = run_dir / 'student' / DISTILLATION
+    summary = read_json(folder.summary)
+    record_file = folder.student / DISTILLATION
     # The record names local data and models without their folders; only the run itself could tell them from Hub ids.
     record = read_json(record_file) if record_file.is_file() else {}
-    recipe = record.get('recipe') or yaml.safe_load((run_dir / 'config.yaml').read_text(encoding='utf-8'))
+    recipe = record.get('recipe') or yaml.safe_load(folder.config.read_text(encoding='utf-8'))
     models = dict(summary.get('models', {}))
     models |= {f'{name} baseline': model for name, model in summary.get('baselines', {}).items()}
     split = str(summary.get('eval_split', 'val'))
@@ -171,7 +174,7 @@ def _student_base(recipe: Mapping[str, Any]) -> str | None:
     if not recipe.get('student_pretrained'):
         return None
     name = str(recipe.get('student'))
-    return None if name.startswith('local-dir:') else hub_repo_of(name.partition('@')[0])
+    return None if local_folder(name) else hub_repo_of(name.partition('@')[0])
 
 
 def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None) -> dict[str, Any]:
@@ -207,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('--push-prompt-path', metavar='USER/NAME', help='repository of the prompt path')
     add('--base-model', metavar='ID', help="where others can have the prompt path's teacher: hf-hub:user/name")
     add('--private', action='store_true', help='make new repositories private (default: as your account does)')
-    add('--license', metavar='ID', help='licence of the weights, such as apache-2.0 (default: none is named)')
+    add('--license', metavar='ID', help='license of the weights, such as apache-2.0 (default: none is named)')
     add('--revision', metavar='BRANCH', help='branch to push to (default: main)')
     add('--create-pr', action='store_true', help='open pull requests instead of committing')
     add('--force', action='store_true', help='replace files of the same name in a repository with other content')

@@ -1,7 +1,6 @@
-"""What a run leaves behind to be read: the closing table, `summary.json` and `curves.png`."""
+"""Results to be read: tables, verdicts and plots of a run and of a comparison, and the statistics behind them."""
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -13,11 +12,19 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..hub.files import atomic, write_text
+from ..hub.files import atomic
 
-__all__ = ['closing_table', 'measure_cost', 'plot_curves', 'save_figure', 'verdicts', 'write_summary']
+__all__ = [
+    'closing_table', 'markdown_table', 'measure_cost', 'plot_comparison', 'plot_curves', 'save_figure', 'summarise',
+    't_quantile', 'verdicts',
+]  # fmt: skip
 
-SUMMARY_FORMAT = 1
+# 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
+_T975 = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
+    2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
+    2.0452, 2.0423,
+)  # fmt: skip
 
 
 def measure_cost(
@@ -92,12 +99,12 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         # Two independent samples: what the finite number of images alone leaves open. Seeds come on top.
         interval = 196 * math.sqrt(2 * share * (1 - share) / count)
         if abs(difference) <= interval:
-            verdict = 'no difference that one run of this size could show'
+            verdict = 'not significant'
         else:
-            verdict = f'{"above" if difference > 0 else "below"} it in this one run; other seeds may say otherwise'
+            verdict = f'{"above" if difference > 0 else "below"} it in this one run; other seeds may differ'
         lines.append(
             f'{summary["method"]} against {method}, {split} top-1: {student:.2f} against {other:.2f}, '
-            f'{difference:+.2f} points (95% of the image sampling: +-{interval:.2f}): {verdict}'
+            f'{difference:+.2f} points (95% CI for test-set sampling: +-{interval:.2f}): {verdict}'
         )
     return lines
 
@@ -114,16 +121,11 @@ def _si(value: float) -> str:
     return f'{value:.1f} T'
 
 
-def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`."""
-    write_text(path, json.dumps({'format_version': SUMMARY_FORMAT, **summary}, indent=2) + '\n')
-
-
-def plot_curves(metrics_file: Path, path: Path, title: str) -> None:
+def plot_curves(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw the loss terms and the accuracies over the epochs of `metrics.jsonl`.
 
     Args:
-        metrics_file: One JSON object an epoch.
+        lines: Those of `metrics.jsonl`, one per epoch.
         path: The PNG to write.
         title: Title of the figure.
     """
@@ -132,9 +134,6 @@ def plot_curves(metrics_file: Path, path: Path, title: str) -> None:
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
 
-    lines = [json.loads(line) for line in metrics_file.read_text(encoding='utf-8').splitlines()]
-    if not lines:
-        return
     epochs = [line['epoch'] for line in lines]
     learners = [name for name, value in lines[0].items() if isinstance(value, dict)]
     main = learners[0]
@@ -175,3 +174,135 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
         # Without metadata two equal runs write equal files.
         figure.savefig(temporary, format='png', dpi=dpi, metadata={'Software': None})
     plt.close(figure)
+
+
+def markdown_table(result: Mapping[str, Any]) -> str:
+    """Return a comparison (`compare.json`) as Markdown: what was compared, the table, and how to read it."""
+    split, reference, seeds = result['eval_split'], result['reference'], result['seeds']
+    sizes = result['dataset_sizes']
+    shown = ', '.join(str(seed) for seed in seeds)
+    lines = [
+        f'Student `{result["student"]}` on `{_last_part(result["dataset"])}` ({sizes["train"]:,} images to train on, '
+        f'{sizes[split]:,} to {"test" if split == "test" else "validate"} on), {result["epochs"]} epochs '
+        f'({result["steps"]:,} steps), seeds {shown}, last epoch.',
+    ]
+    teacher = result['teacher']
+    if teacher is not None:
+        lines.append(f'Teacher: {split} top-1 {teacher["metrics"]["top1"]:.2f}%.')
+    lines += ['', *_rows(result), '']
+    if len(seeds) > 1:
+        lines.append(
+            f'Mean +- standard deviation over the seeds. Differences to {reference} are paired: the students of a seed '
+            "start from the same weights and see the same batches. In brackets the 95% interval by Student's t over "
+            f'{len(seeds)} seeds; it is not corrected for there being several arms.'
+        )
+    else:
+        lines.append('One seed: no spread, and no difference that would mean anything.')
+    lines.append(
+        'ms and FLOPs a step are of a student trained alone, teacher included (FLOPs counted by torch, two a '
+        'multiply-accumulate, forward and backward); ms depend on the machine and on what else runs there.'
+    )
+    lines += ['', '```', result['command'], '```']
+    return '\n'.join(lines)
+
+
+def _rows(result: Mapping[str, Any]) -> list[str]:
+    split, reference = result['eval_split'], result['reference']
+    splits = list(dict.fromkeys((split, 'val')))
+    head = ['arm', 'options']
+    for each in splits:
+        head += [f'{each} top-1 %', f'{each} - {reference}']
+    head += ['ms a step', 'GFLOPs a step']
+    rows = [head, ['---', '---', *['---:'] * (len(head) - 2)]]
+    for name, arm in result['arms'].items():
+        options = ', '.join(f'{key}={value}' for key, value in arm['options'].items())
+        row = [name, options]
+        for each in splits:
+            row += [_spread(arm[each]), _difference(arm[each].get('difference'))]
+        rows.append([*row, f'{arm["step"]["ms"]:.1f}', f'{arm["step"]["flops"] / 1e9:.2f}'])
+    return ['| ' + ' | '.join(row) + ' |' for row in rows]
+
+
+def _spread(summary: Mapping[str, Any]) -> str:
+    return f'{summary["mean"]:.2f}' + (f' +- {summary["sd"]:.2f}' if summary['sd'] is not None else '')
+
+
+def _difference(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return ''
+    interval = summary['interval']
+    return f'{summary["mean"]:+.2f}' + (f' [{interval[0]:+.2f}, {interval[1]:+.2f}]' if interval else '')
+
+
+def _last_part(dataset: str) -> str:
+    # Of a local folder only the name: where it lies says nothing to others.
+    return Path(dataset).name if Path(dataset).exists() else dataset
+
+
+def plot_comparison(result: Mapping[str, Any], runs: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw the validation accuracy over the epochs (mean over the seeds), and every student's last accuracy.
+
+    Args:
+        result: The comparison.
+        runs: Of each seed the lines of `metrics.jsonl`.
+        path: The PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use('agg')
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    split = result['eval_split']
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+    for name in result['arms']:
+        validated = [[line for line in lines if 'val' in line[name]] for lines in runs]
+        curves = [[line[name]['val']['student']['top1'] for line in lines] for lines in validated]
+        epochs = [line['epoch'] for line in validated[0]]
+        left.plot(epochs, [statistics.fmean(v) for v in zip(*curves, strict=True)], label=name)
+    left.set(xlabel='epoch', ylabel='top-1 %', title='validation, mean over the seeds')
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.legend(fontsize='small')
+    names = list(result['arms'])
+    for i, seed in enumerate(result['seeds']):
+        values = [arm[split]['values'][i] for arm in result['arms'].values()]
+        right.plot(range(len(names)), values, marker='o', linewidth=0.6, alpha=0.7, label=f'seed {seed}')
+    means = [arm[split]['mean'] for arm in result['arms'].values()]
+    right.plot(range(len(names)), means, linestyle='none', marker='_', markersize=24, color='black', label='mean')
+    right.set_xticks(range(len(names)), names, rotation=20)
+    right.set(ylabel='top-1 %', title=f'{split}, last epoch')
+    if len(result['seeds']) <= 10:
+        right.legend(fontsize='small')
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    save_figure(figure, path, dpi=90)
+
+
+def t_quantile(degrees: int) -> float:
+    """Return the 97.5% quantile of Student's t distribution.
+
+    Args:
+        degrees: Degrees of freedom, at least 1. Above 30 the first terms of the expansion about the normal quantile
+            are right to four digits (Abramowitz and Stegun, 26.7.5).
+    """
+    if degrees < 1:
+        raise ValueError(f'degrees must be at least 1, got {degrees}: an interval needs two values.')
+    if degrees <= len(_T975):
+        return _T975[degrees - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def summarise(values: Sequence[float]) -> dict[str, Any]:
+    """Summarise independent values.
+
+    Returns:
+        `values`, `mean`, `sd` (of the sample), and `interval`: a 95% confidence interval of the mean by Student's t;
+        the last two are `None` for a single value.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return {'values': list(values), 'mean': mean, 'sd': None, 'interval': None}
+    sd = statistics.stdev(values)
+    half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values))
+    return {'values': list(values), 'mean': mean, 'sd': sd, 'interval': [mean - half, mean + half]}

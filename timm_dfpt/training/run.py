@@ -20,11 +20,11 @@ from .export import export, export_student
 from .learner import Learner
 from .options import TrainConfig
 from .publish import publish_run
-from .report import closing_table, plot_curves, verdicts, write_summary
-from .run_folder import SUMMARY_FILE, claim_run_dir, open_run_dir
+from .report import closing_table, plot_curves, verdicts
+from .run_folder import RunFolder
 from .setup import RunSetup
 from .sigterm import on_sigterm
-from .trainer import METRICS_FILE, NonFiniteLossError, Preempted, Trainer
+from .trainer import NonFiniteLossError, Preempted, Trainer
 
 __all__ = ['EXIT_PREEMPTED', 'exit_code', 'main', 'run', 'train_side_by_side']
 
@@ -112,14 +112,14 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
     """
     for repo_id in filter(None, (config.push_to_hub, config.push_prompt_path)):
         check_repo_id(repo_id)
-    run_dir = claim_run_dir(config)
-    config = dataclasses.replace(config, output=str(run_dir))
+    folder = RunFolder.claim(config)
+    config = dataclasses.replace(config, output=str(folder))
     arms = {config.method: dataclasses.replace(config, baselines=[])}
     for method in config.baselines:
-        arms[method] = config.for_method(method, output=str(run_dir / 'baselines' / method))
-    setup = RunSetup(config, str(run_dir))
+        arms[method] = config.for_method(method, output=str(folder.baseline(method)))
+    setup = RunSetup(config, str(folder))
     say = setup.accelerator.print
-    learners, seconds = train_side_by_side(setup, arms, run_dir, command)
+    learners, seconds = train_side_by_side(setup, arms, folder, command)
     results = setup.measure(learners)
     summary: dict[str, Any] = {}
     if setup.accelerator.is_main_process:
@@ -128,20 +128,20 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
         exported = export(learners, results, facts, setup.example())
         summary['models'] = exported.pop(config.method)
         summary['baselines'] = {name: models['student'] for name, models in exported.items()}
-        plot_curves(run_dir / METRICS_FILE, run_dir / 'curves.png', f'{config.method}: {config.student}')
-        write_summary(run_dir / SUMMARY_FILE, summary)
+        plot_curves(folder.read_metrics(), folder.curves, f'{config.method}: {config.student}')
+        folder.write_summary(summary)
         say(closing_table(summary))
         for line in verdicts(summary):
             say(line)
-        source = f'local-dir:{run_dir / "student"}'
+        source = f'local-dir:{folder.student}'
         say(f'student: timm.create_model({source!r}, pretrained=True)')
-        _publish(config, run_dir)
+        _publish(config, folder)
     setup.close()
     return summary
 
 
 def train_side_by_side(
-    setup: RunSetup, arms: Mapping[str, TrainConfig], run_dir: Path, command: str
+    setup: RunSetup, arms: Mapping[str, TrainConfig], folder: RunFolder, command: str
 ) -> tuple[list[Learner], float]:
     """Train one or several students on the same batches, from the newest checkpoint if there is one.
 
@@ -149,7 +149,7 @@ def train_side_by_side(
         setup: Devices, data and teachers.
         arms: Options by name of the learner, the folder of each in `output`. Those with a prompt path come first, if
             there is a choice: they compute the teacher's logits, which the others take over, on the way.
-        run_dir: The run folder, claimed but not yet opened.
+        folder: The run folder, claimed but not yet opened.
         command: How the run was started, for the record.
 
     Returns:
@@ -165,8 +165,8 @@ def train_side_by_side(
         top1 = before['teacher']['top1']
         accelerator.print(f'teacher {first.config.teacher}: {top1:.2f}% top-1 on the validation data')
     teacher_cache = setup.open_teacher_cache(first)
-    open_run_dir(config, run_dir, accelerator)
-    accelerator.print(f'run folder: {run_dir}')
+    folder.open(config, accelerator)
+    accelerator.print(f'run folder: {folder}')
     if config.log_with:
         accelerator.init_trackers('timm_dfpt', config={k: str(v) for k, v in dataclasses.asdict(config).items()})
     mixup = create_mixup(config, setup.data.num_classes)
@@ -174,19 +174,28 @@ def train_side_by_side(
     def keep_students(line: Mapping[str, Any]) -> None:
         for learner in learners:
             if line['epoch'] in learner.config.export_epochs and accelerator.is_main_process:
-                folder = Path(str(learner.config.output), f'student-epoch{line["epoch"]}')
+                path = RunFolder(str(learner.config.output)).student_of_epoch(line['epoch'])
                 metrics = {'val': line[learner.name]['val']['student']}
-                export_student(learner, metrics, folder, setup.facts(command), epoch=line['epoch'])
+                export_student(learner, metrics, path, setup.facts(command), epoch=line['epoch'])
 
-    train, val = setup.loaders['train'], setup.loaders['val']
-    origin = setup.origin(learners)
-    trainer = Trainer(config, accelerator, learners, train, val, run_dir, mixup, keep_students, teacher_cache, origin)
+    trainer = Trainer(
+        config=config,
+        accelerator=accelerator,
+        learners=learners,
+        train_loader=setup.loaders['train'],
+        val_loader=setup.loaders['val'],
+        folder=folder,
+        mixup=mixup,
+        after_epoch=keep_students,
+        teacher_cache=teacher_cache,
+        origin=setup.origin(learners),
+    )
     return learners, trainer.fit()
 
 
-def _publish(config: TrainConfig, run_dir: Path) -> None:
+def _publish(config: TrainConfig, folder: RunFolder) -> None:
     if config.push_to_hub or config.push_prompt_path:
         options: dict[str, Any] = {'private': config.private or None, 'license': config.license}
-        places = publish_run(run_dir, config.push_to_hub, push_prompt_path=config.push_prompt_path, **options)
+        places = publish_run(folder.path, config.push_to_hub, push_prompt_path=config.push_prompt_path, **options)
         for kind, place in places.items():
             print(f'published the {kind.replace("_", " ")}: {place}')

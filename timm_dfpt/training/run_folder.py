@@ -1,25 +1,25 @@
-"""The folder of a run: a new one that is free, or one to go on with, and the options it was started with."""
+"""Folders of runs and comparisons: every name in them, what may be resumed there, and how their files are written."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
-from ..hub.files import writing
+from ..hub.files import write_text, writing
 from .cli import load_recipe, save_config
 from .options import TrainConfig
-from .trainer import METRICS_FILE
 
-__all__ = ['CONFIG_FILE', 'SUMMARY_FILE', 'claim_run_dir', 'open_run_dir']
-
-CONFIG_FILE = 'config.yaml'
-SUMMARY_FILE = 'summary.json'
+__all__ = ['ComparisonFolder', 'RunFolder']
 
 _logger = logging.getLogger(__name__)
 
+_FORMAT_VERSION = 1
 # What may differ when a run is resumed, since it says nothing about what is computed.
 _MAY_DIFFER = (
     'output', 'resume', 'log_with', 'log_interval', 'checkpoint_hist', 'checkpoint_steps', 'workers', 'cache_images',
@@ -28,62 +28,186 @@ _MAY_DIFFER = (
 )  # fmt: skip
 
 
-def claim_run_dir(config: TrainConfig) -> Path:
-    """Choose the folder of a run, and make nothing yet.
+class RunFolder:
+    """The folder of a run.
 
     Args:
-        config: The options; `output` names the folder, `resume` says that it may hold the run already: a job that was
-            killed before it had made its folder, and is started again, begins.
-
-    Raises:
-        PermissionError: The folder cannot be made or written to.
-        ValueError: The folder is in use, or holds something else, or a run with other options.
+        path: The folder; it need not exist.
     """
-    if config.output is not None:
-        path = Path(config.output)
-    else:
-        dataset, student = (Path(str(name).split(':')[-1]).name for name in (config.dataset, config.student))
-        path = Path('output') / f'{dataset}-{student}-{config.method}-s{config.seed}'
-        if not config.resume:
-            # A name of our choosing must not stand in the way of a second run.
-            number = 1
-            while path.exists():
-                number += 1
-                path = path.with_name(f'{path.name.removesuffix(f"-run{number - 1}")}-run{number}')
-    started = path.is_dir() and any(not file.name.endswith('.incomplete') for file in path.iterdir())
-    if config.resume and (path / CONFIG_FILE).is_file():
-        _check_same_run(config, path)
-    elif config.resume and not started:
-        _logger.warning(f'There is no run in {str(path)!r} to resume: it begins.')
-    elif config.resume:
-        raise ValueError(f'resume: {str(path)!r} is not empty and holds no run. Name the folder of the run.')
-    elif started or path.is_file():
-        raise ValueError(
-            f'output: {str(path)!r} exists and is not empty. Continue it with --resume, or name another folder.'
-        )
-    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f'output: {str(path)!r} cannot be made: {str(place)!r} is no folder to write in.')
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / 'config.yaml'
+        """The options, as a recipe."""
+        self.metrics = self.path / 'metrics.jsonl'
+        """One JSON object per epoch."""
+        self.checkpoints = self.path / 'checkpoints'
+        self.student = self.path / 'student'
+        self.prompt_path = self.path / 'prompt_path'
+        self.curves = self.path / 'curves.png'
+        self.summary = self.path / 'summary.json'
+        """What the run was and reached; written at its end."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def student_of_epoch(self, epoch: int) -> Path:
+        """Return the folder of the student after an epoch."""
+        return self.path / f'student-epoch{epoch}'
+
+    def baseline(self, method: str) -> RunFolder:
+        """Return the folder of a baseline: its student, and its prompt path if it has one."""
+        return RunFolder(self.path / 'baselines' / method)
+
+    def arm(self, name: str) -> RunFolder:
+        """Return the folder of an arm of a comparison: its student, and its prompt path if it has one."""
+        return RunFolder(self.path / 'arms' / name)
+
+    @classmethod
+    def claim(cls, config: TrainConfig) -> RunFolder:
+        """Choose the folder of a run, and create nothing yet.
+
+        Args:
+            config: The options. `output` names the folder; with `resume` it may hold the run already, or nothing, as a
+                job may be killed before it has created its folder.
+
+        Raises:
+            PermissionError: If the folder cannot be created or written to.
+            ValueError: If the folder is in use, or holds something else or a run with other options.
+        """
+        run = cls(config.output or _free_path(config))
+        started = run.path.is_dir() and any(not file.name.endswith('.incomplete') for file in run.path.iterdir())
+        if config.resume and run.config.is_file():
+            run._check_same(config)
+        elif config.resume and not started:
+            _logger.warning(f'No run to resume in {str(run)!r}; starting a new one.')
+        elif config.resume:
+            raise ValueError(f'resume: {str(run)!r} is not empty and has no run. Name the folder of the run.')
+        elif started or run.path.is_file():
+            _refuse_used(run.path)
+        place = next(folder for folder in (run.path.absolute(), *run.path.absolute().parents) if folder.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(f'output: cannot create {str(run)!r}: {str(place)!r} is not a writable directory.')
+        return run
+
+    def _check_same(self, config: TrainConfig) -> None:
+        before, now = load_recipe(self.config), dataclasses.asdict(config)
+        changed = [key for key in now if key not in _MAY_DIFFER and before.get(key) != now[key]]
+        if changed:
+            shown = ', '.join(f'{key}={now[key]!r} (was {before.get(key)!r})' for key in changed)
+            raise ValueError(
+                f'resume: the run in {str(self)!r} was started with other options: {shown}. Give the options it was '
+                f'started with (--config {self.config}), or another --output.'
+            )
+
+    def open(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        """Create the folder, or open it again, once everything that can be wrong has been checked."""
+        if accelerator.is_main_process:
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            if not self.config.is_file():
+                save_config(config, self.config)
+            with writing(self.metrics):
+                self.metrics.touch()
+        accelerator.wait_for_everyone()
+
+    def write_metrics(self, lines: Sequence[str]) -> None:
+        """Write `metrics.jsonl`, one JSON object per line."""
+        write_text(self.metrics, ''.join(f'{line}\n' for line in lines))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Read `metrics.jsonl`."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding='utf-8').splitlines()]
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`."""
+        _write_json(self.summary, {'format_version': _FORMAT_VERSION, **summary})
+
+    def read_summary(self) -> dict[str, Any]:
+        """Read `summary.json`."""
+        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding='utf-8'))
+        return summary
+
+
+def _free_path(config: TrainConfig) -> Path:
+    """Return a folder for a run that was given none."""
+    dataset, student = (Path(str(name).split(':')[-1]).name for name in (config.dataset, config.student))
+    first = path = Path('output') / f'{dataset}-{student}-{config.method}-s{config.seed}'
+    number = 1
+    # A name of our choosing must not stand in the way of a second run.
+    while path.exists() and not config.resume:
+        number += 1
+        path = first.with_name(f'{first.name}-run{number}')
     return path
 
 
-def _check_same_run(config: TrainConfig, path: Path) -> None:
-    before, now = load_recipe(path / CONFIG_FILE), dataclasses.asdict(config)
-    changed = [key for key in now if key not in _MAY_DIFFER and before.get(key) != now[key]]
-    if changed:
-        shown = ', '.join(f'{key}={now[key]!r} (was {before.get(key)!r})' for key in changed)
-        raise ValueError(
-            f'resume: the run in {str(path)!r} was started with other options: {shown}. Give the options it was '
-            f'started with (--config {path / CONFIG_FILE}), or another --output.'
-        )
+def _refuse_used(path: Path) -> None:
+    raise ValueError(
+        f'output: {str(path)!r} exists and is not empty. Continue it with --resume, or name another folder.'
+    )
 
 
-def open_run_dir(config: TrainConfig, path: Path, accelerator: Accelerator) -> None:
-    """Make the run folder, or open it again; to be called when all that can be known to be wrong has been checked."""
-    if accelerator.is_main_process:
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-        if not (path / CONFIG_FILE).is_file():
-            save_config(config, path / CONFIG_FILE)
-        (path / METRICS_FILE).touch()
-    accelerator.wait_for_everyone()
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(data, indent=2) + '\n')
+
+
+class ComparisonFolder:
+    """The folder of a comparison.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.arms = self.path / 'arms.json'
+        """Method and options by arm."""
+        self.result = self.path / 'compare.json'
+        self.table = self.path / 'compare.md'
+        self.plot = self.path / 'compare.png'
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def seed(self, seed: int) -> RunFolder:
+        """Return the folder of the run with a seed."""
+        return RunFolder(self.path / f'seed-{seed}')
+
+    def open(self, arms: Mapping[str, Any], resume: bool, accelerator: Accelerator) -> None:
+        """Create the folder, or make sure that it holds a comparison of the same arms.
+
+        Args:
+            arms: Method and options by arm.
+            resume: Whether to go on with the comparison that is there.
+            accelerator: Its main process writes.
+
+        Raises:
+            ValueError: If it holds something else.
+        """
+        if resume:
+            if not self.arms.is_file():
+                raise ValueError(f'resume: {str(self)!r} has no comparison. Leave --resume out to start one there.')
+            before = self.read_arms()
+            if before != arms:
+                raise ValueError(
+                    f'resume: the comparison in {str(self)!r} has the arms {before}, not {arms}. Give the same arms, '
+                    'or another --output.'
+                )
+        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            _refuse_used(self.path)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and not resume:
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(self.arms, arms)
+        accelerator.wait_for_everyone()
+
+    def read_arms(self) -> dict[str, Any]:
+        """Read `arms.json`."""
+        arms: dict[str, Any] = json.loads(self.arms.read_text(encoding='utf-8'))
+        return arms
+
+    def write_result(self, result: Mapping[str, Any], table: str) -> None:
+        """Write `compare.json` and `compare.md`."""
+        _write_json(self.result, result)
+        write_text(self.table, table + '\n')

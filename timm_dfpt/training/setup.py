@@ -18,7 +18,8 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
 from ..data.augment import AugmentConfig
-from ..data.datasets import DataSplits, dataset_fingerprint, load_splits
+from ..data.datasets import DataSplits, load_splits
+from ..data.fingerprint import dataset_fingerprint, describe_data
 from ..data.loader import create_loader
 from ..version import __version__
 from .build import (
@@ -29,10 +30,10 @@ from .build import (
     resolve_input_config,
     wrap_teacher,
 )
+from .checkpoint import describe_teachers
 from .evaluate import evaluate_together
 from .learner import Learner
 from .options import TrainConfig
-from .origin import describe_data, describe_teachers
 from .sharding import refuse_deepspeed, set_up_sharding
 from .teacher_cache import TeacherCache, cache_key, check_exact
 

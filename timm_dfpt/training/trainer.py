@@ -8,7 +8,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,19 +21,18 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.seeding import derive_seed
-from ..hub.files import write_text
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
 from .evaluate import evaluate
 from .learner import Learner
 from .options import TrainConfig
+from .run_folder import RunFolder
 from .sigterm import on_sigterm
 from .teacher_cache import TeacherCache
 
-__all__ = ['METRICS_FILE', 'NonFiniteLossError', 'Preempted', 'Trainer']
+__all__ = ['NonFiniteLossError', 'Preempted', 'Trainer']
 
 _logger = logging.getLogger(__name__)
 
-METRICS_FILE = 'metrics.jsonl'
 _MIXUP_STREAM = 3
 # Steps between two looks of several processes at whether one of them was asked to stop; each look waits for all.
 _STOP_INTERVAL = 8
@@ -97,35 +95,35 @@ class Trainer:
             the teacher's logits on the way.
         train_loader: Loader of `(input, target, index)`, prepared by `accelerator`.
         val_loader: Loader of the validation data, prepared by `accelerator`.
-        run_dir: The run folder.
+        folder: The run folder.
         mixup: timm's mixup, if any.
         after_epoch: Called with each epoch's line of `metrics.jsonl`, before its checkpoint: again, if a run is stopped
             between the two.
         teacher_cache: Logits of the first learner's teacher that are kept for later epochs and runs.
-        origin: What the run is made from besides its options, see `origin.py`; it counts in the main process. A
-            checkpoint of another origin is refused.
+        origin: What the run is made from besides its options, see `describe_data` and `describe_teachers`; it
+            counts in the main process. A checkpoint of another origin is refused.
     """
 
     def __init__(
         self,
+        *,
         config: TrainConfig,
         accelerator: Accelerator,
         learners: Sequence[Learner],
         train_loader: DataLoader,
         val_loader: DataLoader,
-        run_dir: Path,
+        folder: RunFolder,
         mixup: Mixup | None = None,
         after_epoch: Callable[[Mapping[str, Any]], None] | None = None,
         teacher_cache: TeacherCache | None = None,
         origin: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.accelerator, self.learners = config, accelerator, list(learners)
-        self.train_loader, self.val_loader, self.run_dir, self.mixup = train_loader, val_loader, run_dir, mixup
+        self.train_loader, self.val_loader, self.folder, self.mixup = train_loader, val_loader, folder, mixup
         self.teacher_cache, self.origin = teacher_cache, dict(origin or {})
         self.steps = len(train_loader)
         self.after_epoch = after_epoch
         self.progress = _Progress()
-        self.checkpoints = run_dir / 'checkpoints'
         self.stop_requested = False
         self._stop_looks = 0
         self._notes: list[_Note] = []
@@ -176,7 +174,7 @@ class Trainer:
         return self.accelerator.check_trigger()
 
     def _preempted(self) -> Preempted:
-        return Preempted(f'Stopped by SIGTERM; continue with --output {self.run_dir} --resume.')
+        return Preempted(f'Stopped by SIGTERM; continue with --output {self.folder} --resume.')
 
     def _train_epoch(self, bar: Any) -> None:
         config, progress, accelerator = self.config, self.progress, self.accelerator
@@ -368,12 +366,12 @@ class Trainer:
             found = f'{learner.name}: {found} for {who} on the validation data after epoch {self.progress.epoch + 1}'
             if self.config.on_nonfinite == 'stop':
                 raise NonFiniteLossError(f'{found}. The last checkpoint is from before. {_REMEDY}')
-            _logger.warning(f'{found}: null in {METRICS_FILE}.')
+            _logger.warning(f'{found}: null in {self.folder.metrics.name}.')
         return {key: None if key in bad else value for key, value in values.items()}
 
     def _write_metrics(self) -> None:
         if self.accelerator.is_main_process:
-            write_text(self.run_dir / METRICS_FILE, ''.join(f'{line}\n' for line in self.progress.lines))
+            self.folder.write_metrics(self.progress.lines)
 
     def _averages(self) -> dict[str, nn.Module]:
         return {
@@ -395,13 +393,13 @@ class Trainer:
         }
         step = progress.epoch * self.steps + progress.step_in_epoch
         save_checkpoint(
-            self.accelerator, self.checkpoints, step, self.config.checkpoint_hist, self._averages(), state
+            self.accelerator, self.folder.checkpoints, step, self.config.checkpoint_hist, self._averages(), state
         )
 
     def _restore(self) -> None:
         if self.accelerator.is_main_process:
-            remove_leftovers(self.run_dir)
-        state = restore_checkpoint(self.accelerator, self.checkpoints, self._averages(), self.origin)
+            remove_leftovers(self.folder.path)
+        state = restore_checkpoint(self.accelerator, self.folder.checkpoints, self._averages(), self.origin)
         if state is not None:
             state.pop('origin', None)
             self.progress = _Progress(**{**state, 'sums': self._own_sums(state['sums'])})
