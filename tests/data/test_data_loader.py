@@ -30,7 +30,7 @@ RGB = {
 GREY = {'input_size': (1, 24, 24), 'mean': (0.5,), 'std': (0.25,), 'crop_pct': 1.0}
 # Padding and flips only: the augmentation that is done on whole batches.
 SIMPLE = AugmentConfig(crop_padding=3, vflip=0.3, color_jitter=None)
-PER_IMAGE = AugmentConfig(auto_augment='rand-m9-mstd0.5-inc1', reprob=0.5)
+PER_IMAGE = AugmentConfig(aa='rand-m9-mstd0.5-inc1', reprob=0.5)
 Batches = list[tuple[torch.Tensor, ...]]
 
 
@@ -138,9 +138,9 @@ def test_no_aug_equals_timms(train) -> None:
 
 MEAN_STD = ('mean', 'std', 'interpolation')
 AUGMENTATIONS = {
-    'defaults': (AugmentConfig(), {'interpolation': 'random'}),
+    'defaults': (AugmentConfig(color_jitter=0.4), {'interpolation': 'random'}),
     'strong': (
-        AugmentConfig(scale=(0.5, 1), auto_augment='rand-m9-mstd0.5', reprob=1, vflip=0.5),
+        AugmentConfig(scale=(0.5, 1), aa='rand-m9-mstd0.5', reprob=1, vflip=0.5),
         {
             'interpolation': 'random',
             'scale': (0.5, 1),
@@ -150,9 +150,9 @@ AUGMENTATIONS = {
             'vflip': 0.5,
         },
     ),
-    'augmix': (AugmentConfig(auto_augment='augmix-m3'), {'interpolation': 'random', 'auto_augment': 'augmix-m3'}),
+    'augmix': (AugmentConfig(aa='augmix-m3'), {'interpolation': 'random', 'auto_augment': 'augmix-m3'}),
     'rkrr': (
-        AugmentConfig(train_crop_mode='rkrr'),
+        AugmentConfig(train_crop_mode='rkrr', color_jitter=0.4),
         {'train_crop_mode': 'rkrr', 'interpolation': 'random'},
     ),
 }
@@ -192,7 +192,7 @@ def test_padded_crops_image_by_image(train) -> None:
 @pytest.mark.parametrize('augmentation', [SIMPLE, PER_IMAGE], ids=['batch', 'image'])
 def test_workers_batches_and_caching_change_no_image(train, augmentation) -> None:
     here = [epoch_of(loader(train, augmentation=augmentation, cache_images='off'), epoch) for epoch in range(3)]
-    elsewhere = loader(train, augmentation=augmentation, num_workers=2)  # workers that outlive an epoch
+    elsewhere = loader(train, augmentation=augmentation, workers=2)  # workers that outlive an epoch
     for epoch in range(3):
         assert_same(epoch_of(elsewhere, epoch), here[epoch])
     backwards = loader(train, augmentation=augmentation)
@@ -292,19 +292,19 @@ BAD = {
     'batch larger than the data': ({'batch_size': 34}, 'has 33 images, fewer than batch_size=34'),
     'batch of none': ({'batch_size': 0}, 'batch_size=0'),
     'negative seed': ({'seed': -1}, 'seed=-1'),
-    'negative workers': ({'num_workers': -1}, 'num_workers=-1'),
+    'negative workers': ({'workers': -1}, 'workers=-1'),
     'unknown caching': ({'cache_images': 'yes'}, "cache_images='yes'"),
     'caching of random crops': ({'cache_images': 'on', 'augmentation': AugmentConfig()}, 'crop_padding=0'),
     'caching of a policy': (
-        {'cache_images': 'on', 'augmentation': AugmentConfig(crop_padding=2, auto_augment='rand-m9')},
-        "auto_augment='rand-m9'",
+        {'cache_images': 'on', 'augmentation': AugmentConfig(crop_padding=2, aa='rand-m9')},
+        "aa='rand-m9'",
     ),
     'four channels': ({'data_config': RGB | {'input_size': (4, 8, 8)}}, r'input_size=\(4, 8, 8\)'),
     'no size': ({'data_config': RGB | {'input_size': (3, 0, 8)}}, r'input_size=\(3, 0, 8\)'),
     'no channels': ({'data_config': RGB | {'input_size': (8, 8)}}, r'input_size=\(8, 8\)'),
     'mean of other channels': ({'data_config': GREY | {'mean': (0.1, 0.2, 0.3)}}, 'mean=.* one value per channel'),
     'no statistics': ({'data_config': {'input_size': (3, 8, 8)}}, r"lacks \['mean', 'std'\]"),
-    'unknown policy': ({'augmentation': AugmentConfig(auto_augment='best')}, "auto_augment='best'"),
+    'unknown policy': ({'augmentation': AugmentConfig(aa='best')}, "aa='best'"),
 }
 
 

@@ -264,14 +264,14 @@ CASES = {
         ['--sched', 'plateau'], "--sched: invalid choice: 'plateau' .*choose from '?cosine"
     ),
     'policy unknown': (
-        ['--aa', 'wild-m9', '--crop-padding', '0'], "auto_augment='wild-m9'.*Unknown AutoAugment config"
+        ['--aa', 'wild-m9', '--crop-padding', '0'], "aa='wild-m9'.*Unknown AutoAugment config"
     ),
     'interpolation unknown': (
         ['--interpolation', 'cubical'], "--interpolation: invalid choice: 'cubical' .*choose from .*bilinear"
     ),
     # data
     'data not there': (['--dataset', './nowhere'], "dataset='.*/nowhere': no such file or folder"),
-    'batch larger than the data': (['--batch-size', '5000'], 'fewer than batch_size=5000'),
+    'batch larger than the data': (['--batch-size', '5000'], 'fewer than batch_size=5000.*--batch-size'),
     'one image a class': (grey, 'has a single image'),
     # the run folder
     'folder in use': (in_use, 'exists and is not empty'),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_dfpt.data.images import BadImageError, check_image, decode_image
+from timm_dfpt.data.datasets import load_splits
+from timm_dfpt.data.images import BadImageError, decode_image, inspect_image
 from timm_dfpt.training.run import main
 
 RNG = np.random.default_rng(0)
@@ -70,7 +71,7 @@ def test_eight_bit_images_are_converted_as_pillow_does(name: str, channels: int,
     else:
         np.testing.assert_array_equal(np.asarray(image), expected)
     np.testing.assert_array_equal(np.asarray(decode_image(str(tmp_path / 'image'), channels)), np.asarray(image))
-    assert check_image(source) is None
+    assert inspect_image(source).problem is None
 
 
 @pytest.mark.parametrize('dtype', ['<u2', '>u2', '<i4'])
@@ -142,7 +143,7 @@ BAD_INSIDE = {
 @pytest.mark.parametrize('name', BAD)
 def test_bad_images_are_found_without_and_with_decoding(name: str) -> None:
     source, message = BAD[name]
-    assert message in str(check_image(source))
+    assert message in str(inspect_image(source).problem)
     with pytest.raises(BadImageError, match=message or None):
         decode_image(source)
 
@@ -150,14 +151,14 @@ def test_bad_images_are_found_without_and_with_decoding(name: str) -> None:
 @pytest.mark.parametrize('name', BAD | BAD_INSIDE)
 def test_a_check_in_full_finds_what_decoding_finds(name: str) -> None:
     source, message = (BAD | BAD_INSIDE)[name]
-    assert message in str(check_image(source, in_full=True))
+    assert message in str(inspect_image(source, in_full=True).problem)
     with pytest.raises(BadImageError, match=message or None):
         decode_image(source)
 
 
 @pytest.mark.parametrize('name', SAME_AS_PILLOW)
 def test_a_check_in_full_has_nothing_against_good_images(name: str) -> None:
-    assert check_image(SAME_AS_PILLOW[name], in_full=True) is None
+    assert inspect_image(SAME_AS_PILLOW[name], in_full=True).problem is None
 
 
 def test_a_job_that_skips_bad_images_gets_to_its_end(tiny, tmp_path, capsys) -> None:
@@ -173,12 +174,12 @@ def test_a_job_that_skips_bad_images_gets_to_its_end(tiny, tmp_path, capsys) -> 
 
 def test_a_picture_too_large_to_be_one_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50)
-    assert 'DecompressionBombError' in str(check_image(encode(Image.fromarray(RGB))))
+    assert 'DecompressionBombError' in str(inspect_image(encode(Image.fromarray(RGB))).problem)
 
 
 def test_jpeg_with_bytes_after_its_end_is_good() -> None:
     source = jpeg()
-    assert check_image(source + b'\x00' * 7) is None
+    assert inspect_image(source + b'\x00' * 7).problem is None
     np.testing.assert_array_equal(pixels(source + b'\x00' * 7, 3), pixels(source, 3))
 
 
@@ -191,6 +192,120 @@ def test_damage_anywhere_is_an_image_or_a_bad_image_error() -> None:
             damaged[RNG.integers(len(damaged))] = RNG.integers(256)
             with contextlib.suppress(BadImageError):
                 assert decode_image(bytes(damaged)).mode == 'RGB'
+
+
+def layer(mode: str, alpha: int) -> Image.Image:
+    """One colour, the left half transparent to this degree."""
+    image = Image.new('RGBA', (4, 2), (200, 100, 0, 255))
+    image.paste((200, 100, 0, alpha), (0, 0, 2, 2))
+    return image.convert(mode) if mode != 'P' else image.quantize(4)
+
+
+TRANSPARENT = {
+    'rgba': encode(layer('RGBA', 0)),
+    'grey and alpha': encode(layer('LA', 0)),
+    'palette': encode(layer('P', 0)),
+    'gif': encode(Image.fromarray(np.array([[9, 9, 124, 124]] * 2, np.uint8)), 'gif', transparency=9),
+    'webp': encode(layer('RGBA', 0), 'webp', lossless=True, exact=True),
+    'rgb with a colour for it': encode(
+        Image.fromarray(np.array([[[9, 9, 9]] * 2 + [[200, 100, 0]] * 2] * 2, np.uint8)), transparency=(9, 9, 9)
+    ),
+    'grey with a value for it': encode(Image.fromarray(np.array([[9, 9, 124, 124]] * 2, np.uint8)), transparency=9),
+}
+
+
+@pytest.mark.parametrize('name', TRANSPARENT)
+def test_transparent_images_are_laid_over_the_background(name: str) -> None:
+    source = TRANSPARENT[name]
+    assert inspect_image(source, in_full=True).transparent
+    assert inspect_image(source).transparent
+    for background, color in (('white', 255), ('10,10,10', 10), ('7', 7)):
+        for channels in (1, 3):
+            over = np.asarray(decode_image(source, channels, background)).reshape(2, 4, channels)
+            assert (over[:, :2] == color).all()
+            np.testing.assert_array_equal(over[:, 2:], pixels(source, channels).reshape(2, 4, channels)[:, 2:])
+
+
+def test_half_transparent_images_are_mixed_and_others_left_alone() -> None:
+    over = np.asarray(decode_image(encode(layer('RGBA', 51)), 3, '#0000ff'))
+    assert over[0, 0].tolist() == [40, 20, 204]
+    for name, source in SAME_AS_PILLOW.items():
+        if 'transparen' not in name and 'alpha' not in name and name != 'rgba':
+            np.testing.assert_array_equal(np.asarray(decode_image(source, 3, 'white')), pixels(source, 3))
+            assert not inspect_image(source, in_full=True).transparent
+    opaque = encode(Image.fromarray(RGB).convert('RGBA'))
+    assert not inspect_image(opaque, in_full=True).transparent
+
+
+@pytest.mark.parametrize('text', ['', 'whitish', '1,2', '256', '-1', '1,2,300', '#12345'])
+def test_what_is_not_a_colour_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match='background=.* must be a colour such as white'):
+        decode_image(SAME_AS_PILLOW['rgb'], 3, text)
+
+
+def wide_rgb(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow reads and does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+    rows = np.repeat(values[..., None], 3, axis=2).astype('>u2')
+    packed = zlib.compress(b''.join(b'\0' + row.tobytes() for row in rows))
+    header = struct.pack('>IIBBBBB', values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', packed) + chunk(b'IEND', b'')
+
+
+WIDE = {
+    'png': lambda values: encode(Image.fromarray(values.astype(np.uint16))),
+    'tiff': lambda values: encode(Image.fromarray(values.astype(np.uint16)), 'tiff'),
+    'tiff of 32 bits': lambda values: encode(Image.fromarray(values.astype(np.int32)), 'tiff'),
+    'png in colour': wide_rgb,
+}
+
+
+@pytest.mark.parametrize('name', WIDE)
+@pytest.mark.parametrize(('bits', 'remedy'), [(10, 'by 64 '), (12, 'by 16 '), (16, None)])
+def test_images_of_fewer_bits_than_their_file(tmp_path, caplog, name: str, bits: int, remedy: str | None) -> None:
+    for i in range(6):
+        folder = tmp_path / 'ab'[i % 2]
+        folder.mkdir(exist_ok=True)
+        # Dark ones are no rule: the brightest counts.
+        values = np.random.default_rng(i).integers(0, 2 ** (bits if i == 3 else 9), (5, 5))
+        values[0, 0] = 2**bits - 1 if i == 3 else 0
+        (folder / f'{i}.png').write_bytes(WIDE[name](values))
+    load_splits(str(tmp_path))
+    assert [record.message.split(' have')[0] for record in caplog.records] == ['6 images of 16 bits'] * bool(remedy)
+    assert (remedy or '') in caplog.text
+
+
+@pytest.mark.parametrize('background', [None, 'white'])
+@pytest.mark.parametrize('small', [True, False])
+def test_transparent_images_are_counted(tmp_path, caplog, monkeypatch, background: str | None, small: bool) -> None:
+    if not small:
+        monkeypatch.setattr('timm_dfpt.data.inspection._SMALL', 5)
+    for i, name in enumerate(['rgb', *TRANSPARENT, 'grey jpeg']):
+        folder = tmp_path / 'ab'[i % 2]
+        folder.mkdir(exist_ok=True)
+        (folder / f'{i}.png').write_bytes((SAME_AS_PILLOW | TRANSPARENT)[name])
+    split = load_splits(str(tmp_path), background=background).train
+    assert split.background == background
+    messages = [record.message for record in caplog.records if '--background' in record.message]
+    assert len(messages) == (background is None)
+    assert all(message.startswith(f'{len(TRANSPARENT)} of {len(TRANSPARENT) + 2} images') for message in messages)
+
+
+def test_small_sets_are_read_through(tmp_path, monkeypatch) -> None:
+    for name in 'ab':
+        for i in range(3):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(RGB + np.uint8(i)).save(tmp_path / name / f'{i}.png')
+    (tmp_path / 'b' / '2.png').write_bytes(short_png())
+    with pytest.raises(ValueError, match=r'1 images of split .*b/2.png .*truncated.*--on-bad-image skip') as error:
+        load_splits(str(tmp_path))
+    assert '\n' not in str(error.value)
+    monkeypatch.setattr('timm_dfpt.data.inspection._SMALL', 5)
+    monkeypatch.setattr('timm_dfpt.data.inspection._SAMPLE', 1)
+    assert len(load_splits(str(tmp_path)).train) == 4
 
 
 def test_channels_are_one_or_three() -> None:

@@ -119,7 +119,7 @@ def test_classes_may_be_called_like_splits(tmp_path) -> None:
     make_folder(tmp_path / 'a', {'train': 4, 'bus': 4, 'test': 4})
     assert load_splits(str(tmp_path / 'a')).class_names == ['bus', 'test', 'train']
     make_folder(tmp_path / 'b', {'train': 4, 'test': 4})
-    assert load_splits(str(tmp_path / 'b')).class_names == ['test', 'train']
+    assert load_splits(str(tmp_path / 'b'), train_split='.').class_names == ['test', 'train']
 
 
 def test_split_folders_of_any_name_when_named(tmp_path) -> None:
@@ -255,7 +255,7 @@ def test_bad_images_stop_or_are_left_out(tmp_path, caplog) -> None:
     root = make_folder(tmp_path / 'd', {'a': 6, 'b': 6})
     (root / 'a' / '1.png').write_bytes(b'')
     (root / 'b' / '3.png').write_bytes((root / 'b' / '3.png').read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"(?s)2 images .*a/1\.png.*0 bytes.*b/3\.png.*on_bad_image='skip'"):
+    with pytest.raises(ValueError, match=r"(?s)2 images .*a/1\.png.*0 bytes.*b/3\.png.*--on-bad-image skip"):
         load_splits(str(root))
     splits = load_splits(str(root), on_bad_image='skip')
     assert 'a/1.png' in caplog.text
@@ -299,6 +299,10 @@ def only_in_val(root: Path) -> Path:
     return root
 
 
+def two_classes(root: Path) -> Path:
+    return make_folder(root, {'a': 2, 'b': 2})
+
+
 def no_classes(root: Path) -> Path:
     root.mkdir()
     picture(0).save(root / '0.png')
@@ -338,8 +342,8 @@ BAD = {
     'class with a single image': (lambda root: make_folder(root, {'a': 3, 'b': 1}), {}, "class 'b' has a single image"),
     'duplicate class names': (twice, {}, "several classes named 'café'"),
     'class in validation only': (only_in_val, {}, "class 'new', of which split 'train' has none"),
-    'configuration of a folder': (lambda r: make_folder(r, {'a': 2, 'b': 2}), {'config_name': 'x'}, "config_name='x'"),
-    'revision of a folder': (lambda r: make_folder(r, {'a': 2, 'b': 2}), {'revision': 'x'}, "revision='x'"),
+    'configuration of a folder': (two_classes, {'dataset_config': 'x'}, "dataset_config='x'.*--dataset-config"),
+    'revision of a folder': (two_classes, {'dataset_revision': 'x'}, "dataset_revision='x'.*--dataset-revision"),
     'unknown training split': (lambda r: make_parquet(r, **TWO_SPLITS), {'train_split': 'all'}, r"\['train', 'test'\]"),
     'unknown validation split': (lambda r: make_parquet(r, **TWO_SPLITS), {'val_split': 'v'}, "='v' is unknown"),
     'one split for two roles': (
@@ -353,16 +357,18 @@ BAD = {
     'negative seed': (lambda root: root, {'seed': -1}, 'seed=-1'),
     'unknown on_bad_image': (lambda root: root, {'on_bad_image': 'drop'}, "on_bad_image='drop'"),
     'no image column': (lambda root: columns(root, label=XY), {}, 'no image column'),
-    'two image columns': (lambda root: columns(root, a=Image(), b=Image(), label=XY), {}, r"several.*\['a', 'b'\]"),
-    'unknown image column': (lambda r: columns(r, a=Image(), label=XY), {'image_column': 'b'}, r"\['a', 'label'\]"),
+    'two image columns': (
+        lambda root: columns(root, a=Image(), b=Image(), label=XY), {}, r"several.*\['a', 'b'\].*--input-key"
+    ),
+    'unknown image column': (lambda r: columns(r, a=Image(), label=XY), {'input_key': 'b'}, r"\['a', 'label'\]"),
     'not an image column': (
         lambda root: columns(root, image=Image(), label=XY, weight=Value('float32')),
-        {'image_column': 'weight'},
-        "image_column='weight' does not hold images",
+        {'input_key': 'weight'},
+        "input_key='weight' does not hold images",
     ),
     'no label column': (lambda root: columns(root, image=Image()), {}, 'no label column'),
-    'two label columns': (lambda root: columns(root, image=Image(), fine=XY, coarse=XY), {}, 'label_column'),
-    'unknown label column': (lambda r: columns(r, a=Image(), label=XY), {'label_column': 'b'}, r"\['a', 'label'\]"),
+    'two label columns': (lambda root: columns(root, image=Image(), fine=XY, coarse=XY), {}, '--target-key'),
+    'unknown label column': (lambda r: columns(r, a=Image(), label=XY), {'target_key': 'b'}, r"\['a', 'label'\]"),
     'labels are floating point': (lambda root: columns(root, a=Image(), label=Value('float32')), {}, 'holds float'),
     'label missing': (lambda r: make_parquet(r, train={'label': [0, None, 1]}), {}, 'no label in 1 rows.*row 1'),
     'label -1': (lambda r: make_parquet(r, train={'label': [0, 1, -1]}), {}, r'\(-1\).*row 2'),
@@ -372,10 +378,21 @@ BAD = {
         {},
         "classes of 'label' differ",
     ),
+    'class without a name': (
+        lambda r: make_parquet(r, train={'label': ['', 'x'] * 2, 'feature': Value('string')}),
+        {},
+        'class without a name .*--target-key',
+    ),
+    'class of a long name': (
+        lambda r: make_parquet(r, train={'label': [0, 1], 'feature': ClassLabel(names=['x', 'y' * 1001])}),
+        {},
+        'name has 1001 characters.*--target-key',
+    ),
+    'background that is not a colour': (two_classes, {'background': 'dark'}, "background='dark' must be a colour"),
     'no rows': (lambda r: make_parquet(r, train={'label': []}), {}, 'no data'),
     'damaged parquet': (lambda root: parquet_of(b'PAR1 not really', root), {}, 'could not be read'),
     'empty parquet': (lambda root: parquet_of(b'', root), {}, 'could not be read'),
-    'unknown configuration': (lambda r: make_parquet(r, **TWO_SPLITS), {'config_name': 'x'}, "BuilderConfig 'x'"),
+    'unknown configuration': (lambda r: make_parquet(r, **TWO_SPLITS), {'dataset_config': 'x'}, "BuilderConfig 'x'"),
 }
 
 

@@ -23,7 +23,7 @@ def _probability(default: float) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of training images, names and defaults as in timm's train.py.
+    """Augmentation of training images, names as in timm's train.py, defaults as on the command line (no colour jitter).
 
     Args:
         no_aug: No augmentation: resize only.
@@ -33,7 +33,7 @@ class AugmentConfig:
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         color_jitter: Strength of changes of brightness, contrast and saturation; 0 for none.
-        auto_augment: Policy such as `'rand-m9-mstd0.5-inc1'`, see timm.
+        aa: Policy such as `'rand-m9-mstd0.5-inc1'`, see timm.
         reprob: Probability of random erasing.
         crop_padding: CIFAR's augmentation instead of random resized crops: the image as in evaluation, padded by so
             many black pixels on every side, and a random crop of the input size.
@@ -45,8 +45,8 @@ class AugmentConfig:
     ratio: Sequence[float] | None = None
     hflip: float = _probability(0.5)
     vflip: float = _probability(0.0)
-    color_jitter: float | Sequence[float] | None = 0.4
-    auto_augment: str | None = None
+    color_jitter: float | Sequence[float] | None = None
+    aa: str | None = None
     reprob: float = _probability(0.0)
     crop_padding: int = dataclasses.field(default=0, metadata={'low': 0})
 
@@ -69,7 +69,7 @@ class AugmentConfig:
             return None
         if not self.crop_padding:
             return 'random resized crops (crop_padding=0)'
-        used = [name for name in ('auto_augment', 'color_jitter', 'reprob') if getattr(self, name)]
+        used = [name for name in ('aa', 'color_jitter', 'reprob') if getattr(self, name)]
         return f'{used[0]}={getattr(self, used[0])!r}' if used else None
 
 
@@ -202,7 +202,7 @@ def create_transforms(
             hflip=augment.hflip,
             vflip=augment.vflip,
             color_jitter=augment.color_jitter or None,
-            auto_augment=augment.auto_augment,
+            auto_augment=augment.aa,
             interpolation='random',
             mean=evaluation['mean'],
             std=evaluation['std'],

@@ -6,63 +6,26 @@ import dataclasses
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .images import EncodedImage, check_image
-from .sources import SPLIT_NAMES, open_dataset
+from .image_split import ImageSplit
+from .images import parse_color
+from .inspection import inspect_splits, warn_of_copies
+from .metadata import LABEL_COLUMNS
+from .sources import open_dataset
+from .splits import assign_roles
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ['DataSplits', 'ImageSplit', 'load_splits']
+__all__ = ['DataSplits', 'load_splits']
 
 _logger = logging.getLogger(__name__)
 
-_LABEL_COLUMNS = ('label', 'labels', 'target', 'class')
-_READ_ROWS = 512  # rows fetched at once: large enough to spare the overhead of a fetch, small enough for memory
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSplit:
-    """One split: encoded images and their class numbers.
-
-    Args:
-        name: Name for messages, such as `train`.
-        dataset: The rows, images not decoded.
-        image_column: Column of the images.
-        labels: Class number of each row, int64 `[N]`.
-    """
-
-    name: str
-    dataset: Dataset
-    image_column: str
-    labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def encoded(self, rows: Sequence[int]) -> list[EncodedImage]:
-        """Fetch images as they are stored: bytes, a path, or `None` where a row has no image."""
-        cells = self.dataset[list(rows)][self.image_column]
-        return [cell and (cell['bytes'] if cell['bytes'] is not None else cell['path']) for cell in cells]
-
-    def describe(self, row: int) -> str:
-        """Name a row so that a user finds it: its file if it has one, else split and row."""
-        cell = self.dataset[row][self.image_column]
-        place = f'row {row} of split {self.name!r}'
-        return f'{cell["path"]} ({place})' if cell and cell['path'] else place
-
-    def select(self, rows: Sequence[int] | np.ndarray, name: str | None = None) -> ImageSplit:
-        """Take some of the rows, in the order given."""
-        index = np.asarray(rows, dtype=np.int64)
-        return ImageSplit(
-            name or self.name, self.dataset.select(index), self.image_column, self.labels[torch.from_numpy(index)]
-        )
+_MAX_NAME = 1000  # what a published student may call a class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,38 +55,43 @@ class DataSplits:
 def load_splits(
     dataset: str,
     *,
-    config_name: str | None = None,
-    revision: str | None = None,
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
     train_split: str | None = None,
     val_split: str | None = None,
     test_split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
     on_bad_image: str = 'stop',
+    background: str | None = None,
 ) -> DataSplits:
     """Load a data set for image classification and check it before any work starts.
 
     A data set without a validation split gets one: `val_fraction` of each class of the training split, the choice
     being a function of `seed`. The test split is never taken for it. Classes are matched between splits by name
-    (unicode NFC). All images are checked by `check_image` (see there for what it finds): about 10,000 a second and
-    core. To skip bad images they are decoded in full: some 5,000 a second and core of 32 x 32 pixels, 500 (PNG) to
-    2,000 (JPEG) of 224 x 224.
+    (unicode NFC).
+
+    The images are read before training. Up to 10,000 of them are decoded (some 5,000 a second and core of 32 x 32
+    pixels, 500 (PNG) to 2,000 (JPEG) of 224 x 224), and images of equal content on both sides of a split are counted.
+    Larger sets get the quick look of `inspect_image` (about 10,000 a second and core), and are decoded to skip bad
+    images only.
 
     Args:
-        dataset: A local folder of class folders (with or without `train`, `val`, `test` folders above them), a
-            parquet file or a folder of them, or the id of a data set on the Hub.
-        config_name: Configuration, for data sets that have several.
-        revision: Revision on the Hub.
-        train_split: Name of the training split, found if not given.
+        dataset: What `open_dataset` takes: a local folder of images, parquet, what `save_to_disk` has written, or the
+            id of a data set on the Hub.
+        dataset_config: Configuration, for data sets that have several.
+        dataset_revision: Revision on the Hub.
+        train_split: Name of the training split, found if not given; of a folder, a path in it.
         val_split: Name of the validation split, found if not given.
         test_split: Name of the test split, found if not given.
-        image_column: Column of the images, found from the features if not given.
-        label_column: Column of the labels (class labels, strings or integers), found if not given.
+        input_key: Column of the images, found from the features if not given.
+        target_key: Column of the labels (class labels, strings or integers), found if not given.
         val_fraction: Share of the training images to split off when there is no validation split, in (0, 1).
         seed: Seed of that split, not negative.
         on_bad_image: `'stop'`: an unreadable image is an error. `'skip'`: it is left out, with a warning naming it.
+        background: Colour behind transparent images, see `parse_color`; by default transparency is dropped.
 
     Returns:
         The splits. Rows of a split are numbered without what was left out.
@@ -138,31 +106,37 @@ def load_splits(
         raise ValueError(f'seed={seed} must not be negative')
     if on_bad_image not in ('stop', 'skip'):
         raise ValueError(f"on_bad_image={on_bad_image!r} must be 'stop' or 'skip'")
+    if background is not None:
+        parse_color(background)
     named = {'train': train_split, 'val': val_split, 'test': test_split}
     available = open_dataset(
         dataset,
-        config_name=config_name,
-        revision=revision,
-        named_splits=tuple(name for name in named.values() if name is not None),
+        dataset_config=dataset_config,
+        dataset_revision=dataset_revision,
+        named_splits=named,
+        target_key=target_key,
     )
-    roles = _assign_roles(list(available), named)
+    roles = assign_roles(list(available), named)
     found = {role: available[name] for role, name in roles.items()}
-    image = _find_image_column(found['train'], image_column)
-    label = _find_label_column(found['train'], label_column, image)
+    image = _find_image_column(found['train'], input_key)
+    label = _find_label_column(found['train'], target_key, image)
     for role, split in found.items():
-        missing = {image, label} - set(split.column_names)
-        if missing:
-            raise ValueError(f'split {roles[role]!r} has no column {missing.pop()!r}, it has {split.column_names}')
+        for column, option in ((image, '--input-key'), (label, '--target-key')):
+            if column not in split.column_names:
+                raise ValueError(
+                    f'split {roles[role]!r} has no column {column!r}, it has {split.column_names}; name one that all '
+                    f'splits have with {option}'
+                )
 
     if 'test' in found and test_split is None and _is_unlabelled(found['test'], label):
         _logger.warning('Split %r has no labels and is not used', roles['test'])
         del found['test']
     class_names, labels = _number_classes(found, label, roles)
     splits = {
-        role: ImageSplit(roles[role], _undecoded(split, image), image, torch.from_numpy(labels[role]))
+        role: ImageSplit(roles[role], _undecoded(split, image), image, torch.from_numpy(labels[role]), background)
         for role, split in found.items()
     }
-    splits = {role: _without_bad_images(split, on_bad_image) for role, split in splits.items()}
+    splits = inspect_splits(splits, on_bad_image)
     _check_classes(splits, class_names)
 
     val_from = f'split {roles.get("val")!r}'
@@ -172,27 +146,10 @@ def load_splits(
         splits['val'] = splits['train'].select(val_rows, name=f'{name} (held out)')
         splits['train'] = splits['train'].select(train_rows)
         val_from = f'{val_fraction:.1%} of split {name!r}, stratified, seed {seed}'
+    warn_of_copies(splits)
     return DataSplits(splits['train'], splits['val'], splits.get('test'), class_names, val_from)
 
 
-def _assign_roles(available: list[str], named: dict[str, str | None]) -> dict[str, str]:
-    roles: dict[str, str] = {}
-    for role, name in named.items():
-        if name is not None and name not in available:
-            raise ValueError(f'{role}_split={name!r} is unknown; the data set has the splits {available}')
-        taken = {other for other in named.values() if other is not None} | set(roles.values())
-        usual = [usual for usual in SPLIT_NAMES[role] if usual in available and usual not in taken]
-        if name is not None:
-            roles[role] = name
-        elif usual:
-            roles[role] = usual[0]
-        elif role == 'train' and len(available) == 1:
-            roles[role] = available[0]
-    if 'train' not in roles:
-        raise ValueError(f'no training split among {available}; name one with train_split')
-    if len(set(roles.values())) < len(roles):
-        raise ValueError(f'train, val and test splits must differ, got {roles}')
-    return roles
 
 
 def _find_image_column(dataset: Dataset, named: str | None) -> str:
@@ -200,12 +157,15 @@ def _find_image_column(dataset: Dataset, named: str | None) -> str:
 
     if named is not None:
         if named not in dataset.column_names:
-            raise ValueError(f'image_column={named!r} is unknown; the data set has the columns {dataset.column_names}')
+            raise ValueError(
+                f'input_key={named!r} is unknown; the data set has the columns {dataset.column_names}: name one of '
+                'them with --input-key'
+            )
         return named
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image) or _is_raw(feature)]
     if len(columns) != 1:
         problem = f'several image columns, {columns}' if columns else f'no image column among {dataset.column_names}'
-        raise ValueError(f'{problem}; name one with image_column')
+        raise ValueError(f'{problem}; name one with --input-key')
     return columns[0]
 
 
@@ -218,16 +178,19 @@ def _find_label_column(dataset: Dataset, named: str | None, image_column: str) -
 
     if named is not None:
         if named not in dataset.column_names:
-            raise ValueError(f'label_column={named!r} is unknown; the data set has the columns {dataset.column_names}')
+            raise ValueError(
+                f'target_key={named!r} is unknown; the data set has the columns {dataset.column_names}: name one of '
+                'them with --target-key'
+            )
         return named
     others = {name: feature for name, feature in dataset.features.items() if name != image_column}
     columns = [name for name, feature in others.items() if isinstance(feature, ClassLabel)]
     if not columns:
         usable = [name for name, feature in others.items() if isinstance(feature, Value)]
-        columns = [name for name in _LABEL_COLUMNS if name in usable][:1] or usable
+        columns = [name for name in LABEL_COLUMNS if name in usable][:1] or usable
     if len(columns) != 1:
         problem = f'several label columns, {columns}' if columns else f'no label column among {dataset.column_names}'
-        raise ValueError(f'{problem}; name one with label_column')
+        raise ValueError(f'{problem}; name one with --target-key')
     return columns[0]
 
 
@@ -240,7 +203,9 @@ def _undecoded(dataset: Dataset, image_column: str) -> Dataset:
     try:
         return dataset.cast_column(image_column, Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f'image_column={image_column!r} does not hold images: {error}') from error
+        raise ValueError(
+            f'input_key={image_column!r} does not hold images: {error}; name another column with --input-key'
+        ) from error
 
 
 def _values(dataset: Dataset, column: str) -> list[Any]:
@@ -266,7 +231,10 @@ def _number_classes(
         number = {name: i for i, name in enumerate(names)}
         numbers[role] = np.array([number.get(name, -1) for name in local_names], dtype=np.int64)[local]
     if len(names) < 2:
-        raise ValueError(f'column {column!r} has only the class {names}; a classifier needs two at least')
+        raise ValueError(
+            f'column {column!r} has only the class {names}; a classifier needs two at least: add images of others, or '
+            'name another column of labels with --target-key'
+        )
     return names, numbers
 
 
@@ -297,8 +265,18 @@ def _local_classes(dataset: Dataset, column: str, where: str) -> tuple[list[str]
         index = {value: i for i, value in enumerate(unique)}
         names, local = [str(value) for value in unique], np.array([index[value] for value in values], dtype=np.int64)
     else:
-        raise ValueError(f'{where} holds {type(values[0]).__name__}; labels are class labels, strings or integers')
+        raise ValueError(
+            f'{where} holds {type(values[0]).__name__}; labels are class labels, strings or integers; name '
+            'another column with --target-key'
+        )
     names = [unicodedata.normalize('NFC', name) for name in names]
+    wrong = [name for name in names if not 0 < len(name) <= _MAX_NAME]
+    if wrong:
+        what = f'a class whose name has {len(wrong[0])} characters' if wrong[0] else 'a class without a name (\'\')'
+        raise ValueError(
+            f'{where} has {what}, which no student can be published with: rename it, or name another column with '
+            '--target-key'
+        )
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f'{where} has several classes named {twice[0]!r} (in unicode NFC); rename or join them')
@@ -319,30 +297,6 @@ def _check_classes(splits: dict[str, ImageSplit], class_names: list[str]) -> Non
         _logger.warning('%d classes have no image at all: %s', len(unused), ', '.join(unused[:5]))
 
 
-def _without_bad_images(split: ImageSplit, on_bad_image: str) -> ImageSplit:
-    def check(start: int) -> dict[int, str]:
-        rows = range(start, min(start + _READ_ROWS, len(split)))
-        # A quick look is enough to stop soon; what it overlooks stops the run later, which is not to skip it.
-        reasons = [check_image(source, in_full=on_bad_image == 'skip') for source in split.encoded(rows)]
-        return {row: reason for row, reason in zip(rows, reasons, strict=True) if reason is not None}
-
-    bad: dict[int, str] = {}
-    with ThreadPoolExecutor() as pool:
-        for part in pool.map(check, range(0, len(split), _READ_ROWS)):
-            bad.update(part)
-    if not bad:
-        return split
-    lines = [f'  {split.describe(row)}: {reason}' for row, reason in bad.items()]
-    if on_bad_image == 'stop':
-        shown = '\n'.join(lines[:5] + ['  ...'] * (len(lines) > 5))
-        raise ValueError(
-            f'{len(bad)} images of split {split.name!r} cannot be read:\n{shown}\n'
-            "Repair or remove them, or leave them out with on_bad_image='skip'."
-        )
-    _logger.warning('%d unreadable images of split %r are left out:\n%s', len(bad), split.name, '\n'.join(lines))
-    return split.select([row for row in range(len(split)) if row not in bad])
-
-
 def _stratified_split(
     split: ImageSplit, class_names: list[str], fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -354,7 +308,7 @@ def _stratified_split(
         if len(rows) == 1:
             raise ValueError(
                 f'class {class_names[label]!r} has a single image in split {split.name!r}, which cannot be both learnt '
-                'from and validated on; add images of it or give a validation split (val_split)'
+                'from and validated on; add images of it or give a validation split (--val-split)'
             )
         count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
         # A generator per class: adding images to one class leaves the choice in all others as it was.

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .datasets import DataSplits, ImageSplit
+from .datasets import DataSplits
+from .image_split import ImageSplit
+from .paths import unpack_path
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
@@ -73,7 +75,7 @@ def _digest(split: ImageSplit) -> str:
 def _names_and_sizes(chunk: pa.StructArray) -> list[tuple[str, int | None]]:
     import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-    paths = pc.struct_field(chunk, 'path').to_pylist()
+    paths = [path and unpack_path(path) for path in pc.struct_field(chunk, 'path').to_pylist()]
     # From the offsets of the column: no image is read.
     sizes = pc.binary_length(pc.struct_field(chunk, 'bytes')).to_pylist()
     return [

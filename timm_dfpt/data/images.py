@@ -6,12 +6,12 @@ import io
 import os
 import struct
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
-__all__ = ['BadImageError', 'EncodedImage', 'check_image', 'decode_image']
+__all__ = ['BadImageError', 'EncodedImage', 'ImageReport', 'decode_image', 'inspect_image', 'parse_color']
 
 # The bytes of an image file, or the path of one. `None` is how `datasets` says that a row has no image.
 EncodedImage = bytes | str | None
@@ -30,32 +30,72 @@ class BadImageError(ValueError):
     """An image that cannot be read; the message says why."""
 
 
-def decode_image(source: EncodedImage, channels: int = 3) -> Image.Image:
+class ImageReport(NamedTuple):
+    """What was found in an image.
+
+    Args:
+        problem: The reason why it cannot be used, or `None` if it can.
+        transparent: Whether pixels of it are transparent; without decoding, whether it has an alpha channel.
+        peak: The largest value of an image of 16 bits; `None` for other images, and without decoding.
+    """
+
+    problem: str | None = None
+    transparent: bool = False
+    peak: int | None = None
+
+
+def parse_color(text: str) -> tuple[int, int, int]:
+    """Read a colour.
+
+    Args:
+        text: A name such as `white`, three numbers from 0 to 255 such as `255,255,255`, one for a grey, or `#ffffff`.
+
+    Returns:
+        Red, green and blue, from 0 to 255.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    numbers = text.strip(' ()[]').split(',')
+    if len(numbers) in (1, 3) and all(number.strip().isdecimal() for number in numbers):
+        values = [int(number) for number in numbers] * (3 // len(numbers))
+        if max(values) <= 255:
+            return values[0], values[1], values[2]
+    try:
+        color = ImageColor.getrgb(text.strip())
+    except ValueError as error:
+        raise ValueError(f'background={text!r} must be a colour such as white, 255,255,255 or #ffffff') from error
+    return color[0], color[1], color[2]
+
+
+def decode_image(source: EncodedImage, channels: int = 3, background: str | None = None) -> Image.Image:
     """Decode an image of any kind to 8 bits and the wanted number of channels.
 
-    Grey, palette, bilevel and CMYK images are converted. Transparency is dropped, as torchvision and timm do, so that
-    a model sees the same picture here and when it is used. 16-bit images are scaled to 8 bits by their upper byte
-    (Pillow alone clips grey ones at 255, and white is all that is left). The EXIF orientation is applied, as
-    `datasets` does. Of an animation the first frame counts.
+    Grey, palette, bilevel and CMYK images are converted. Transparency is dropped, as torchvision, timm and transformers
+    do, so that a model sees the same here and when it is used, or laid over a background. 16-bit images are scaled to
+    8 bits by their upper byte (Pillow alone clips grey ones at 255, and white is all that is left). The EXIF
+    orientation is applied, as `datasets` does. Of an animation the first frame counts.
 
     Args:
         source: The bytes of the file, or its path.
         channels: 1 for a grey image (Pillow mode `L`), 3 for `RGB`.
+        background: The colour to lay transparent images over, see `parse_color`; `None`: transparency is dropped.
 
     Returns:
         A loaded image `[H, W]` or `[H, W, 3]`.
 
     Raises:
-        ValueError: If `channels` is neither 1 nor 3.
+        ValueError: If `channels` is neither 1 nor 3, or `background` is not a colour.
         BadImageError: If the image is missing, unreadable, truncated, or of a kind that has no defined 8-bit range.
     """
     if channels not in _MODES:
         raise ValueError(f'channels={channels}: images are decoded to 1 (grey) or 3 (RGB) channels')
-    return _reading(source, lambda image: _convert(image, _MODES[channels]))
+    color = None if background is None else parse_color(background)
+    return _reading(source, lambda image: _convert(image, _MODES[channels], color))
 
 
-def check_image(source: EncodedImage, in_full: bool = False) -> str | None:
-    """Say what is wrong with an image, without decoding it where the format allows that.
+def inspect_image(source: EncodedImage, in_full: bool = False) -> ImageReport:
+    """Look for what is wrong with an image or unusual, without decoding it where the format allows that.
 
     PNG carries checksums and JPEG an end marker, which find truncated files at the price of reading them. Files that
     fail here, and all other formats, are decoded, and that decides. What was damaged before its checksum was made, or
@@ -66,14 +106,13 @@ def check_image(source: EncodedImage, in_full: bool = False) -> str | None:
         in_full: Decode files of all formats.
 
     Returns:
-        The reason why the image cannot be used, or `None` if it can.
+        What was found.
     """
     try:
-        if in_full or not _reading(source, lambda image: _looks_whole(image, source)):
-            decode_image(source)
+        report = None if in_full else _reading(source, lambda image: _look(image, source))
+        return report or _reading(source, _measure)
     except BadImageError as error:
-        return str(error)
-    return None
+        return ImageReport(problem=str(error))
 
 
 def _reading(source: EncodedImage, use: Callable[[Image.Image], T]) -> T:
@@ -92,7 +131,7 @@ def _reading(source: EncodedImage, use: Callable[[Image.Image], T]) -> T:
         raise BadImageError(f'{type(error).__name__}: {error}') from error
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
+def _convert(image: Image.Image, mode: str, background: tuple[int, int, int] | None = None) -> Image.Image:
     image.load()
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -104,9 +143,30 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
             raise BadImageError('pixels are 32-bit, whose range is not defined: convert it to 8 or 16 bits')
         # Pillow itself takes the upper byte of 16-bit RGB, so grey images are treated alike.
         image = Image.fromarray((values >> 8).astype(np.uint8))
+    if background is not None and image.has_transparency_data:
+        below = Image.new('RGBA', image.size, (*background, 255))
+        image = Image.alpha_composite(below, image.convert('RGBA')).convert('RGB')
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
     return image if image.mode == mode else image.convert(mode)
+
+
+def _measure(image: Image.Image) -> ImageReport:
+    # Pillow keeps the upper byte of colours of 16 bits; this is where it says so.
+    wide = any(';16' in str(tile) for tile in getattr(image, 'tile', ()))
+    converted = _convert(image, 'RGB')
+    peak = None
+    if image.mode.startswith('I'):
+        peak = int(np.asarray(image).max())
+    elif wide:
+        peak = 256 * int(np.asarray(converted).max()) + 255
+    alpha = image.convert('RGBA').getchannel('A') if image.has_transparency_data else None
+    return ImageReport(transparent=alpha is not None and int(np.asarray(alpha).min()) < 255, peak=peak)
+
+
+def _look(image: Image.Image, source: EncodedImage) -> ImageReport | None:
+    transparent = image.has_transparency_data
+    return ImageReport(transparent=transparent) if _looks_whole(image, source) else None
 
 
 def _looks_whole(image: Image.Image, source: EncodedImage) -> bool:

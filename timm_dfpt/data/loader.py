@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import AugmentConfig, BatchTransform, create_transforms
-from .datasets import ImageSplit
+from .image_split import ImageSplit
 from .images import BadImageError, decode_image
 from .seeding import derive_seed, preserved_rng, seed_rng
 
@@ -117,7 +117,7 @@ class ImageDataset(Dataset):
     def _decode(self, rows: Sequence[int]) -> Iterator[Image.Image]:
         for row, source in zip(rows, self.split.encoded(rows), strict=True):
             try:
-                yield decode_image(source, self.channels)
+                yield decode_image(source, self.channels, self.split.background)
             except BadImageError as error:
                 raise BadImageError(f'{self.split.describe(row)}: {error}; repair or remove it') from error
 
@@ -169,7 +169,7 @@ def create_loader(
     batch_size: int,
     is_training: bool,
     seed: int = 0,
-    num_workers: int = 0,
+    workers: int = 0,
     augmentation: AugmentConfig | None = None,
     cache_images: str = 'auto',
     pin_memory: bool = False,
@@ -193,7 +193,7 @@ def create_loader(
         batch_size: Images a batch.
         is_training: Shuffle, augment, and leave out a last batch that is too short.
         seed: Seed of order and augmentation, not negative.
-        num_workers: Processes that prepare batches, 0 for none.
+        workers: Processes that prepare batches, 0 for none.
         augmentation: Augmentation in training, timm's defaults if not given.
         cache_images: `'on'`: decode images once and keep them in memory, `'off'`: at each access, `'auto'`: once if
             the augmentation allows it and they take no more than 512 MiB.
@@ -209,12 +209,12 @@ def create_loader(
     _check_data_config(data_config)
     if batch_size < 1:
         raise ValueError(f'batch_size={batch_size} must be 1 at least')
-    if seed < 0 or num_workers < 0 or aug_cycle < 0:
-        raise ValueError(f'seed={seed}, num_workers={num_workers} and aug_cycle={aug_cycle} must not be negative')
+    if seed < 0 or workers < 0 or aug_cycle < 0:
+        raise ValueError(f'seed={seed}, workers={workers} and aug_cycle={aug_cycle} must not be negative')
     if is_training and len(dataset) < batch_size:
         raise ValueError(
             f'split {dataset.name!r} has {len(dataset)} images, fewer than batch_size={batch_size}: '
-            'there would be no batch; lower batch_size'
+            'there would be no batch; give a smaller --batch-size'
         )
     if cache_images not in ('auto', 'on', 'off'):
         raise ValueError(f"cache_images={cache_images!r} must be 'auto', 'on' or 'off'")
@@ -234,11 +234,11 @@ def create_loader(
         images,
         batch_size=batch_size,
         sampler=EpochSampler(images, is_training, seed),
-        num_workers=num_workers,
+        num_workers=workers,
         collate_fn=_identity,
         pin_memory=pin_memory,
         drop_last=is_training,
-        persistent_workers=num_workers > 0,
+        persistent_workers=workers > 0,
         worker_init_fn=_leave_sigterm_to_main_process,
         # A generator of its own: else each epoch would draw from the global one, and evaluation change training.
         generator=torch.Generator().manual_seed(seed),

@@ -1,87 +1,187 @@
-"""Where images come from: a folder of class folders, parquet files or the Hub, opened with `datasets` by split."""
+"""Where images come from: a folder of images, `save_to_disk`, parquet files or the Hub, opened with `datasets`."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import logging
 import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+from .folders import open_folder
+from .paths import is_hidden, printable
+from .splits import role_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ['SPLIT_NAMES', 'open_dataset']
+__all__ = ['open_dataset']
 
-_logger = logging.getLogger(__name__)
-
-# What the splits are called in the wild, the usual name first.
-SPLIT_NAMES = {
-    'train': ('train', 'training'),
-    'val': ('validation', 'val', 'valid', 'dev'),
-    'test': ('test', 'testing'),
-}
+# What `datasets` calls the splits whose names it finds in those of files.
+_USUAL = {'train': 'train', 'val': 'validation', 'test': 'test'}
 
 
 def open_dataset(
     dataset: str,
     *,
-    config_name: str | None = None,
-    revision: str | None = None,
-    named_splits: tuple[str, ...] = (),
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
+    named_splits: Mapping[str, str | None],
+    target_key: str | None = None,
 ) -> dict[str, Dataset]:
     """Open a data set, whatever it is, as one `datasets.Dataset` per split.
 
     Args:
-        dataset: A local folder of class folders, with or without split folders (`train`, `val`, ...) above them; a
-            local parquet file, or a folder of them in the layout of `datasets`; else the id of a data set on the Hub.
-        config_name: Configuration of a Hub or parquet data set that has several.
-        revision: Revision on the Hub.
-        named_splits: Names that the user gave to splits; they mark folders of these names as split folders.
+        dataset: A local folder of images (see `open_folder`); a folder that `save_to_disk` has written, or of such
+            folders by split; a local parquet file, or a folder of them in the layout of `datasets`; else the id of a
+            data set on the Hub.
+        dataset_config: Configuration of a Hub or parquet data set that has several.
+        dataset_revision: Revision on the Hub.
+        named_splits: For `train`, `val` and `test` the split that the user named, or `None`.
+        target_key: Column of the labels, if the user named one.
 
     Returns:
-        Split name to data set. Images of a folder are referred to by path, class names are those of all its splits.
+        Split name to data set. Images of a folder are referred to by path (see `unpack_path`).
 
     Raises:
         FileNotFoundError: If `dataset` neither exists here nor on the Hub.
+        PermissionError: If `datasets` has no folder to write to.
         ValueError: If a folder holds no classes, a class folder is empty, or the data set cannot be read.
     """
     path = Path(dataset).expanduser()
     if not path.exists():
         if dataset.startswith(('.', '/', '~', '\\')) or dataset.count('/') > 1 or dataset.endswith('.parquet'):
-            raise FileNotFoundError(f'dataset={dataset!r}: no such file or folder')
-        return _load(dataset, config_name, revision=revision)
-    if revision is not None:
-        raise ValueError(f'revision={revision!r} is for a data set on the Hub, and {dataset!r} is a local one')
+            raise FileNotFoundError(f'dataset={printable(dataset)!r}: no such file or folder')
+        return _load(dataset, dataset_config, revision=dataset_revision)
+    if printable(str(path)) != str(path):
+        raise ValueError(
+            f'dataset={printable(str(path))!r}: the path is not UTF-8 and cannot be written down; rename the folder, '
+            'or give a link to it'
+        )
+    if dataset_revision is not None:
+        raise ValueError(
+            f'dataset_revision={dataset_revision!r} is for a data set on the Hub, and {dataset!r} is a local one: '
+            'leave --dataset-revision out'
+        )
     if path.is_file():
         if path.suffix != '.parquet':
             raise ValueError(f'dataset={dataset!r}: a single file must be parquet (*.parquet)')
         return {'train': _read_parquet(path)}
-    if any(path.glob('*.parquet')) or any(path.glob('*/*.parquet')):
+    # Deeper there may be a million images to look through.
+    near = any(any(path.glob(pattern)) for pattern in ('*.parquet', '*/*.parquet', '*/*/*.parquet'))
+    files = list(_parquet_files(path)) if near else []
+    if files:
         if glob.escape(str(path)) != str(path):
             raise ValueError(f'dataset={dataset!r}: `datasets` takes [, ] and * for wildcards; rename the folder')
-        _check_same_classes(path)
-        return _load(str(path), config_name, cache_dir=_cache_of(path))
-    if config_name is not None:
-        raise ValueError(f'config_name={config_name!r}: {dataset!r} is a folder of images, which has no configurations')
-    return _open_folder(path, named_splits)
+        _check_same_classes(files)
+        data_files = None if dataset_config or _has_configs(path) else _files_by_split(path, files)
+        return _load(str(path), dataset_config, cache_dir=_cache_of(path), data_files=data_files)
+    if dataset_config is not None:
+        raise ValueError(
+            f'dataset_config={dataset_config!r}: {dataset!r} is a local folder without configurations: leave '
+            '--dataset-config out'
+        )
+    saved = _open_saved(path)
+    return saved if saved else open_folder(path, named_splits, target_key)
 
 
-def _load(path: str, config_name: str | None, **kwargs: object) -> dict[str, Dataset]:
+def _load(path: str, config_name: str | None, **kwargs: Any) -> dict[str, Dataset]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+    asked = f'dataset={path!r}'
+    if kwargs.get('revision') is not None:
+        asked += f' with --dataset-revision {kwargs["revision"]}'
+    if config_name is not None:
+        asked += f' with --dataset-config {config_name}'
     try:
         splits = load_dataset(path, config_name, **kwargs)
     except (DatasetNotFoundError, ConnectionError) as error:
-        message = f'dataset={path!r} is no local file or folder and could not be loaded from the Hub: {error}'
-        raise FileNotFoundError(message) from error
-    except (DatasetsError, FileNotFoundError, ValueError) as error:
-        raise ValueError(f'dataset={path!r} could not be read: {error}') from error
+        _check_cache()
+        raise FileNotFoundError(
+            f'{asked} is no local file or folder and could not be loaded from the Hub: {_one_line(error)}'
+        ) from error
+    except (DatasetsError, OSError, ValueError) as error:
+        _check_cache()
+        several = config_name is None and 'onfig name is missing' in str(error)
+        hint = '; name one with --dataset-config' if several else ''
+        raise ValueError(f'{asked} could not be read: {_one_line(error)}{hint}') from error
     return {str(name): split for name, split in splits.items()}
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())
+
+
+def _check_cache() -> None:
+    """Raise what is behind an error of `datasets` if it has no folder to write to."""
+    import datasets
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise PermissionError(
+            f'{str(cache)!r}, where `datasets` keeps what it has read, cannot be written to: set the environment '
+            'variable HF_HOME to a folder that can'
+        )
+
+
+def _parquet_files(path: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(path):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        parquet = [name for name in sorted(files) if name.endswith('.parquet') and not is_hidden(name)]
+        yield from (Path(folder, name) for name in parquet if name != 'metadata.parquet')
+
+
+def _has_configs(path: Path) -> bool:
+    """Say whether the card of a data set names its files."""
+    card = path / 'README.md'
+    return card.is_file() and re.search(r'^configs:', card.read_text(errors='replace'), re.MULTILINE) is not None
+
+
+def _files_by_split(path: Path, files: list[Path]) -> dict[str, list[str]] | None:
+    """Sort files by the names of splits in theirs, in any spelling; `None` where there are none."""
+    splits: dict[str, list[str]] = {}
+    found = False
+    for file in files:
+        relative = file.relative_to(path).with_suffix('')
+        parts = [*relative.parts[:-1], *re.split(r'[-.]', relative.name), *re.split(r'[^A-Za-z]+', relative.name)]
+        names = [part for part in parts if role_of(part)]
+        found = found or bool(names)
+        name = re.sub(r'\W+', '_', names[0] if names else relative.name)
+        role = str(role_of(name))
+        # As `datasets` calls them, which those who name a split expect; `eval` may be either.
+        name = name if 'eval' in name.casefold() else _USUAL.get(role, name)
+        splits.setdefault(name, []).append(glob.escape(str(file.relative_to(path))))
+    order = [*_USUAL.values(), *sorted(splits)]
+    return dict(sorted(splits.items(), key=lambda item: order.index(item[0]))) if found else None
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / 'state.json').is_file() and (path / 'dataset_info.json').is_file()
+
+
+def _open_saved(path: Path) -> dict[str, Dataset] | None:
+    """Open what `save_to_disk` has written, if it has."""
+    from datasets import Dataset, DatasetDict, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if _is_saved(path) or (path / 'dataset_dict.json').is_file():
+            loaded = load_from_disk(str(path))
+            splits: Mapping[Any, Dataset] = loaded if isinstance(loaded, DatasetDict) else {'train': loaded}
+        else:
+            folders = sorted(each for each in path.iterdir() if _is_saved(each) and not is_hidden(each.name))
+            splits = {each.name: Dataset.load_from_disk(str(each)) for each in folders}
+    except (DatasetsError, OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f'dataset={str(path)!r} could not be read: {_one_line(error)}; save it again') from error
+    return {str(name): split.with_format(None) for name, split in splits.items()}
 
 
 def _cache_of(path: Path) -> str:
@@ -106,16 +206,17 @@ def _read_parquet(path: Path) -> Dataset:
     try:
         # `load_dataset('parquet')` would do the same and report the use of its module to the Hub.
         return Dataset.from_parquet(glob.escape(str(path)))
-    except (DatasetsError, ValueError) as error:
-        raise ValueError(f'dataset={str(path)!r} could not be read: {error}') from error
+    except (DatasetsError, OSError, ValueError) as error:
+        _check_cache()
+        raise ValueError(f'dataset={str(path)!r} could not be read: {_one_line(error)}') from error
 
 
-def _check_same_classes(path: Path) -> None:
+def _check_same_classes(files: list[Path]) -> None:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
     from datasets import ClassLabel, Features
 
     seen: dict[str, tuple[list[str], Path]] = {}
-    for file in sorted(path.rglob('*.parquet')):
+    for file in files:
         try:
             features = Features.from_arrow_schema(pq.read_schema(file))
         except (OSError, ValueError) as error:
@@ -126,55 +227,3 @@ def _check_same_classes(path: Path) -> None:
                 # `datasets` takes the names of one file for all, and would give the others wrong ones in silence.
                 if names != feature.names:
                     raise ValueError(f'the classes of {column!r} differ between {str(first)!r} and {str(file)!r}')
-
-
-def _folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith('.'))
-
-
-def _open_folder(path: Path, named_splits: tuple[str, ...]) -> dict[str, Dataset]:
-    folders = _folders(path)
-    known = {name for names in SPLIT_NAMES.values() for name in names}
-    # Classes may be called like splits ("train" is a vehicle too), hence all of the folders must be splits.
-    has_splits = bool(folders) and (
-        bool(set(named_splits) & set(folders))
-        or (set(folders) <= known and any(_folders(path / name) for name in folders))
-    )
-    splits = {name: path / name for name in folders} if has_splits else {'train': path}
-    classes = sorted({name for split in splits.values() for name in _folders(split)})
-    if not classes:
-        raise ValueError(f'dataset={str(path)!r}: expected one sub folder of images per class, found none')
-    return {name: _read_folder(split, classes) for name, split in splits.items()}
-
-
-def _read_folder(path: Path, classes: list[str]) -> Dataset:
-    from datasets import ClassLabel, Dataset, Features, Image
-
-    others: list[str] = []
-
-    def is_image(file: str) -> bool:
-        taken = has_file_allowed_extension(file, IMG_EXTENSIONS)
-        if not taken and not os.path.basename(file).startswith('.'):
-            others.append(file)
-        return taken
-
-    numbers = {name: i for i, name in enumerate(classes)}
-    samples = make_dataset(str(path), numbers, is_valid_file=is_image, allow_empty=True)
-    filled = {label for _, label in samples}
-    empty = [name for i, name in enumerate(classes) if i not in filled and (path / name).is_dir()]
-    if empty:
-        raise ValueError(
-            f'class folder {str(path / empty[0])!r} holds no image ({len(empty)} such folders); '
-            f'add images ({", ".join(IMG_EXTENSIONS)}) or remove it'
-        )
-    if others:
-        _logger.warning(
-            '%d files in the class folders of %r are left out, the first is %r: convert them if they are images (%s)',
-            len(others), str(path), min(others), ', '.join(IMG_EXTENSIONS),
-        )  # fmt: skip
-    names = [os.fsencode(name).decode(errors='replace') for name in classes]
-    if names != classes:
-        raise ValueError(f'{str(path)!r} has a class folder whose name is not UTF-8; rename it')
-    features = Features({'image': Image(decode=False), 'label': ClassLabel(names=classes)})
-    images = [{'bytes': None, 'path': file} for file, _ in samples]
-    return Dataset.from_dict({'image': images, 'label': [label for _, label in samples]}, features=features)

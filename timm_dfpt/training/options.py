@@ -141,6 +141,9 @@ class TrainConfig:
     on_bad_image: Literal['stop', 'skip'] = _opt(
         'stop', 'what to do with an unreadable image; to skip them, all are decoded once before training', 'data'
     )
+    background: str | None = _opt(
+        None, "color behind transparent images, such as white or '255,255,255'", 'data', unset='alpha is dropped'
+    )
     # --- augmentation
     no_aug: bool = _opt(False, 'no augmentation', 'augmentation')
     train_crop_mode: Literal['rrc', 'rkrc', 'rkrr'] | None = _opt(

@@ -235,16 +235,17 @@ def _refuse_batch_norm(config: TrainConfig, learner: Learner) -> None:
 def _load_data(config: TrainConfig) -> DataSplits:
     return load_splits(
         str(config.dataset),
-        config_name=config.dataset_config,
-        revision=config.dataset_revision,
+        dataset_config=config.dataset_config,
+        dataset_revision=config.dataset_revision,
         train_split=config.train_split,
         val_split=config.val_split,
         test_split=config.test_split,
-        image_column=config.input_key,
-        label_column=config.target_key,
+        input_key=config.input_key,
+        target_key=config.target_key,
         val_fraction=config.val_fraction,
         seed=config.seed,
         on_bad_image=config.on_bad_image,
+        background=config.background,
     )
 
 
@@ -259,14 +260,14 @@ def _create_loaders(
         hflip=config.hflip,
         vflip=config.vflip,
         color_jitter=config.color_jitter,
-        auto_augment=config.aa,
+        aa=config.aa,
         reprob=config.reprob,
         crop_padding=config.crop_padding,
     )
     common: dict[str, Any] = {
         'data_config': input_config,
         'seed': config.seed,
-        'num_workers': config.workers,
+        'workers': config.workers,
         'cache_images': config.cache_images,
         'pin_memory': accelerator.device.type == 'cuda',
     }

@@ -1,0 +1,276 @@
+"""Folders of images as people have them: class folders, with splits above or in them, or a metadata file."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+
+from .metadata import find_metadata, open_metadata
+from .paths import is_hidden, pack_path, printable
+from .splits import assign_roles, role_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ['open_folder']
+
+_logger = logging.getLogger(__name__)
+
+# Name of the class to its folders; of a split.
+_Classes = Mapping[str, list['_Folder']]
+
+
+@dataclasses.dataclass(eq=False)
+class _Folder:
+    """A folder and what is visible in it.
+
+    Args:
+        path: Its path.
+        real: The same without links.
+        images: Names of the images, sorted, and whether each is a link.
+        others: Names of the other files.
+        folders: Folders in it, by name.
+    """
+
+    path: str
+    real: str
+    images: list[tuple[str, bool]]
+    others: list[str]
+    folders: dict[str, _Folder]
+    filled: bool = False  # whether there is an image in it, at any depth
+
+    @property
+    def parts(self) -> dict[str, _Folder]:
+        """The folders in it that hold images."""
+        return {name: folder for name, folder in self.folders.items() if folder.filled}
+
+    def walk(self) -> Iterator[_Folder]:
+        yield self
+        for folder in self.folders.values():
+            yield from folder.walk()
+
+
+def _scan(path: str, above: tuple[str, ...] = ()) -> _Folder:
+    real = os.path.realpath(path)
+    images, others, folders = [], [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif has_file_allowed_extension(entry.name, IMG_EXTENSIONS):
+                images.append((entry.name, entry.is_symlink()))
+            else:
+                others.append(entry.name)
+    found = _Folder(path, real, sorted(images), sorted(others), {})
+    for name in sorted(folders):
+        child = os.path.join(path, name)
+        # A link to a folder around it has no end.
+        if os.path.realpath(child) not in (real, *above):
+            found.folders[name] = _scan(child, (real, *above))
+    found.filled = bool(images) or any(folder.filled for folder in found.folders.values())
+    return found
+
+
+def open_folder(path: Path, named: Mapping[str, str | None], target_key: str | None = None) -> dict[str, Dataset]:
+    """Open a folder of images.
+
+    Names that begin with a point, and the folders that systems leave behind, are left out at every level. Links are
+    followed; a file that is there twice because of them counts once.
+
+    Args:
+        path: A folder of class folders; of split folders above them, or in each of them; or with a `metadata.csv` (or
+            `.jsonl`, `.parquet`) as `datasets` has it. A folder that holds nothing but one of these is looked through.
+        named: For `train`, `val` and `test` the split that the user named, or `None`; a folder in a folder is written
+            `a/b`, and `.` is the folder itself.
+        target_key: Column of the labels, if the user named one: then they are in the metadata file.
+
+    Returns:
+        Split name to data set. Images are referred to by path, class names are those of all splits.
+
+    Raises:
+        ValueError: If there are no classes, a class folder is empty, or it is not clear what is a split.
+    """
+    root = _unwrapped(_scan(str(path)), named)
+    tables = _tables(root, named, target_key)
+    if root in tables.values():
+        return open_metadata(root.path, _relative(root), split_by_folder=True)
+    if tables:
+        return {name: open_metadata(f.path, _relative(f))['train'] for name, f in tables.items()}
+    splits = _splits(root, named)
+    classes = sorted({name for split in splits.values() for name in split})
+    if not classes:
+        raise ValueError(
+            f'dataset={printable(str(path))!r}: expected one sub folder of images per class (with or without split '
+            'folders above them), or a metadata.csv with the columns file_name and label, found neither'
+        )
+    return {name: _read(name, split, classes) for name, split in splits.items()}
+
+
+def _unwrapped(folder: _Folder, named: Mapping[str, str | None]) -> _Folder:
+    """Go down to the first folder in which there is a choice."""
+    while len(folder.parts) == 1 and not folder.images and not find_metadata(folder.others):
+        (inside,) = folder.parts.values()
+        # An empty folder of a split is a mistake to speak of.
+        empty = any(role_of(name) for name in folder.folders if name not in folder.parts)
+        if empty or any(_find(folder, name) for name in named.values()):
+            break
+        if not (inside.parts or find_metadata(inside.others)):
+            break
+        folder = inside
+    return folder
+
+
+def _find(root: _Folder, name: str | None) -> _Folder | None:
+    folder: _Folder | None = root if name else None
+    for part in (name or '').split('/'):
+        if part not in ('', '.') and folder is not None:
+            folder = folder.folders.get(part)
+    return folder
+
+
+def _tables(root: _Folder, named: Mapping[str, str | None], target_key: str | None) -> dict[str, _Folder]:
+    """Return the folders with a metadata file that has the labels, by split."""
+    if find_metadata(root.others, root.path, target_key, len(root.parts) > 1):
+        return {'train': root}
+    splits = {n: f for n, f in root.parts.items() if role_of(n) or n in named.values()}
+    splits = {n: f for n, f in splits.items() if find_metadata(f.others, f.path, target_key, len(f.parts) > 1)}
+    roles = assign_roles(list(splits), named) if splits else {}
+    return {name: splits[name] for name in roles.values()}
+
+
+def _relative(folder: _Folder) -> set[str]:
+    """Return all images in a folder, relative to it."""
+    return {
+        os.path.relpath(os.path.join(each.path, name), folder.path)
+        for each in folder.walk()
+        for name, _ in each.images
+    }
+
+
+def _splits(root: _Folder, named: Mapping[str, str | None]) -> dict[str, _Classes]:
+    where = printable(root.path)
+    given = {name: folder for name in named.values() if name and (folder := _find(root, name)) is not None}
+    parts = root.parts
+    known = {name: folder for name, folder in root.folders.items() if role_of(name)}
+    if given:
+        # What is in the folder itself are its classes.
+        usual = {} if root in given.values() else {n: f for n, f in known.items() if f not in given.values()}
+        return _chosen({**given, **usual}, named)
+    # Classes may be called like splits ("train" is a vehicle, too), but then there are no folders in them.
+    if any(folder.parts for folder in known.values()):
+        strange = sorted(set(parts) - set(known))
+        if strange:
+            raise ValueError(_unclear(where, f'{list(known)} look like splits and {strange} do not'))
+        return _chosen(known, named)
+    if set(parts) <= set(known) and len({role_of(name) for name in parts} | {'train'}) > 1:
+        raise ValueError(_unclear(where, f'{list(parts)} look like splits and hold no class folders'))
+    inner = {name: list(folder.parts) for name, folder in parts.items()}
+    divided = [name for name, below in inner.items() if sum(role_of(each) is not None for each in below) > 1]
+    if divided:
+        whole = all(not parts[n].images and all(map(role_of, below)) and below for n, below in inner.items())
+        if not whole:
+            raise ValueError(_unclear(where, f'{divided} hold folders that look like splits, and other folders do not'))
+        return _splits_in_classes(parts)
+    for first in parts:
+        alike = [name for name in parts if len(set(inner[name]) & set(inner[first])) > 1]
+        if len(alike) > 1:
+            raise ValueError(_unclear(where, f'{alike} hold folders of the same names, as splits do'))
+    if root.images:
+        _logger.warning('%d images of %r lie in no class folder and are left out', len(root.images), where)
+    return {'train': {name: [folder] for name, folder in root.folders.items()}}
+
+
+def _unclear(where: str, what: str) -> str:
+    return (
+        f'dataset={where!r}: {what}. Name the splits with --train-split and --val-split, and move what is neither '
+        'split nor class out of the folder; if all of them are classes, give --train-split .'
+    )
+
+
+def _splits_in_classes(parts: Mapping[str, _Folder]) -> dict[str, _Classes]:
+    splits: dict[str, dict[str, list[_Folder]]] = {}
+    for label, folder in parts.items():
+        for name, part in folder.parts.items():
+            splits.setdefault(str(role_of(name)), {}).setdefault(label, []).append(part)
+    return dict(splits)
+
+
+def _chosen(folders: Mapping[str, _Folder], named: Mapping[str, str | None]) -> dict[str, _Classes]:
+    used = {name: folders[name] for name in assign_roles(list(folders), named).values()}
+    # A folder between split and classes, as in `train/images/cat`.
+    while all(len(f.parts) == 1 and next(iter(f.parts.values())).parts for f in used.values() if f.parts):
+        used = {name: next(iter(f.parts.values())) if f.parts else f for name, f in used.items()}
+    for name, folder in used.items():
+        # A test split without labels is usual.
+        if not folder.folders and role_of(name) != 'test':
+            where = printable(folder.path)
+            raise ValueError(f'split {name!r}: {where!r} holds no class folders; add some or remove it')
+    return {
+        name: {label: [each] for label, each in folder.folders.items() if each not in used.values()}
+        for name, folder in used.items()
+    }
+
+
+def _read(split: str, folders: _Classes, classes: list[str]) -> Dataset:
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    empty = [folder.path for each in folders.values() for folder in each if not folder.filled]
+    if empty:
+        raise ValueError(
+            f'class folder {printable(empty[0])!r} holds no image ({len(empty)} such folders); '
+            f'add images ({", ".join(IMG_EXTENSIONS)}) or remove it'
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    files: list[str] = []
+    labels: list[int] = []
+    seen: dict[str, tuple[str, str]] = {}
+    linked = 0
+    for label in sorted(folders):
+        for path, real in _images(folders[label]):
+            first, before = seen.setdefault(real, (path, label))
+            if before != label:
+                raise ValueError(
+                    f'{printable(path)!r} and {printable(first)!r} are one file by way of links, in two classes; '
+                    'remove one'
+                )
+            if first != path:
+                linked += 1
+                continue
+            files.append(pack_path(path))
+            labels.append(numbers[label])
+    if linked:
+        _logger.warning('%d links of split %r lead to files that are there already and count once', linked, split)
+    others = [os.path.join(f.path, name) for each in folders.values() for f in _walk(each) for name in f.others]
+    if others:
+        _logger.warning(
+            '%d files in the class folders of split %r are left out, the first is %r: convert them if they are images '
+            '(%s)', len(others), split, printable(min(others)), ', '.join(IMG_EXTENSIONS),
+        )  # fmt: skip
+    names = [printable(name) for name in classes]
+    if names != classes:
+        wrong = next(name for name, known in zip(names, classes, strict=True) if name != known)
+        _logger.warning('The name of class folder %r is not UTF-8, and the class is called so: better rename it', wrong)
+    features = Features({'image': Image(decode=False), 'label': ClassLabel(names=names)})
+    images = [{'bytes': None, 'path': file} for file in files]
+    return Dataset.from_dict({'image': images, 'label': labels}, features=features)
+
+
+def _walk(folders: Iterable[_Folder]) -> Iterator[_Folder]:
+    return (each for folder in folders for each in folder.walk())
+
+
+def _images(folders: Iterable[_Folder]) -> Iterator[tuple[str, str]]:
+    """Yield the paths of all images and where they lie without links, in the order of torchvision's `make_dataset`."""
+    for folder in sorted(_walk(folders), key=lambda folder: folder.path):
+        for name, is_link in folder.images:
+            path = os.path.join(folder.path, name)
+            # Only of links: a call for each of a million files would take a minute.
+            yield path, os.path.realpath(path) if is_link else os.path.join(folder.real, name)
