@@ -3,7 +3,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 import torch
 
 from timm_dfpt.training.cli import parse_config
@@ -38,16 +37,7 @@ def test_python_in_ten_lines(tmp_path, monkeypatch):
     assert (tmp_path / 'my-student' / 'model.safetensors').is_file()
 
 
-@pytest.mark.parametrize('command', COMMANDS)
-def test_commands_are_understood(command):
-    config = parse_config(shlex.split(command, comments=True)[3:])
-    assert config.dataset == 'photos'
-
-
-def test_there_are_commands():
-    assert len(COMMANDS) == 2
-
-
-@pytest.mark.parametrize('link', sorted(set(re.findall(r'\]\((?!https?:)([^)#]+)\)', README))))
-def test_links_lead_somewhere(link):
-    assert (ROOT / link).exists()
+def test_commands_are_understood():
+    assert COMMANDS
+    for command in COMMANDS:
+        assert parse_config(shlex.split(command, comments=True)[3:]).dataset == 'photos', command

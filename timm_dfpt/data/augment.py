@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torch.nn import functional as F
 from torchvision import transforms
 
@@ -175,8 +176,6 @@ def create_transforms(
     Raises:
         ValueError: If timm refuses the configuration.
     """
-    from timm.data import create_transform
-
     size = tuple(data_config['input_size'])
     evaluation = {
         'input_size': size,

@@ -153,7 +153,7 @@ def load_splits(
 
 
 def _find_image_column(dataset: Dataset, named: str | None) -> str:
-    from datasets import Image
+    from datasets import Image  # costs 0.5 s
 
     if named is not None:
         if named not in dataset.column_names:
@@ -174,7 +174,7 @@ def _is_raw(feature: Any) -> bool:
 
 
 def _find_label_column(dataset: Dataset, named: str | None, image_column: str) -> str:
-    from datasets import ClassLabel, Value
+    from datasets import ClassLabel, Value  # costs 0.5 s
 
     if named is not None:
         if named not in dataset.column_names:
@@ -195,7 +195,7 @@ def _find_label_column(dataset: Dataset, named: str | None, image_column: str) -
 
 
 def _undecoded(dataset: Dataset, image_column: str) -> Dataset:
-    from datasets import Image
+    from datasets import Image  # costs 0.5 s
 
     feature = dataset.features[image_column]
     if isinstance(feature, Image) and not feature.decode:
@@ -239,7 +239,7 @@ def _number_classes(
 
 
 def _local_classes(dataset: Dataset, column: str, where: str) -> tuple[list[str], np.ndarray]:
-    from datasets import ClassLabel
+    from datasets import ClassLabel  # costs 0.5 s
 
     values = _values(dataset, column)
     if not values:

@@ -73,7 +73,7 @@ def _digest(split: ImageSplit) -> str:
 
 
 def _names_and_sizes(chunk: pa.StructArray) -> list[tuple[str, int | None]]:
-    import pyarrow.compute as pc  # type: ignore[import-untyped]
+    import pyarrow.compute as pc  # type: ignore[import-untyped]  # costs 0.04 s
 
     paths = [path and unpack_path(path) for path in pc.struct_field(chunk, 'path').to_pylist()]
     # From the offsets of the column: no image is read.

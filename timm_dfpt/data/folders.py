@@ -220,7 +220,7 @@ def _chosen(folders: Mapping[str, _Folder], named: Mapping[str, str | None]) -> 
 
 
 def _read(split: str, folders: _Classes, classes: list[str]) -> Dataset:
-    from datasets import ClassLabel, Dataset, Features, Image
+    from datasets import ClassLabel, Dataset, Features, Image  # costs 0.5 s
 
     empty = [folder.path for each in folders.values() for folder in each if not folder.filled]
     if empty:

@@ -58,7 +58,7 @@ def open_metadata(folder: str, images: Collection[str], split_by_folder: bool = 
     Raises:
         ValueError: If the file cannot be read, or names an image that is not there.
     """
-    from datasets import Dataset, Features, Image
+    from datasets import Dataset, Features, Image  # costs 0.5 s
 
     name = find_metadata(os.listdir(folder))
     table = _read(os.path.join(folder, str(name)))
@@ -88,7 +88,7 @@ def open_metadata(folder: str, images: Collection[str], split_by_folder: bool = 
 
 
 def _read(path: str) -> Any:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa  # type: ignore[import-untyped]  # costs 0.04 s
     import pyarrow.csv  # type: ignore[import-untyped]
     import pyarrow.json  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]

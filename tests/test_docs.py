@@ -1,0 +1,38 @@
+"""Every file of the repository that its documents name exists: in prose, links and commands."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), *ROOT.glob('benchmarks/**/*.md')]
+# In the prose and in commands, what begins with a folder of the repository; and modules that are run.
+PATH = re.compile(r'(?<![\w./-])(?:(?:timm_dfpt|train|tests|benchmarks|docs|hub_cards|\.ci)/[\w./*-]*[\w*]|\w+\.toml)')
+MODULE = re.compile(r'-m ((?:timm_dfpt|train|tests|benchmarks)[\w.]*\w)')
+LINK = re.compile(r'\]\((?!https?:|#)([^)#\s]+)')
+
+
+def named(document: Path) -> set[str]:
+    """Return the paths that a document names, relative to the root of the repository."""
+    text = document.read_text(encoding='utf-8')
+    links = {str((document.parent / link).resolve().relative_to(ROOT)) for link in LINK.findall(text)}
+    return links | set(PATH.findall(text)) | {name.replace('.', '/') for name in MODULE.findall(text)}
+
+
+def exists(path: str) -> bool:
+    return any(True for name in (path, f'{path}.py') for _ in ROOT.glob(name))
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(document: Path) -> None:
+    missing = sorted(path for path in named(document) if not exists(path))
+    assert not missing, f'{document.name} names {", ".join(missing)}'
+
+
+def test_what_is_missing_is_found(tmp_path: Path) -> None:
+    found = 'Run `train/nothing.py` or\n```\npython -m benchmarks.nothing --x\n```\nand `.ci/no`, photos/train/cat.'
+    (tmp_path / 'a.md').write_text(found)
+    assert named(tmp_path / 'a.md') == {'train/nothing.py', 'benchmarks/nothing', '.ci/no'}
+    assert not any(map(exists, named(tmp_path / 'a.md')))
