@@ -7,7 +7,15 @@ together with the student.
 """
 from . import models
 from .backbone import find_stages
-from .hub import from_pretrained, push_student, save_student
+from .hub import (
+    from_pretrained,
+    load_student,
+    load_teacher,
+    push_prompt_path,
+    push_student,
+    save_prompt_path,
+    save_student,
+)
 from .losses import DFPTWeights
 from .tasks import DFPTDistillationTask
 from .teacher import DualForwardOutput, DualForwardPathTeacher, PromptConfig, wrap
@@ -22,8 +30,12 @@ __all__ = [
     '__version__',
     'find_stages',
     'from_pretrained',
+    'load_student',
+    'load_teacher',
     'models',
+    'push_prompt_path',
     'push_student',
+    'save_prompt_path',
     'save_student',
     'wrap',
 ]

@@ -128,7 +128,7 @@ def test_wrong_base_is_refused_with_both_fingerprints(hub: Hub, client: Client, 
     expected = client.run(_push_unpublished, 'alice/prompt', base, base_model='')
     nothing = reader.fail(clients.load_any, 'alice/prompt')
     assert nothing.causes[0] == 'ValueError'
-    assert "Pass it: from_pretrained('alice/prompt', model=...)" in nothing.error
+    assert "Pass it: load_teacher('alice/prompt', model=...)" in nothing.error
     assert reader.run(_load_on_changed, 'alice/prompt', base) == expected
 
     weights = reader.fail(_load_on, 'alice/prompt', 'test_resnet', 5)
@@ -169,7 +169,7 @@ def test_third_kinds_are_refused_by_name(hub: Hub, client: Client, base: str) ->
     hub.add_repo('bob/pickle', {'config.json': config, 'pytorch_model.bin': b'never read'})
     hub.requests.clear()
     teacher, peft, bert, empty, pickled, malformed, nowhere = client.run(_load_kinds)
-    assert 'is a student and no prompt path' in teacher
+    assert 'is a student, not a prompt path' in teacher
     assert 'a PEFT adapter (adapter_config.json)' in peft
     assert "a transformers model of type 'bert'" in bert
     assert "neither a prompt path (prompt_config.json) nor a timm model" in empty

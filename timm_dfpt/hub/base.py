@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -13,19 +14,21 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from .build import BUILD_ERRORS, CONFIG, WEIGHTS, build_meta, remember_origin
 from .config import Fingerprint, PromptPathRecord
-from .download import Source, open_source, split_hub_id
 from .errors import HubError
 from .files import MAX_JSON_BYTES
-from .student import BUILD_ERRORS, CONFIG, WEIGHTS, build_meta, read_student_config, remember_origin
+from .options import LoadOptions
+from .repo import Source, open_source, split_hub_id
+from .student import read_student_config
 
-__all__ = ['build_base', 'build_meta_base', 'check_base', 'commit_of', 'fingerprint', 'hub_repo_of', 'origin_of']
+__all__ = ['RecordedBase', 'check_base', 'fingerprint', 'hub_repo_of', 'origin_of', 'safe_weights_name']
 
 
 def origin_of(base: Any) -> tuple[str | None, str | None]:
     """Return where timm loaded a model from, as an id that others can use, and its commit in the local cache.
 
-    Both are `None` where others cannot have it.
+    Both are `None` where it is not available to others.
     """
     cfg = getattr(base, 'pretrained_cfg', None) or {}
     hub_id = cfg.get('hf_hub_id')
@@ -63,12 +66,6 @@ def hub_repo_of(base_model: str | None) -> str | None:
     return split_hub_id(cfg.hf_hub_id)[0] if cfg is not None and cfg.hf_hub_id else None
 
 
-def commit_of(model: Any) -> str | None:
-    """Return the commit that a model loaded from the Hub is of."""
-    hub_id = model.pretrained_cfg.get('hf_hub_id')
-    return split_hub_id(hub_id)[1] if hub_id else None
-
-
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Return what identifies a base model: its shapes and its weights, as hashes.
 
@@ -90,7 +87,7 @@ def check_base(config: PromptPathRecord, found: Fingerprint, shapes_only: bool =
     """Compare a base model with the one that the prompt path was tuned on.
 
     Raises:
-        ValueError: It is another one; the message says what was expected and what was found.
+        ValueError: If it is another one; the message says what was expected and what was found.
     """
     wanted = config.base_fingerprint
     if shapes_only:
@@ -108,90 +105,108 @@ def check_base(config: PromptPathRecord, found: Fingerprint, shapes_only: bool =
     )
 
 
-def build_meta_base(config: PromptPathRecord, source: Source) -> nn.Module:
-    """Build the base model without memory for its weights, and without downloading them.
-
-    Raises:
-        HubError: Its config cannot be had.
-        ValueError: The base is not named, or cannot be built.
-    """
-    if config.base_model is None or config.base_architecture is None:
-        raise ValueError(
-            f'{source.name} was tuned on {config.base_architecture or "a model that is not of timm"}, which its author '
-            f'did not publish ({config.base_fingerprint}). Pass it: from_pretrained({source.name!r}, model=...).'
-        )
-    name = config.base_model
-    if name.startswith('hf-hub:'):
-        base = _base_source(name, config, source)
-        read_student_config(base)
-        name = f'local-dir:{base.get(CONFIG, MAX_JSON_BYTES).parent}'
-    return build_meta(lambda: timm.create_model(name, **config.base_model_args), _dtype(config))
-
-
-def build_base(config: PromptPathRecord, source: Source) -> nn.Module:
-    """Build the base model through timm, from safetensors only, at the recorded revision.
+class RecordedBase:
+    """The base model that a prompt path names, looked up once: built without memory first, and then with its weights.
 
     Args:
-        config: Says which.
+        record: Names it.
         source: Where the prompt path is from; token, cache and offline mode are taken from it.
 
     Raises:
-        HubError: Its files cannot be had.
-        ValueError: It cannot be built from them.
+        ValueError: If the base is not named.
     """
-    name = str(config.base_model)
-    from_repo = name.startswith('hf-hub:')
-    hub_id, filename = (name, WEIGHTS) if from_repo else _timm_weights(name)
-    base = _base_source(hub_id, config, source)
-    weights = base.get(filename)
-    needed = config.base_fingerprint.parameters * _dtype(config).itemsize
-    if weights.stat().st_size < needed // 2:
-        # Half, because weights may be stored in half precision. This bounds the memory that is taken below.
-        count = config.base_fingerprint.parameters
-        raise ValueError(f'{filename} of {base.name} is too small for a model of {count:,} parameters.')
-    if from_repo:
-        spec, overlay = f'local-dir:{base.get(CONFIG, MAX_JSON_BYTES).parent}', None
-    else:
-        spec, overlay = name, {'file': str(weights), 'hf_hub_id': None, 'url': None, 'custom_load': False}
-    try:
-        model = timm.create_model(spec, pretrained=True, pretrained_cfg_overlay=overlay, **config.base_model_args)
-    except BUILD_ERRORS as error:
-        raise ValueError(f'The base model {name} cannot be built: {type(error).__name__}: {error}') from error
-    if from_repo:
-        remember_origin(model, base)
-    else:
-        model.pretrained_cfg.update(timm.get_pretrained_cfg(name).to_dict(), hf_hub_id=base.pinned)
-        model.pretrained_cfg.pop('file', None)
-    return model.to(_dtype(config))
 
+    def __init__(self, record: PromptPathRecord, source: Source) -> None:
+        if record.base_model is None or record.base_architecture is None:
+            architecture = record.base_architecture or 'a model that is not of timm'
+            raise ValueError(
+                f'{source.name} was tuned on {architecture}, which its author did not publish '
+                f'({record.base_fingerprint}). Pass it: load_teacher({source.name!r}, model=...).'
+            )
+        self.name = record.base_model
+        self.record = record
+        self.dtype: torch.dtype = getattr(torch, record.base_fingerprint.dtype)
+        self._prompt_source = source
 
-def _timm_weights(name: str) -> tuple[str, str]:
-    """Return repository and file of the weights that timm has under a name."""
-    cfg = timm.get_pretrained_cfg(name)
-    filename = safe_weights_name(cfg.to_dict()) if cfg is not None else ''
-    if cfg is None or not cfg.hf_hub_id or not filename.endswith('.safetensors'):
-        raise ValueError(
-            f'The weights of {name} are not on the Hub as safetensors for this timm ({timm.__version__}). Create the '
-            'model yourself and pass it: from_pretrained(..., model=...).'
-        )
-    return cfg.hf_hub_id, filename
+    @functools.cached_property
+    def source(self) -> Source:
+        """Its repository, at the recorded commit.
 
+        Raises:
+            HubError: If it is unavailable.
+            ValueError: If timm has no safetensors of it.
+        """
+        repo_id, revision = split_hub_id(self._timm_cfg['hf_hub_id'] if self._timm_cfg else self.name)
+        options: LoadOptions = {
+            **self._prompt_source.options,
+            'revision': self.record.base_revision or revision,
+            'subfolder': None,
+            'local_files_only': self._prompt_source.offline,
+        }
+        try:
+            return open_source(f'hf-hub:{repo_id}', **options)
+        except HubError as error:
+            raise HubError(f'The base model of {self._prompt_source.name}: {error}') from error
 
-def _base_source(name: str, config: PromptPathRecord, source: Source) -> Source:
-    repo_id, revision = split_hub_id(name)
-    offline = source.folder is None and source.files is None
-    try:
-        return open_source(
-            f'hf-hub:{repo_id}',
-            revision=config.base_revision or revision,
-            token=source.token,
-            cache_dir=source.cache_dir,
-            local_files_only=offline,
-            force_download=source.force_download,
-        )
-    except HubError as error:
-        raise HubError(f'The base model of {source.name}: {error}') from error
+    @property
+    def commit(self) -> str | None:
+        """The commit that it is loaded at, where it is known."""
+        return self.source.commit or self.source.options.get('revision')
 
+    def build_meta(self) -> nn.Module:
+        """Build it without memory for its weights, and without downloading them.
 
-def _dtype(config: PromptPathRecord) -> torch.dtype:
-    return getattr(torch, config.base_fingerprint.dtype)
+        Raises:
+            HubError: If its config is unavailable.
+            ValueError: If it cannot be built.
+        """
+        spec = self._spec
+        return build_meta(lambda: timm.create_model(spec, **self.record.base_model_args), self.dtype)
+
+    def build(self) -> nn.Module:
+        """Build it through timm, from safetensors only.
+
+        Raises:
+            HubError: If its files are unavailable.
+            ValueError: If it cannot be built from them.
+        """
+        cfg = self._timm_cfg
+        filename = safe_weights_name(cfg) if cfg else WEIGHTS
+        weights = self.source.get(filename)
+        count = self.record.base_fingerprint.parameters
+        if weights.stat().st_size < count * self.dtype.itemsize // 2:
+            # Half, because weights may be stored in half precision. This bounds the memory that is taken below.
+            raise ValueError(f'{filename} of {self.source.name} is too small for a model of {count:,} parameters.')
+        overlay = {'file': str(weights), 'hf_hub_id': None, 'url': None, 'custom_load': False} if cfg else None
+        args = self.record.base_model_args
+        try:
+            model = timm.create_model(self._spec, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+        except BUILD_ERRORS as error:
+            raise ValueError(f'The base model {self.name} cannot be built: {type(error).__name__}: {error}') from error
+        if cfg:
+            model.pretrained_cfg.update(cfg, hf_hub_id=self.source.pinned)
+            model.pretrained_cfg.pop('file', None)
+        else:
+            remember_origin(model, self.source)
+        return model.to(self.dtype)
+
+    @functools.cached_property
+    def _timm_cfg(self) -> dict[str, Any] | None:
+        """What timm knows of the pretrained model of this name; `None` for a repository."""
+        if self.name.startswith('hf-hub:'):
+            return None
+        cfg = timm.get_pretrained_cfg(self.name)
+        if cfg is None or not cfg.hf_hub_id or not safe_weights_name(cfg.to_dict()).endswith('.safetensors'):
+            raise ValueError(
+                f'The weights of {self.name} are not on the Hub as safetensors for this timm ({timm.__version__}). '
+                'Create the model yourself and pass it: load_teacher(..., model=...).'
+            )
+        return cfg.to_dict()
+
+    @functools.cached_property
+    def _spec(self) -> str:
+        """What `timm.create_model` takes for it."""
+        if self._timm_cfg:
+            return self.name
+        read_student_config(self.source)
+        return f'local-dir:{self.source.get(CONFIG, MAX_JSON_BYTES).parent}'

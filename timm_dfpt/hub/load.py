@@ -1,19 +1,20 @@
-"""`from_pretrained`: one line for whatever timm_dfpt has published."""
+"""Loading what timm_dfpt has saved or published with one line."""
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
+from typing import overload
 
 from torch import nn
 
 from ..teacher.teacher import DualForwardPathTeacher
-from .download import Source, open_source
+from .build import CONFIG
 from .files import MAX_JSON_BYTES, read_json
-from .prompt_path import PROMPT_CONFIG, load_prompt_path
-from .student import CONFIG, load_student
+from .options import LoadOptions, Unpack
+from .prompt_path import PROMPT_CONFIG, build_teacher
+from .repo import Source, open_source
+from .student import build_student
 
-__all__ = ['from_pretrained', 'load_teacher']
+__all__ = ['from_pretrained', 'load_student', 'load_teacher']
 
 # Files by which repositories of other libraries are known.
 _OTHERS = {
@@ -25,79 +26,121 @@ _OTHERS = {
 }
 
 
-def from_pretrained(
-    id_or_dir: str | os.PathLike[str],
-    model: nn.Module | None = None,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    subfolder: str | None = None,
+def load_student(
+    pretrained_model_name_or_path: str | os.PathLike[str], **options: Unpack[LoadOptions]
 ) -> nn.Module:
-    """Load a prompt path (as a `DualForwardPathTeacher`) or a student (as a timm model), whichever it is.
+    """Load a student, or any other model in timm's layout with safetensors.
 
     Only safetensors are read. Downloaded files are compared with the hashes that the Hub gives; configs are validated
     before anything is built.
 
     Args:
-        id_or_dir: Repository `'user/name'` on the Hub, or a local folder.
-        model: Prompt paths only: the base model, if it is at hand. Default: it is rebuilt through timm.
-        revision: Branch, tag or commit.
-        token: Token of the user, `None` for the stored one, `False` for none.
-        cache_dir: Cache of downloads, `None` for huggingface_hub's.
-        local_files_only: Use the cache only, without a request.
-        force_download: Download again what is in the cache.
-        subfolder: Folder inside the repository.
+        pretrained_model_name_or_path: Repository `'user/name'` on the Hub, or a local folder.
+        **options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`; see
+            `timm_dfpt.hub.LoadOptions`.
 
     Returns:
-        The model in evaluation mode.
+        The timm model, in evaluation mode.
 
     Raises:
-        HubError: It cannot be had, or what was downloaded is damaged; the message says what to do.
-        FileNotFoundError: There is no such folder.
-        ValueError: It is of a third kind, or its files are not of one valid model.
+        HubError: If it is unavailable, or what was downloaded is damaged; the message says what to do.
+        FileNotFoundError: If there is no such folder.
+        TypeError: If there is no such option.
+        ValueError: If it is of another kind, or its files are not of one valid model.
+
+    Example:
+        >>> student = timm_dfpt.load_student('user/resnet18-student')
+    """
+    source = open_source(pretrained_model_name_or_path, **options)
+    if source.has(PROMPT_CONFIG):
+        raise ValueError(
+            f'{source.name!r} is a prompt path, not a student. Load it with timm_dfpt.load_teacher({source.name!r}).'
+        )
+    _check_student(source)
+    return build_student(source)
+
+
+def load_teacher(
+    pretrained_model_name_or_path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    **options: Unpack[LoadOptions],
+) -> DualForwardPathTeacher:
+    """Load a prompt path, on the base model that it names or on `model`.
+
+    Args:
+        pretrained_model_name_or_path: Repository `'user/name'` on the Hub, or a local folder.
+        model: The base model that the prompt path was tuned on. Default: it is rebuilt through timm.
+        **options: See `load_student`; token, cache and offline mode are also those for the base.
+
+    Returns:
+        The teacher, in evaluation mode.
+
+    Raises:
+        HubError: If it or its base is unavailable, or what was downloaded is damaged; the message says what to do.
+        FileNotFoundError: If there is no such folder.
+        TypeError: If there is no such option.
+        ValueError: If it is of another kind, its files are not of one valid prompt path, or the base is another one.
+
+    Example:
+        >>> teacher = timm_dfpt.load_teacher('user/resnet50-prompt')
+    """
+    source = open_source(pretrained_model_name_or_path, **options)
+    if not source.has(PROMPT_CONFIG):
+        _check_student(source)
+        raise ValueError(
+            f'{source.name!r} is a student, not a prompt path. Load it with timm_dfpt.load_student({source.name!r}).'
+        )
+    return build_teacher(source, model)
+
+
+@overload
+def from_pretrained(
+    pretrained_model_name_or_path: str | os.PathLike[str], model: nn.Module, **options: Unpack[LoadOptions]
+) -> DualForwardPathTeacher: ...
+
+
+@overload
+def from_pretrained(
+    pretrained_model_name_or_path: str | os.PathLike[str], model: None = None, **options: Unpack[LoadOptions]
+) -> nn.Module: ...
+
+
+def from_pretrained(
+    pretrained_model_name_or_path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    **options: Unpack[LoadOptions],
+) -> nn.Module:
+    """Load a prompt path (as by `load_teacher`) or a student (as by `load_student`), whichever it is.
+
+    Args:
+        pretrained_model_name_or_path: Repository `'user/name'` on the Hub, or a local folder.
+        model: Prompt paths only: the base model. Default: it is rebuilt through timm.
+        **options: See `load_student`.
+
+    Returns:
+        A `DualForwardPathTeacher` or a timm model, in evaluation mode.
+
+    Raises:
+        HubError: If it is unavailable, or what was downloaded is damaged; the message says what to do.
+        FileNotFoundError: If there is no such folder.
+        TypeError: If there is no such option.
+        ValueError: If it is of a third kind, or its files are not of one valid model.
 
     Example:
         >>> teacher = timm_dfpt.from_pretrained('user/resnet50-prompt')
         >>> student = timm_dfpt.from_pretrained('user/resnet18-student')
     """
-    source = open_source(
-        id_or_dir,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-        subfolder=subfolder,
-    )
+    source = open_source(pretrained_model_name_or_path, **options)
     if source.has(PROMPT_CONFIG):
-        return load_prompt_path(source, model)
+        return build_teacher(source, model)
     _check_student(source)
     if model is not None:
         raise ValueError(f'{source.name} is a student, which has no base: leave model= out.')
-    return load_student(source)
-
-
-def load_teacher(
-    id_or_dir: str | os.PathLike[str], model: nn.Module | None = None, **options: Any
-) -> DualForwardPathTeacher:
-    """Load what must be a prompt path. Arguments as in `from_pretrained`.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    loaded = from_pretrained(id_or_dir, model, **options)
-    if not isinstance(loaded, DualForwardPathTeacher):
-        raise ValueError(
-            f'{os.fspath(id_or_dir)!r} is a student and no prompt path. '
-            f'Load it with timm_dfpt.from_pretrained({os.fspath(id_or_dir)!r}).'
-        )
-    return loaded
+    return build_student(source)
 
 
 def _check_student(source: Source) -> None:
+    """Refuse what other libraries have published, by name."""
     names = source.names() or []
     for name, kind in _OTHERS.items():
         if name in names:

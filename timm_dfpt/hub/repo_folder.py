@@ -14,15 +14,17 @@ from timm.models import model_entrypoint
 from torch import nn
 
 from ..teacher.teacher import DualForwardPathTeacher
-from .base import build_base, check_base, commit_of, fingerprint, hub_repo_of
+from .base import RecordedBase, check_base, fingerprint, hub_repo_of
+from .build import CONFIG, WEIGHTS
 from .cards import RunFacts, prompt_path_card, student_card
 from .config import PromptPathRecord
-from .download import open_source
 from .files import read_json, read_specs, write_json
+from .options import PromptPathOptions, StudentOptions, Unpack
 from .prompt_path import PROMPT_CONFIG, PROMPT_WEIGHTS, save_prompt_path
-from .student import CONFIG, DISTILLATION, WEIGHTS, build_student_twin, read_student_config, save_student
+from .repo import open_source
+from .student import DISTILLATION, build_student_twin, read_student_config, save_student
 
-__all__ = ['CARD', 'CURVES', 'stage_prompt_path', 'stage_student']
+__all__ = ['CARD', 'CURVES', 'write_prompt_path_repo', 'write_student_repo']
 
 _logger = logging.getLogger(__name__)
 
@@ -31,34 +33,30 @@ CURVES = 'curves.png'
 _BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
-def stage_student(
+def write_student_repo(
     model: nn.Module | str | os.PathLike[str],
     folder: Path,
     repo_id: str,
-    license: str | None = None,
     *,
     run: RunFacts | None = None,
-    distillation: Mapping[str, Any] | None = None,
     curves: Path | None = None,
-    **saving: Any,
+    **saving: Unpack[StudentOptions],
 ) -> None:
-    """Write the repository of a student to `folder`. Arguments as in `push_student`.
+    """Write the repository of a student to `folder`.
 
     Args:
         model: The model, or a folder that `save_student` has written.
         folder: Where to write; empty.
         repo_id: Repository that the card is for.
-        license: Licence of the weights.
-        run: The run that the card tells of.
-        distillation: Content of `distillation.json`.
-        curves: Picture for the card.
-        **saving: `label_names`, `data_config` and `model_args`, for a model.
+        run: The run that the card reports.
+        curves: Figure for the card.
+        **saving: See `StudentOptions`; of a folder only `license` and `distillation` can be given.
     """
+    license, distillation = saving.get('license'), saving.get('distillation')
     if isinstance(model, nn.Module):
-        save_student(model, folder, license=license, distillation=distillation, **saving)
+        save_student(model, folder, **saving)
     else:
-        if any(value is not None for value in saving.values()):
-            raise ValueError(f'{str(model)!r} is published as it was saved: leave {", ".join(saving)} out.')
+        _refuse(model, saving, ('label_names', 'data_config', 'model_args'))
         _copy(Path(model), folder, (CONFIG, WEIGHTS), (DISTILLATION,))
         if distillation is not None:
             write_json(folder / DISTILLATION, distillation)
@@ -80,44 +78,38 @@ def stage_student(
     card.save(folder / CARD)
 
 
-def stage_prompt_path(
+def write_prompt_path_repo(
     teacher: DualForwardPathTeacher | str | os.PathLike[str],
     folder: Path,
     repo_id: str,
-    license: str | None = None,
     *,
-    base_model: str | None = None,
-    base_revision: str | None = None,
+    license: str | None = None,
     token: str | bool | None = None,
     run: RunFacts | None = None,
-    training: Mapping[str, Any] | None = None,
     curves: Path | None = None,
-    **saving: Any,
+    **saving: Unpack[PromptPathOptions],
 ) -> None:
-    """Write the repository of a prompt path to `folder`. Arguments as in `push_prompt_path`.
+    """Write the repository of a prompt path to `folder`.
 
     Args:
         teacher: The teacher, or a folder that `save_prompt_path` has written.
         folder: Where to write; empty.
         repo_id: Repository that the card is for.
-        license: Licence of the weights.
-        base_model: See `save_prompt_path`.
-        base_revision: See `save_prompt_path`.
+        license: License of the weights.
         token: Token for the base.
-        run: The run that the card tells of.
-        training: Facts about the training, for the config.
-        curves: Picture for the card.
-        **saving: `label_names` and `data_config`, for a teacher.
+        run: The run that the card reports.
+        curves: Figure for the card.
+        **saving: See `PromptPathOptions`; of a folder `label_names` and `data_config` stay as saved.
     """
     if isinstance(teacher, DualForwardPathTeacher):
-        save_prompt_path(teacher, folder, training=training, **saving)
+        save_prompt_path(teacher, folder, **saving)
     else:
-        if any(value is not None for value in saving.values()):
-            raise ValueError(f'{str(teacher)!r} is published as it was saved: leave {", ".join(saving)} out.')
+        _refuse(teacher, saving, ('label_names', 'data_config'))
         _copy(Path(teacher), folder, (PROMPT_CONFIG, PROMPT_WEIGHTS), ())
     config = PromptPathRecord.from_dict(read_json(folder / PROMPT_CONFIG))
+    base_model, training = saving.get('base_model'), saving.get('training')
     if base_model is not None:
-        config = dataclasses.replace(config, base_model=base_model or None, base_revision=base_revision)
+        config = dataclasses.replace(config, base_model=base_model or None, base_revision=saving.get('base_revision'))
     if training is not None:
         config = dataclasses.replace(config, training=dict(training))
     config = _proven(config.validated(), folder, token)
@@ -144,8 +136,8 @@ def _proven(config: PromptPathRecord, folder: Path, token: str | bool | None) ->
         _logger.warning('The teacher of this prompt path is not on the Hub: it can only be loaded with model=teacher.')
         return config
     try:
-        base = build_base(config, dataclasses.replace(open_source(folder), token=token))
-        check_base(config, fingerprint(base))
+        base = RecordedBase(config, open_source(folder, token=token))
+        check_base(config, fingerprint(base.build()))
     except ValueError as error:
         raise ValueError(
             f'Nobody could load this prompt path, because {config.base_model!r} is not the teacher that it was tuned '
@@ -153,7 +145,12 @@ def _proven(config: PromptPathRecord, folder: Path, token: str | bool | None) ->
             'base_model="hf-hub:user/teacher"; or pass base_model="" if others shall have to bring it themselves. '
             f'({error})'
         ) from error
-    return dataclasses.replace(config, base_revision=config.base_revision or commit_of(base))
+    return dataclasses.replace(config, base_revision=config.base_revision or base.commit)
+
+
+def _refuse(folder: str | os.PathLike[str], saving: Mapping[str, Any], names: Sequence[str]) -> None:
+    if any(saving.get(name) is not None for name in names):
+        raise ValueError(f'{str(folder)!r} is published as it was saved: leave {", ".join(names)} out.')
 
 
 def _copy(source: Path, folder: Path, needed: Sequence[str], optional: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..version import __version__
+from .build import CONFIG, WEIGHTS, build_meta, float_dtype, remember_origin, specs_of
 from .config import check_data_config, check_label_names, check_model_args
-from .download import Source
 from .errors import HubError
 from .files import (
     MAX_JSON_BYTES,
-    TensorSpec,
     check_tensors,
     read_json,
     read_specs,
@@ -26,40 +26,28 @@ from .files import (
     write_json,
     write_tensors,
 )
+from .options import StudentOptions, Unpack, check_options
+from .repo import Source
 
-__all__ = ['CONFIG', 'DISTILLATION', 'WEIGHTS', 'load_student', 'save_student']
+__all__ = [
+    'DISTILLATION',
+    'build_student',
+    'build_student_twin',
+    'read_student_config',
+    'require_weights',
+    'save_student',
+]
 
-CONFIG = 'config.json'
-WEIGHTS = 'model.safetensors'
 DISTILLATION = 'distillation.json'
 
 _PICKLES = ('.bin', '.pt', '.pth', '.pth.tar', '.ckpt', '.pkl', '.pickle')
 # What timm copies from the checkpoint that a model started from, and what is not true of the student.
 _NOT_INHERITED = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 _LABELS = ('label_names', 'label_descriptions')  # they stand one level above
-# What building a model from a wrong config can end in, all over timm's models.
-BUILD_ERRORS = (
-    AssertionError,
-    AttributeError,
-    ArithmeticError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def save_student(
-    model: nn.Module,
-    save_directory: str | os.PathLike[str],
-    *,
-    label_names: Sequence[str] | None = None,
-    data_config: Mapping[str, Any] | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    license: str | None = None,
-    distillation: Mapping[str, Any] | None = None,
+    model: nn.Module, save_directory: str | os.PathLike[str], **options: Unpack[StudentOptions]
 ) -> Path:
     """Save a timm model so that timm and transformers load it, bit for bit, without timm_dfpt.
 
@@ -68,61 +56,65 @@ def save_student(
 
     Args:
         model: Any classifier made by `timm.create_model`; `torch.compile`, DDP and EMA wrappers are looked through.
-        save_directory: Folder, made where it does not exist.
-        label_names: A name for each class. Default: those in the model's `pretrained_cfg`, else `LABEL_0`, ... (without
-            any, transformers would take whatever has 1000 classes for ImageNet).
-        data_config: The preprocessing that the model was trained with, keys as `timm.data.resolve_data_config`
-            returns them (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`). Default: the model's.
-        model_args: Arguments of `timm.create_model` where they cannot be written as JSON (an activation class);
-            timm remembers the others.
-        license: Licence of the weights, e.g. `'apache-2.0'`. Never taken from the checkpoint the model started from.
-        distillation: Facts about the distillation, JSON values: teacher, prompt path, recipe, metrics, versions.
+        save_directory: Folder, created if it does not exist.
+        **options: `label_names`, `data_config`, `model_args`, `license`, `distillation`; see
+            `timm_dfpt.hub.StudentOptions`.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: `model` is no timm model.
-        ValueError: The model cannot be rebuilt from its config, has weights that are not finite, or an argument does
+        TypeError: If `model` is not a timm model, or there is no such option.
+        ValueError: If the model cannot be rebuilt from its config, has weights that are not finite, or an option does
             not fit it.
+
+    Example:
+        >>> timm_dfpt.save_student(model, 'my-student', label_names=['cat', 'dog'], license='apache-2.0')
     """
+    check_options('save_student', options, StudentOptions)
     unwrapped = unwrap_model(model)
     if not isinstance(unwrapped, nn.Module) or not hasattr(unwrapped, 'pretrained_cfg'):
         raise TypeError(f'model must be made by timm.create_model, got {type(unwrapped).__name__}.')
     plain: Any = unwrapped
-    classes = plain.num_classes
-    known = plain.pretrained_cfg.get('label_names')
-    if label_names is None and known and len(known) == classes:
-        label_names = known
-    names = list(label_names) if label_names is not None else [f'LABEL_{i}' for i in range(classes)]
-    check_label_names(names, classes)
+    config = _config_of(plain, options)
+    tensors = plain.state_dict()
+    _check_rebuild(config, tensors)
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    config_path = folder / f'.{CONFIG}.incomplete'
-    try:
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / CONFIG, config)
+    versions = {'timm_dfpt': __version__, 'timm': timm.__version__, 'torch': torch.__version__}
+    facts = options.get('distillation') or {}
+    write_json(folder / DISTILLATION, {'format_version': 1, **facts, 'versions': versions})
+    return folder
+
+
+def _config_of(model: Any, options: StudentOptions) -> dict[str, Any]:
+    """Return the `config.json` of a model: timm's, without what would be wrong for a student."""
+    known = model.pretrained_cfg.get('label_names')
+    names = options.get('label_names')
+    if names is None:
+        fits = known and len(known) == model.num_classes
+        names = known if fits else [f'LABEL_{i}' for i in range(model.num_classes)]
+    check_label_names(names, model.num_classes)
+    with tempfile.TemporaryDirectory() as temporary:
+        # timm gives its config as a file only.
+        path = Path(temporary) / CONFIG
         save_config_for_hf(
-            plain,
-            config_path,
-            model_config={'label_names': names},
-            model_args=dict(model_args or {}),
-            data_config=dict(data_config or {}),
+            model,
+            str(path),
+            model_config={'label_names': list(names)},
+            model_args=dict(options.get('model_args') or {}),
+            data_config=dict(options.get('data_config') or {}),
         )
-        config = read_json(config_path)
-    finally:
-        config_path.unlink(missing_ok=True)
+        config = read_json(path)
     # transformers passes num_classes itself and stumbles over a second one; timm finds it in the config.
     config.get('model_args', {}).pop('num_classes', None)
     for key in _NOT_INHERITED + _LABELS:
         config['pretrained_cfg'].pop(key, None)
-    if license is not None:
-        config['pretrained_cfg']['license'] = license
-    tensors = plain.state_dict()
-    _check_rebuild(config, tensors)
-    write_tensors(folder / WEIGHTS, tensors)
-    write_json(folder / CONFIG, config)
-    versions = {'timm_dfpt': __version__, 'timm': timm.__version__, 'torch': torch.__version__}
-    write_json(folder / DISTILLATION, {'format_version': 1, **(distillation or {}), 'versions': versions})
-    return folder
+    if options.get('license') is not None:
+        config['pretrained_cfg']['license'] = options['license']
+    return config
 
 
 def _check_rebuild(config: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -138,8 +130,8 @@ def _check_rebuild(config: dict[str, Any], tensors: Mapping[str, torch.Tensor]) 
         ) from error
 
 
-def load_student(source: Source) -> nn.Module:
-    """Load a student, or any other model in timm's layout with safetensors, strictly and in evaluation mode.
+def build_student(source: Source) -> nn.Module:
+    """Build a student, or any other model in timm's layout with safetensors, strictly and in evaluation mode.
 
     The config is validated, and compared with the header of the weights file, before memory is taken.
 
@@ -147,8 +139,8 @@ def load_student(source: Source) -> nn.Module:
         source: Folder or repository.
 
     Raises:
-        HubError: A file cannot be had or is damaged.
-        ValueError: Config and weights are not of one valid model.
+        HubError: If a file is unavailable or damaged.
+        ValueError: If config and weights are not of one valid model.
     """
     require_weights(source)
     config = read_student_config(source)
@@ -164,13 +156,13 @@ def load_student(source: Source) -> nn.Module:
 
 
 def require_weights(source: Source, filename: str = WEIGHTS) -> None:
-    """Refuse a folder or repository whose weights are no safetensors.
+    """Refuse a folder or repository whose weights are not safetensors.
 
     Raises:
-        HubError: They are not, or there are none; the message says what there is instead.
+        HubError: If they are not, or there are none; the message says what there is instead.
     """
     if not filename.endswith('.safetensors'):
-        raise HubError(f'Loading {source.name} refused: it has its weights in {filename}, which is no safetensors.')
+        raise HubError(f'Loading {source.name} refused: it has its weights in {filename}, which is not safetensors.')
     if source.has(filename):
         return
     pickles = [name for name in source.names() or [] if name.endswith(_PICKLES)]
@@ -186,8 +178,8 @@ def read_student_config(source: Source) -> dict[str, Any]:
     """Read and validate `config.json` in timm's layout.
 
     Raises:
-        HubError: It cannot be had.
-        ValueError: A value in it is not allowed.
+        HubError: If it is unavailable.
+        ValueError: If a value in it is not allowed.
     """
     config = read_json(source.get(CONFIG, MAX_JSON_BYTES))
     architecture = config.get('architecture')
@@ -218,36 +210,3 @@ def _create(config: Mapping[str, Any]) -> nn.Module:
 def build_student_twin(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build the model of a `config.json` without memory for its weights."""
     return build_meta(lambda: _create(config), dtype)
-
-
-def build_meta(create: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """Build a model without memory for its weights.
-
-    Raises:
-        ValueError: It cannot be built; whatever was raised is the cause.
-    """
-    try:
-        with torch.device('meta'):
-            return create().to(dtype)
-    except BUILD_ERRORS as error:
-        raise ValueError(f'No model can be built from this config: {type(error).__name__}: {error}') from error
-
-
-def specs_of(model: nn.Module) -> dict[str, TensorSpec]:
-    """Return shape and dtype of every tensor in a model's state dict."""
-    return {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-
-
-def float_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype:
-    """Return the dtype of the first floating-point tensor, float32 where there is none."""
-    return next((dtype for _, dtype in specs.values() if dtype.is_floating_point), torch.float32)
-
-
-def remember_origin(model: Any, source: Source) -> None:
-    """Note in the model's `pretrained_cfg`, as timm does, where its weights are from."""
-    for key in ('file', 'url', 'hf_hub_id', 'source'):
-        model.pretrained_cfg.pop(key, None)
-    if source.folder is not None:
-        model.pretrained_cfg.update(source='local-dir', file=str(source.folder))
-        return
-    model.pretrained_cfg.update(source='hf-hub', hf_hub_id=source.pinned)

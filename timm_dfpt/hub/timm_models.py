@@ -9,9 +9,10 @@ import timm
 from torch import nn
 
 from .base import safe_weights_name
-from .download import open_source
+from .build import CONFIG, WEIGHTS
 from .files import MAX_JSON_BYTES, read_json
-from .student import CONFIG, WEIGHTS, require_weights
+from .repo import open_source
+from .student import require_weights
 
 __all__ = ['LOCAL_DIR', 'ModelSource', 'local_folder']
 

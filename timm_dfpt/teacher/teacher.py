@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -12,11 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from ..backbone.modes import ModelState
 from ..backbone.types import Stage, name_of
 from .blocks import PromptConfig
-from .hub_methods import PromptPathHubMixin
 from .prefix import PrefixRecorder, PrefixReplay
 from .prompt_path import PromptPath, Variant, match_dtype
 
-__all__ = ['DualForwardOutput', 'DualForwardPathTeacher']
+__all__ = ['DualForwardOutput', 'DualForwardPathTeacher', 'HubFunctions']
 
 
 class DualForwardOutput(NamedTuple):
@@ -31,7 +32,21 @@ class DualForwardOutput(NamedTuple):
     prompt: torch.Tensor
 
 
-class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
+class HubFunctions(NamedTuple):
+    """What `timm_dfpt.hub` lends to teachers as methods. It imports the teacher, which so need not import it.
+
+    Args:
+        save: `timm_dfpt.save_prompt_path`.
+        push: `timm_dfpt.push_prompt_path`.
+        load: `timm_dfpt.load_teacher`.
+    """
+
+    save: Callable[..., Path]
+    push: Callable[..., str]
+    load: Callable[..., DualForwardPathTeacher]
+
+
+class DualForwardPathTeacher(nn.Module):
     """A frozen teacher with a second, prompt-based forward path. Made by `timm_dfpt.wrap`.
 
     Source: DFPT-KD and DFPT-KD+, arXiv 2506.18244. The original path is the wrapped model itself; nothing in it is
@@ -44,6 +59,8 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
         prefix: Modules before the first block and their number of calls, computed once for both paths.
         bypassed: Stages around which the model passes features on to later layers; for `summary`.
     """
+
+    hub: ClassVar[HubFunctions]
 
     def __init__(
         self,
@@ -214,6 +231,21 @@ class DualForwardPathTeacher(PromptPathHubMixin, nn.Module):
         trained = sum(p.numel() for group in self.parameter_groups() for p in group['params'])
         total = sum(p.numel() for p in self.parameters())
         print(f'trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}')
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> Path:
+        """Save the prompt path alone; the same as `timm_dfpt.save_prompt_path`, which describes the options."""
+        return self.hub.save(self, save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish the prompt path; the same as `timm_dfpt.push_prompt_path`, which describes the options."""
+        return self.hub.push(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], model: nn.Module | None = None, **options: Any
+    ) -> DualForwardPathTeacher:
+        """Load a saved prompt path; the same as `timm_dfpt.load_teacher`, which describes the options."""
+        return cls.hub.load(pretrained_model_name_or_path, model, **options)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DualForwardPathTeacher:
         super()._apply(fn, recurse)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hub.build import WEIGHTS
 from ..hub.prompt_path import PROMPT_WEIGHTS, save_prompt_path
-from ..hub.student import WEIGHTS, save_student
+from ..hub.student import save_student
 from ..hub.timm_models import local_folder
 from ..tasks.dfpt import DFPTDistillationTask
 from .learner import Learner

@@ -17,12 +17,12 @@ from ..hub.base import hub_repo_of
 from ..hub.cards import NOT_RECIPE, ModelRow, RunFacts, public
 from ..hub.errors import HubError
 from ..hub.files import read_json
+from ..hub.options import PushOptions, Unpack
 from ..hub.prompt_path import PROMPT_CONFIG
-from ..hub.push import empty_folder
-from ..hub.repo_folder import stage_prompt_path, stage_student
+from ..hub.repo import check_repo_id, empty_folder, push_folder
+from ..hub.repo_folder import write_prompt_path_repo, write_student_repo
 from ..hub.student import DISTILLATION
 from ..hub.timm_models import local_folder
-from ..hub.upload import check_repo_id, push_folder
 from .options import TrainConfig
 from .run_folder import RunFolder
 
@@ -35,13 +35,8 @@ def publish_run(
     *,
     push_prompt_path: str | None = None,
     base_model: str | None = None,
-    private: bool | None = None,
     license: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | bool | None = None,
-    force: bool = False,
-    dry_run: str | os.PathLike[str] | None = None,
+    **options: Unpack[PushOptions],
 ) -> dict[str, str]:
     """Publish what a run of `train/distill.py` has left: the student, the prompt path, or both.
 
@@ -52,25 +47,20 @@ def publish_run(
         run_dir: The run folder.
         push_to_hub: Repository `'user/name'` of the student.
         push_prompt_path: Repository `'user/name'` of the prompt path.
-        base_model: Where others can have the prompt path's teacher, if not where this run had it from; see
-            `timm_dfpt.hub.push_prompt_path`.
-        private: Whether new repositories are private.
+        base_model: Where others find the prompt path's teacher, if not where this run had it from; see
+            `timm_dfpt.hub.PromptPathOptions`.
         license: License of the weights, e.g. `'apache-2.0'`; by default what the run was given with `--license`, and
             never taken from the models it started from.
-        revision: Branch to push to, made where it does not exist.
-        create_pr: Open pull requests instead of committing.
-        token: Token of the user, `None` for the stored one.
-        force: Replace files of the same name in repositories that hold something else.
-        dry_run: Write the exact repositories to `student/` and `prompt_path/` in this empty folder, and push nothing.
+        **options: See `timm_dfpt.hub.PushOptions`; a dry run writes to `student/` and `prompt_path/` in its folder.
 
     Returns:
         Addresses (or folders) by `'student'` and `'prompt_path'`.
 
     Raises:
-        FileNotFoundError: The run folder is not complete.
-        FileExistsError: A repository holds something else.
-        HubError: An upload failed; the message says how to try again.
-        ValueError: An argument does not fit the run.
+        FileNotFoundError: If the run folder is not complete.
+        FileExistsError: If a repository holds something else.
+        HubError: If an upload failed; the message says how to try again.
+        ValueError: If an argument does not fit the run.
     """
     wanted = {'prompt_path': push_prompt_path, 'student': push_to_hub}
     repos = {kind: check_repo_id(repo) for kind, repo in wanted.items() if repo is not None}
@@ -89,36 +79,30 @@ def publish_run(
         raise FileNotFoundError(f'{str(run_folder)!r} has no prompt_path: a run of {run.method!r} tunes none.')
     record = _record(run, recipe, base_revision)
     curves = run_folder.curves if run_folder.curves.is_file() else None
-    options: dict[str, Any] = {
-        'private': private,
-        'revision': revision,
-        'create_pr': create_pr,
-        'token': token,
-        'force': force,
-    }
+    pushing: PushOptions = {'commit_message': f'Add {run.method} run', **options}
+    dry_run = options.get('dry_run')
     with tempfile.TemporaryDirectory() as temporary:
-        root = empty_folder(dry_run) if dry_run is not None else Path(temporary)
-        folders = {kind: root / kind for kind in repos}
+        folders = {kind: Path(temporary, kind) for kind in repos}
+        if dry_run is not None:
+            empty_folder(dry_run)
         for kind, folder in folders.items():
             folder.mkdir()
-            common: dict[str, Any] = {'run': run, 'curves': curves}
+            common: dict[str, Any] = {'license': license, 'run': run, 'curves': curves}
             if kind == 'student':
-                stage_student(run_folder.student, folder, repos[kind], license, distillation=record, **common)
+                write_student_repo(run_folder.student, folder, repos[kind], distillation=record, **common)
             else:
-                common |= {'training': record, 'base_model': base_model, 'token': token}
-                stage_prompt_path(run_folder.prompt_path, folder, repos[kind], license, **common)
-        if dry_run is not None:
-            return {kind: str(folder) for kind, folder in folders.items()}
-        message = f'Add {run.method} run'
+                common |= {'training': record, 'base_model': base_model, 'token': options.get('token')}
+                write_prompt_path_repo(run_folder.prompt_path, folder, repos[kind], **common)
         try:
-            return {
-                kind: push_folder(folder, repos[kind], commit_message=message, **options)
-                for kind, folder in folders.items()
-            }
+            places = {}
+            for kind, folder in folders.items():
+                if dry_run is not None:
+                    pushing['dry_run'] = Path(dry_run, kind)
+                places[kind] = push_folder(folder, repos[kind], **pushing)
+            return places
         except HubError as error:
-            raise HubError(
-                f'{error} The run folder is as it was; to try again: {_retry(run_folder, repos, private, license)}'
-            ) from error
+            again = _retry(run_folder, repos, options.get('private'), license)
+            raise HubError(f'{error} The run folder is as it was; to try again: {again}') from error
 
 
 def _retry(folder: RunFolder, repos: Mapping[str, str], private: bool | None, license: str | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..hub.upload import check_repo_id
+from ..hub.repo import check_repo_id
 from ..tasks.dfpt import DFPTDistillationTask
 from .build import create_mixup
 from .cli import parse_config
