@@ -2,14 +2,13 @@
 
     python train/convert_checkpoint.py ckpt_epoch_240.pth --model cifar_resnet56 --output teachers/resnet56
 
-The folder holds `config.json` and `model.safetensors`; after `import timm_dfpt`, load it with
+The folder is what `timm_dfpt.save_student` writes; after `import timm_dfpt`, load it with
 `timm.create_model('local-dir:teachers/resnet56', pretrained=True)`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import save_for_hf
 
+from timm_dfpt import save_student
 from timm_dfpt.models import convert_state_dict
 
 
@@ -66,12 +65,7 @@ def convert(checkpoint: Path, model_name: str, output: Path) -> None:
     if num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     model.load_state_dict(state_dict)
-    save_for_hf(model, str(output), safe_serialization=True)
-    # Said twice, the number of classes makes transformers fail; timm needs it at the top level only.
-    config_path = output / 'config.json'
-    config = json.loads(config_path.read_text())
-    config.get('model_args', {}).pop('num_classes', None)
-    config_path.write_text(json.dumps(config, indent=2))
+    save_student(model, output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

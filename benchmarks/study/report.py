@@ -21,6 +21,7 @@ from benchmarks.study.analysis import CONTRASTS, DUAL, TITLES, Study, mean, opti
 from benchmarks.study.plan import PLAN_FILE, Plan
 from benchmarks.study.plots import figures
 from benchmarks.study.run import RESULTS, read_records
+from timm_dfpt.hub.markdown import markdown_table
 from timm_dfpt.training.report import summarise
 
 __all__ = ['blocks', 'main', 'rewrite']
@@ -59,11 +60,6 @@ def rewrite(document: str, texts: Mapping[str, str]) -> str:
 
 def _block(name: str, text: str) -> str:
     return f'<!-- begin {name} -->\n\n{text}\n\n<!-- end {name} -->'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    lines = [head, ['---'] * left + ['---:'] * (len(head) - left), *rows]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
 def _number(value: float | None, form: str = '.2f') -> str:
@@ -110,7 +106,7 @@ def _summary(study: Study) -> str:
     return (
         f'{len(phases):,} runs: {phases.count("tune"):,} to tune, evaluated on validation images only, and '
         f'{phases.count("final"):,} final ones. {_hours(study.records):.1f} CPU hours in all, evaluation included, '
-        f'training of the teachers not.\n\n{_table(head, rows, left=4)}'
+        f'training of the teachers not.\n\n{markdown_table(head, rows, text_columns=4)}'
     )
 
 
@@ -149,7 +145,7 @@ def _differences(titles: Sequence[str], rows: Mapping[str, Sequence[Mapping[str,
         lines.append([name])
         for summary in row:
             lines[-1] += [_interval(summary), f'{summary["wins"]}/{summary["n"]}' if summary else '-']
-    return _table(['regime', *(word for title in titles for word in (title, 'wins'))], lines)
+    return markdown_table(['regime', *(word for title in titles for word in (title, 'wins'))], lines)
 
 
 def _images(study: Study, *beginnings: str) -> list[str]:
@@ -188,7 +184,7 @@ def _final(study: Study, regime: str) -> str:
             _number(study.ratio(regime, arm, 'wall_s')),
         ])
     every = [record for records in arms.values() for record in records]
-    lines = [_table(head, rows, left=2), f'Seeds {_seeds(every)}.']
+    lines = [markdown_table(head, rows, text_columns=2), f'Seeds {_seeds(every)}.']
     if any('assistants' in record['config'] for record in every):
         lines.append('Training of the assistants is in the time and not in the FLOPs.')
     borrowed = [name for name in ('kd', 'dfpt') if name not in arms and study.find(regime, name)]
@@ -208,7 +204,7 @@ def _tuning(study: Study, regime: str) -> str:
         row = [trial.partition(':')[0], options_text(records[0]['config']), *values]
         row.append(_number(mean(records, lambda r: r['val_top1'])))
         rows.append([f'**{cell}**' for cell in row] if trial in chosen else row)
-    lines = [_table(['method', 'options', *(f'seed {seed}' for seed in seeds), 'mean'], rows, left=2)]
+    lines = [markdown_table(['method', 'options', *(f'seed {seed}' for seed in seeds), 'mean'], rows, text_columns=2)]
     lines.append('Validation top-1. Bold: the best mean of a method, the first of equal ones.')
     if others := study.recorded_not_as_tuned(regime):
         lines.append('Final arms with other options than these:\n\n' + '\n'.join(f'- {line}' for line in others))
@@ -227,7 +223,7 @@ def _inside(study: Study) -> str:
         if rows:
             head = ['arm', 'images', 'top-1: teacher', 'path', 'student', 'entropy: teacher', 'path', 'student']
             head += ['confidence: teacher', 'path', 'student', 'KL to student: teacher', 'path']
-            parts += [f'{regime}:', _table(head, rows, left=2)]
+            parts += [f'{regime}:', markdown_table(head, rows, text_columns=2)]
     if not parts:
         return _NOTHING
     parts.append(

@@ -102,7 +102,7 @@ def test_script_writes_a_folder_that_timm_loads(script, tmp_path, name, num_clas
 
     script.main([str(source), '--model', name, '--output', str(output)])
 
-    assert sorted(path.name for path in output.iterdir()) == ['config.json', 'model.safetensors']
+    assert sorted(path.name for path in output.iterdir()) == ['config.json', 'distillation.json', 'model.safetensors']
     assert load_file(output / 'model.safetensors').keys() == convert_state_dict(weights, name).keys()
     assert 'num_classes' not in json.loads((output / 'config.json').read_text()).get('model_args', {})
     model = timm.create_model(f'local-dir:{output}', pretrained=True).eval()

@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,8 +15,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..version import __version__
+from .markdown import markdown_table
+from .privacy import public
 
-__all__ = ['NOT_RECIPE', 'ModelRow', 'RunFacts', 'prompt_path_card', 'public', 'student_card']
+__all__ = ['ModelRow', 'RunFacts', 'prompt_path_card', 'student_card']
 
 _PAPER = '[arXiv 2506.18244](https://arxiv.org/abs/2506.18244)'
 _DFPT = f"""\
@@ -27,7 +29,6 @@ The teacher's own path is not changed."""
 _DFPT_PLUS = _DFPT + ' In DFPT-KD+ the prompt path also tunes a copy of the teacher\'s backbone.'
 _ROLES = {'teacher': 'Teacher', 'prompt_path': 'Prompt path', 'student': 'Student'}
 _HUB_ID = re.compile(r'[\w.\-]+/[\w.\-]+')
-NOT_RECIPE = ('output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval')
 _VERSIONS = {'timm_dfpt': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
 _TEMPLATES = Path(__file__).parent / 'templates'
 
@@ -51,12 +52,12 @@ class ModelRow:
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """What a card tells of the run that a model is from. What is not known is left out of the card.
+    """What a card says of the run that a model is from. What is unknown is left out.
 
     Args:
         method: As given to `train/distill.py --method`.
         teacher: Id or name of the teacher.
-        dataset: Id or name of the data set.
+        dataset: Id or name of the dataset.
         eval_split: Split that the table is of.
         eval_size: Number of images in it.
         rows: The models that were measured.
@@ -98,9 +99,9 @@ def student_card(
         repo_id: Repository it is for.
         config: Its `config.json`.
         params: Number of its parameters.
-        license: Licence of the weights.
+        license: License of the weights.
         run: The run it is from.
-        curves: File name of the picture of the curves.
+        curves: File name of the figure of the curves.
         needs_timm_dfpt: Whether its architecture is registered by `timm_dfpt.models`.
 
     Returns:
@@ -166,9 +167,9 @@ def prompt_path_card(
         params: Number of its own parameters.
         size_bytes: Size of its weights file.
         base_link: Repository of the base model, for the Hub's model tree.
-        license: Licence of the weights.
+        license: License of the weights.
         run: The run it is from.
-        curves: File name of the picture of the curves.
+        curves: File name of the figure of the curves.
 
     Returns:
         The card.
@@ -285,34 +286,34 @@ def _table(run: RunFacts) -> str:
     split = run.eval_split or next(iter(run.rows[0].splits), '')
     metrics = [row.splits.get(split, {}) for row in run.rows]
     shown = [key for key in ('top1', 'top5') if any(key in m for m in metrics)]
-    lines = ['| | model |' + ''.join(f' {split} top-{key[3:]} % |' for key in shown) + ' parameters |']
-    lines.append('|---|---|' + '--:|' * (len(shown) + 1))
+    head = ['', 'model', *(f'{split} top-{key[3:]} %' for key in shown), 'parameters']
+    rows = []
     for row, measured in zip(run.rows, metrics, strict=True):
         cells = [_ROLES.get(row.role, row.role.replace('_', ' ')), _cell(public(row.name))]
         cells += [f'{measured[key]:.2f}' if key in measured else '' for key in shown]
         cells.append(f'{row.params:,}' if row.params is not None else '')
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows, text_columns=2)
 
 
 def _results_note(run: RunFacts) -> str:
     size = f' ({run.eval_size:,} images)' if run.eval_size else ''
     seed = f', seed {run.seed}' if run.seed is not None else ''
     where = f'the {run.eval_split} split{size} of {_link(run.dataset)}' if run.dataset else f'{run.eval_split}{size}'
-    return f'Measured on {where}. All numbers are of one run{seed}, so that small differences say little.'
+    return f'Measured on {where}. All numbers are of one run{seed}, so that small differences are not significant.'
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str:
-    known = {key: public(value) for key, value in recipe.items() if key not in NOT_RECIPE}
-    told = {key: value for key, value in known.items() if value not in (None, [], {})}
-    return yaml.safe_dump(told, sort_keys=False, default_flow_style=None, width=110).strip() if told else ''
+    known = {key: public(value) for key, value in recipe.items()}
+    shown = {key: value for key, value in known.items() if value not in (None, [], {})}
+    return yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=110).strip() if shown else ''
 
 
 def _common_facts(run: RunFacts, license: str | None) -> dict[str, str | None]:
     return {
         'Training data': _link(run.dataset),
         'Method': _method_name(run.method) if run.method else None,
-        'Licence': license or 'not given by the author',
+        'License': license or 'not given by the author',
     }
 
 
@@ -336,8 +337,8 @@ def _tags(method: str | None) -> list[str]:
 
 
 def _args_text(args: Mapping[str, Any] | None) -> str:
-    told = {k: v for k, v in (args or {}).items() if k not in ('in_chans', 'global_pool', 'num_classes')}
-    return f' with `{", ".join(f"{k}={v}" for k, v in told.items())}`' if told else ''
+    shown = {k: v for k, v in (args or {}).items() if k not in ('in_chans', 'global_pool', 'num_classes')}
+    return f' with `{", ".join(f"{k}={v}" for k, v in shown.items())}`' if shown else ''
 
 
 def _input_text(cfg: Mapping[str, Any], short: bool = False) -> str:
@@ -379,22 +380,6 @@ def _cell(text: str) -> str:
 
 def _slug(name: str | None) -> str:
     return re.sub(r'[^\w.\-]+', '-', public(name or 'unknown')).strip('-') or 'unknown'
-
-
-def public(value: Any) -> Any:
-    """Return a value without the folders of this machine: of absolute paths only the last part is left."""
-    if isinstance(value, Mapping):
-        return {key: public(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [public(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    prefix = 'local-dir:' if value.startswith('local-dir:') else ''
-    path = value.removeprefix(prefix)
-    for flavour in (PurePosixPath(path), PureWindowsPath(path)):
-        if flavour.is_absolute() or path.startswith('~'):
-            return prefix + flavour.name
-    return value
 
 
 def _command_text(command: str | None) -> str | None:

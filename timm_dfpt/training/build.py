@@ -144,8 +144,9 @@ def _check_class_order(teacher: str | None, known: Sequence[str], class_names: S
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
-    # What integer labels are called, here and in a student that was trained on them: no names of their own.
-    return all(name.removeprefix('-').isdecimal() for name in names)
+    # What integer labels are called, here and in a student that was trained on them, and what `save_student` writes
+    # where it is given none: no names of their own.
+    return all(name.removeprefix('LABEL_').removeprefix('-').isdecimal() for name in names)
 
 
 def load_checkpoint(model: nn.Module, path: str) -> None:

@@ -20,7 +20,7 @@ from .cli import build_parser, resolve_config
 from .export import export
 from .learner import Learner
 from .options import TrainConfig
-from .report import markdown_table, plot_comparison, summarise
+from .report import comparison_text, plot_comparison, summarise
 from .run import exit_code, train_side_by_side
 from .run_folder import ComparisonFolder, RunFolder
 from .setup import RunSetup
@@ -172,7 +172,7 @@ def compare(
         result = _collect(folder, names, seeds[:number], reference, command)
         if accelerator.is_main_process:
             _write(folder, result)
-    accelerator.print(markdown_table(result))
+    accelerator.print(comparison_text(result))
     return result
 
 
@@ -275,5 +275,5 @@ def _collect(
 
 
 def _write(folder: ComparisonFolder, result: Mapping[str, Any]) -> None:
-    folder.write_result(result, markdown_table(result))
+    folder.write_result(result, comparison_text(result))
     plot_comparison(result, [folder.seed(seed).read_metrics() for seed in result['seeds']], folder.plot)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from timm.optim import list_optimizers
 
 from ..data.checks import checked, default_of, nearest
+from ..hub.privacy import public
 from ..hub.timm_models import LOCAL_DIR
 
 __all__ = ['METHODS', 'TrainConfig', 'public_options', 'resolve_paths']
@@ -386,10 +387,6 @@ def public_options(config: TrainConfig) -> dict[str, Any]:
     """Return the options as they may be published: only the last part of local paths is kept."""
     options = dataclasses.asdict(config)
     for key in _PATH_OPTIONS:
-        value = options[key]
-        if isinstance(value, str):
-            prefix = LOCAL_DIR if value.startswith(LOCAL_DIR) else ''
-            path = Path(value.removeprefix(prefix))
-            options[key] = prefix + path.name if prefix or path.exists() else value
+        options[key] = public(options[key], local=True)
     options['output'] = None
     return options

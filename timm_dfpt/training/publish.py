@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from ..hub.base import hub_repo_of
-from ..hub.cards import NOT_RECIPE, ModelRow, RunFacts, public
+from ..hub.cards import ModelRow, RunFacts
 from ..hub.errors import HubError
 from ..hub.files import read_json
 from ..hub.options import PushOptions, Unpack
+from ..hub.privacy import public
 from ..hub.prompt_path import PROMPT_CONFIG
 from ..hub.repo import check_repo_id, empty_folder, push_folder
 from ..hub.repo_folder import write_prompt_path_repo, write_student_repo
@@ -27,6 +28,9 @@ from .options import TrainConfig
 from .run_folder import RunFolder
 
 __all__ = ['main', 'publish_run']
+
+# Options that say nothing about what was trained.
+_NOT_RECIPE = ('output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval')
 
 
 def publish_run(
@@ -131,7 +135,7 @@ def _read_run(folder: RunFolder, prompt_path_repo: str | None) -> tuple[RunFacts
     models |= {f'{name} baseline': model for name, model in summary.get('baselines', {}).items()}
     split = str(summary.get('eval_split', 'val'))
     defaults = dataclasses.asdict(TrainConfig(student='x', dataset='x', method='supervised'))
-    chosen = {key: value for key, value in recipe.items() if value != defaults.get(key)}
+    chosen = {key: value for key, value in recipe.items() if value != defaults.get(key) and key not in _NOT_RECIPE}
     facts = RunFacts(
         method=summary.get('method'),
         teacher=public(recipe.get('teacher')),
@@ -172,7 +176,7 @@ def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None)
         'dataset': run.dataset,
         'eval_split': run.eval_split,
         'metrics': {row.role: row.splits for row in run.rows},
-        'recipe': public({key: value for key, value in recipe.items() if key not in NOT_RECIPE}),
+        'recipe': public({key: value for key, value in recipe.items() if key not in _NOT_RECIPE}),
         'seed': run.seed,
         'versions': dict(run.versions),
     }

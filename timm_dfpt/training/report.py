@@ -13,9 +13,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..hub.files import atomic
+from ..hub.markdown import markdown_table
+from ..hub.privacy import public
 
 __all__ = [
-    'closing_table', 'markdown_table', 'measure_cost', 'plot_comparison', 'plot_curves', 'save_figure', 'summarise',
+    'closing_table', 'comparison_text', 'measure_cost', 'plot_comparison', 'plot_curves', 'save_figure', 'summarise',
     't_quantile', 'verdicts',
 ]  # fmt: skip
 
@@ -78,13 +80,8 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         ('on disk', lambda m: f'{_si(m["cost"]["size_bytes"])}B'),
         ('images/s', lambda m: f'{m["cost"]["images_per_s"]:,.0f}'),
     ]
-    rows = [['model', *(title for title, _ in columns)]]
-    for name, model in models.items():
-        rows.append([f'{name} ({model["name"]})', *(cell(model) for _, cell in columns)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ['| ' + ' | '.join(_pad(cell, widths[i], i) for i, cell in enumerate(row)) + ' |' for row in rows]
-    rule = '|' + '|'.join('-' * (width + 1) + (':' if i else '-') for i, width in enumerate(widths)) + '|'
-    return '\n'.join([lines[0], rule, *lines[1:]])
+    rows = [[f'{name} ({model["name"]})', *(cell(model) for _, cell in columns)] for name, model in models.items()]
+    return markdown_table(['model', *(title for title, _ in columns)], rows, pad=True)
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
@@ -107,10 +104,6 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
             f'{difference:+.2f} points (95% CI for test-set sampling: +-{interval:.2f}): {verdict}'
         )
     return lines
-
-
-def _pad(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if column else cell.ljust(width)
 
 
 def _si(value: float) -> str:
@@ -176,20 +169,20 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
     plt.close(figure)
 
 
-def markdown_table(result: Mapping[str, Any]) -> str:
+def comparison_text(result: Mapping[str, Any]) -> str:
     """Return a comparison (`compare.json`) as Markdown: what was compared, the table, and how to read it."""
     split, reference, seeds = result['eval_split'], result['reference'], result['seeds']
     sizes = result['dataset_sizes']
     shown = ', '.join(str(seed) for seed in seeds)
     lines = [
-        f'Student `{result["student"]}` on `{_last_part(result["dataset"])}` ({sizes["train"]:,} images to train on, '
-        f'{sizes[split]:,} to {"test" if split == "test" else "validate"} on), {result["epochs"]} epochs '
+        f'Student `{result["student"]}` on `{public(result["dataset"], local=True)}` ({sizes["train"]:,} images to '
+        f'train on, {sizes[split]:,} to {"test" if split == "test" else "validate"} on), {result["epochs"]} epochs '
         f'({result["steps"]:,} steps), seeds {shown}, last epoch.',
     ]
     teacher = result['teacher']
     if teacher is not None:
         lines.append(f'Teacher: {split} top-1 {teacher["metrics"]["top1"]:.2f}%.')
-    lines += ['', *_rows(result), '']
+    lines += ['', _arms_table(result), '']
     if len(seeds) > 1:
         lines.append(
             f'Mean +- standard deviation over the seeds. Differences to {reference} are paired: the students of a seed '
@@ -206,21 +199,21 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def _rows(result: Mapping[str, Any]) -> list[str]:
+def _arms_table(result: Mapping[str, Any]) -> str:
     split, reference = result['eval_split'], result['reference']
     splits = list(dict.fromkeys((split, 'val')))
     head = ['arm', 'options']
     for each in splits:
         head += [f'{each} top-1 %', f'{each} - {reference}']
     head += ['ms a step', 'GFLOPs a step']
-    rows = [head, ['---', '---', *['---:'] * (len(head) - 2)]]
+    rows = []
     for name, arm in result['arms'].items():
         options = ', '.join(f'{key}={value}' for key, value in arm['options'].items())
         row = [name, options]
         for each in splits:
             row += [_spread(arm[each]), _difference(arm[each].get('difference'))]
         rows.append([*row, f'{arm["step"]["ms"]:.1f}', f'{arm["step"]["flops"] / 1e9:.2f}'])
-    return ['| ' + ' | '.join(row) + ' |' for row in rows]
+    return markdown_table(head, rows, text_columns=2)
 
 
 def _spread(summary: Mapping[str, Any]) -> str:
@@ -232,11 +225,6 @@ def _difference(summary: Mapping[str, Any] | None) -> str:
         return ''
     interval = summary['interval']
     return f'{summary["mean"]:+.2f}' + (f' [{interval[0]:+.2f}, {interval[1]:+.2f}]' if interval else '')
-
-
-def _last_part(dataset: str) -> str:
-    # Of a local folder only the name: where it lies says nothing to others.
-    return Path(dataset).name if Path(dataset).exists() else dataset
 
 
 def plot_comparison(result: Mapping[str, Any], runs: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> None:
