@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, refusing what is too large, too deep or not finite.
 
     Raises:
-        ValueError: The file is not such an object.
+        ValueError: If the file is not such an object.
     """
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
@@ -73,8 +73,8 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write `data` as JSON, completely or not at all.
 
     Raises:
-        OSError: It cannot be written, for want of room for one.
-        ValueError: A number in it is not finite.
+        OSError: If it cannot be written, because the disk is full for example.
+        ValueError: If a number in it is not finite.
     """
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + '\n'
     write_text(path, text)
@@ -96,8 +96,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Tensors that share memory or are in another memory format are written as plain copies.
 
     Raises:
-        OSError: They cannot be written, for want of room for one.
-        ValueError: A value is not finite.
+        OSError: If they cannot be written, because the disk is full for example.
+        ValueError: If a value is not finite.
     """
     plain = {name: _plain_copy(tensor) for name, tensor in tensors.items()}
     _check_finite(path.name, plain)
@@ -165,7 +165,7 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
     """Read names, shapes and dtypes from the header of a safetensors file, and no tensor.
 
     Raises:
-        ValueError: It is not a safetensors file (a pickle with that name included).
+        ValueError: If it is not a safetensors file (a pickle with that name included).
     """
     try:
         with safe_open(path, framework='pt') as file:
@@ -193,7 +193,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read all tensors of a safetensors file onto the CPU.
 
     Raises:
-        ValueError: It is not a safetensors file, or a value is not finite.
+        ValueError: If it is not a safetensors file, or a value is not finite.
     """
     try:
         tensors = load_file(path)
@@ -221,7 +221,7 @@ def check_tensors(name: str, found: Mapping[str, TensorSpec], expected: Mapping[
         expected: What the model has.
 
     Raises:
-        ValueError: They differ in anything; the message says in what.
+        ValueError: If they differ in anything; the message says in what.
     """
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:

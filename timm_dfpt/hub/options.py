@@ -124,23 +124,20 @@ class PushPromptPathOptions(PromptPathOptions, PushOptions, total=False):
     license: str | None
 
 
-def check_options(function: str, options: Mapping[str, Any], kind: type) -> None:
-    """Refuse options that a function does not have, as Python does for keyword arguments.
+def check_options(options: Mapping[str, Any], kind: type) -> None:
+    """Refuse options that do not exist, as Python does for keyword arguments.
 
     Args:
-        function: Name of the function, for the message.
-        options: What it was given.
-        kind: One of the classes above.
+        options: What a function was given.
+        kind: What it has: one of the classes above.
 
     Raises:
         TypeError: If `kind` lacks one of the options.
     """
     unknown = sorted(set(options) - set(kind.__annotations__))
     if unknown:
-        raise TypeError(
-            f'{function}() got an unexpected keyword argument {unknown[0]!r}; its options are '
-            f'{", ".join(kind.__annotations__)}.'
-        )
+        known = ', '.join(kind.__annotations__)
+        raise TypeError(f'unexpected keyword argument {unknown[0]!r}; the options are {known}.')
 
 
 def select_options(options: Mapping[str, Any], kind: type[_Options]) -> _Options:

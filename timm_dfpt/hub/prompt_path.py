@@ -63,7 +63,7 @@ def save_prompt_path(
     Example:
         >>> timm_dfpt.save_prompt_path(teacher, 'my-prompt-path', base_model='hf-hub:user/teacher')
     """
-    check_options('save_prompt_path', options, PromptPathOptions)
+    check_options(options, PromptPathOptions)
     if not isinstance(teacher, DualForwardPathTeacher):
         raise TypeError(f'teacher must be made by timm_dfpt.wrap, got {type(teacher).__name__}.')
     record = _record_of(teacher, options)

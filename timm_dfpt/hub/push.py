@@ -50,7 +50,7 @@ def push_student(
     Example:
         >>> timm_dfpt.push_student(model, 'user/student', label_names=['cat', 'dog'], license='apache-2.0')
     """
-    check_options('push_student', options, PushStudentOptions)
+    check_options(options, PushStudentOptions)
     saving = select_options(options, StudentOptions)
     return _push(lambda folder: write_student_repo(model, folder, repo_id, **saving), repo_id, 'Add model', options)
 
@@ -79,7 +79,7 @@ def push_prompt_path(
     Example:
         >>> timm_dfpt.push_prompt_path(teacher, 'user/prompt', license='apache-2.0')
     """
-    check_options('push_prompt_path', options, PushPromptPathOptions)
+    check_options(options, PushPromptPathOptions)
     saving, license, token = select_options(options, PromptPathOptions), options.get('license'), options.get('token')
     return _push(
         lambda folder: write_prompt_path_repo(teacher, folder, repo_id, license=license, token=token, **saving),

@@ -167,7 +167,7 @@ def open_source(
         TypeError: If there is no such option.
         ValueError: If the name or `subfolder` is malformed.
     """
-    check_options('open_source', options, LoadOptions)
+    check_options(options, LoadOptions)
     inner = _checked_subfolder(options.get('subfolder'))
     text = os.fspath(pretrained_model_name_or_path)
     folder = Path(text.removeprefix('local-dir:')).expanduser()
@@ -298,7 +298,7 @@ def push_folder(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> s
         HubError: If the upload failed. The folder is untouched, and a second try finishes the job.
         TypeError: If there is no such option.
     """
-    check_options('push_folder', options, PushOptions)
+    check_options(options, PushOptions)
     check_repo_id(repo_id)
     dry_run = options.get('dry_run')
     if dry_run is not None:

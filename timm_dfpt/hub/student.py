@@ -71,7 +71,7 @@ def save_student(
     Example:
         >>> timm_dfpt.save_student(model, 'my-student', label_names=['cat', 'dog'], license='apache-2.0')
     """
-    check_options('save_student', options, StudentOptions)
+    check_options(options, StudentOptions)
     unwrapped = unwrap_model(model)
     if not isinstance(unwrapped, nn.Module) or not hasattr(unwrapped, 'pretrained_cfg'):
         raise TypeError(f'model must be made by timm.create_model, got {type(unwrapped).__name__}.')
