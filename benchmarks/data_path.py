@@ -28,7 +28,7 @@ from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.setup import RunSetup
 
 from .measure import spread
-from .step import _RESULTS, _ROOT
+from .ways import RESULTS, ROOT
 
 _CLASSES = ('a', 'b')
 _IMAGES = 320
@@ -75,7 +75,7 @@ def write_jpegs(folder: Path) -> None:
 
 def cases(folder: Path, batch: int, steps: int) -> Iterator[Case]:
     """Yield the runs of the table."""
-    recipe = _ROOT / 'train/recipes/quickstart.yaml'
+    recipe = ROOT / 'train/recipes/quickstart.yaml'
     for method in ('kd', 'dfpt'):
         config = parse_config(['--method', method, '--output', str(folder / method), '--cpu'], recipe)
         yield Case(f'quickstart-{method}', f'quickstart {method}, 28x28', dataclasses.replace(config, baselines=[]), 15)
@@ -169,7 +169,7 @@ def main() -> None:
             text += measure(case, args.rounds) + '\n'
             print(text.splitlines()[-1], flush=True)
             if not args.runs:
-                (_RESULTS / 'data_path.md').write_text(text, encoding='utf-8')
+                (RESULTS / 'data_path.md').write_text(text, encoding='utf-8')
 
 
 if __name__ == '__main__':

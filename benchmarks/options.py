@@ -19,7 +19,7 @@ from torch import nn
 from timm_dfpt.tasks.baselines import AdaptedTeacher
 
 from .measure import interleaved, spread
-from .step import _RESULTS, Pair, Steps, all_pairs, create_optimizers
+from .ways import RESULTS, Pair, Steps, all_pairs, create_optimizers
 
 
 def _cached_kd(steps: Steps) -> Callable[[], Any]:
@@ -134,7 +134,7 @@ def main() -> None:
         lines += measure(pair, args.rounds)
         print('\n'.join(lines), flush=True)
     header = f'# What options save\n\nMade by `python -m benchmarks.options`, {args.rounds} rounds, 1 thread, CPU.\n\n'
-    (_RESULTS / 'options.md').write_text(header + '\n'.join(lines) + '\n', encoding='utf-8')
+    (RESULTS / 'options.md').write_text(header + '\n'.join(lines) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

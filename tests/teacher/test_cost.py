@@ -10,7 +10,7 @@ from torch import nn
 
 import timm_dfpt
 from benchmarks.measure import count_flops, saved_bytes
-from benchmarks.step import Steps, count_floor, imagenet_pair
+from benchmarks.ways import Steps, count_floor, imagenet_pair
 from timm_dfpt.tasks.baselines import AdaptedTeacher
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 from timm_dfpt.teacher.frozen_layers import save_fewer_activations

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import timm_dfpt
-from benchmarks.coverage import architectures, build, check_real, create, family
+from benchmarks.coverage import architectures, build, create, family
+from timm_dfpt.testing import check_teacher
 
 # The smallest architecture of each family and model class, made smaller still where it is large.
 TEST_CASES: dict[str, dict[str, Any]] = {
@@ -132,7 +133,7 @@ def make(name: str, **kwargs: Any) -> tuple[nn.Module, torch.Tensor]:
     'name', [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in TEST_CASES]
 )
 def test_family(name: str) -> None:
-    row = check_real(*make(name, **TEST_CASES[name]))
+    row = check_teacher(*make(name, **TEST_CASES[name]))
     assert row['stages']
 
 
