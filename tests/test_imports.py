@@ -16,8 +16,6 @@ PACKAGE = Path(__file__).parents[1] / 'timm_dfpt'
 ROOMS = (('version',), ('models', 'data', 'backbone', 'losses'), ('teacher',), ('tasks',), ('hub',), ('training',))
 # Stands by itself: it imports any room, and none imports it.
 APART = 'testing'
-# Not yet as it should be.
-EXCEPTIONS = {'teacher.hub_methods'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,17 +175,17 @@ def test_every_room_has_its_place() -> None:
 
 
 def test_imports_point_down() -> None:
-    found = [i for i in upward(IMPORTS) if i.source not in EXCEPTIONS]
+    found = upward(IMPORTS)
     assert not found, show(found)
 
 
 def test_no_circle() -> None:
-    found = circles([i for i in IMPORTS if i.source not in EXCEPTIONS])
+    found = circles(IMPORTS)
     assert not found, '\n'.join(' -> '.join(circle) for circle in found)
 
 
 def test_nothing_of_the_package_is_imported_in_a_function() -> None:
-    found = [i for i in IMPORTS if i.ours and i.inside and i.source not in EXCEPTIONS]
+    found = [i for i in IMPORTS if i.ours and i.inside]
     assert not found, show(found)
 
 

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..version import __version__
+from .config import PromptPathRecord
 from .markdown import markdown_table
 from .privacy import public
 
@@ -150,7 +151,7 @@ def student_card(
 
 def prompt_path_card(
     repo_id: str,
-    config: Any,
+    config: PromptPathRecord,
     *,
     params: int,
     size_bytes: int,
@@ -163,7 +164,7 @@ def prompt_path_card(
 
     Args:
         repo_id: Repository it is for.
-        config: Its `PromptPathRecord`.
+        config: Its `prompt_config.json`.
         params: Number of its own parameters.
         size_bytes: Size of its weights file.
         base_link: Repository of the base model, for the Hub's model tree.

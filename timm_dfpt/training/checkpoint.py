@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from timm.utils import unwrap_model
@@ -40,11 +41,8 @@ _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def save_checkpoint(
