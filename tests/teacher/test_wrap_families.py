@@ -1,6 +1,6 @@
 """Every family of timm, really run: one small architecture of each model class through all checks of the sweep.
 
-Three, which are large, are among the slow tests.
+By default those of `KINDS`, one for each thing that can be special; the others are among the slow tests.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 import timm_dfpt
 from benchmarks.coverage import architectures, build, create, family
+from timm_dfpt.backbone.rules import RULES, rule_for
 from timm_dfpt.testing import check_teacher
 
 # The smallest architecture of each family and model class, made smaller still where it is large.
@@ -120,8 +121,40 @@ TEST_CASES: dict[str, dict[str, Any]] = {
     'xception41p': {},
     'xcit_nano_12_p8_224': {'depth': 4},
 }
-# Nothing makes them smaller.
-LARGE = ('inception_resnet_v2', 'inception_v4', 'pnasnet5large')
+# Of the default tests: why. The name of a class is that of its rule.
+KINDS = {
+    'coat_tiny': 'CoaT',
+    'efficientvim_m1': 'EfficientViM',
+    'gemma4_vit_167m': 'Gemma4VitClassifier',
+    'hiera_tiny_224': 'Hiera',
+    'hrnet_w18_small': 'HighResolutionNet',
+    'mvitv2_tiny': 'MultiScaleVit',
+    'nasnetalarge': 'NASNetALarge',
+    'pit_ti_224': 'PoolingVisionTransformer',
+    'selecsls42': 'SelecSls',
+    'twins_svt_small': 'Twins',
+    'legacy_xception': 'Xception',
+    'xception41p': 'XceptionAligned',
+    'cait_xxs24_224': 'the class token joins after the stages',
+    'crossvit_tiny_240': 'two branches',
+    'deit_tiny_distilled_patch16_224': 'two class tokens, two heads',
+    'levit_128s': 'tokens of three resolutions',
+    'mobilenetv3_small_050': 'a head with a convolution',
+    'naflexvit_base_patch16_parfac_gap': 'patches of any size, register tokens',
+    'swin_tiny_patch4_window7_224': 'NHWC, one size only',
+    'test_byobnet': 'layers from a description',
+    'test_convnext': 'NCHW with LayerNorm',
+    'test_efficientnet': 'NCHW, depthwise',
+    'test_mambaout': 'NHWC, any size',
+    'test_nfnet': 'standardised weights',
+    'test_resnet': 'NCHW with BatchNorm',
+    'test_vit': 'a class token',
+    'tnt_s_legacy_patch16_224': 'two streams, one of which the blocks do not see',
+    'vgg11': 'no normalisation, layers without blocks',
+    'volo_d1_224': 'outlook attention, a class token afterwards',
+}
+# Nothing makes it smaller.
+LARGE_RULES = {'PNASNet5Large'}
 
 
 def make(name: str, **kwargs: Any) -> tuple[nn.Module, torch.Tensor]:
@@ -130,11 +163,17 @@ def make(name: str, **kwargs: Any) -> tuple[nn.Module, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    'name', [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in TEST_CASES]
+    'name', [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in TEST_CASES]
 )
 def test_family(name: str) -> None:
-    row = check_teacher(*make(name, **TEST_CASES[name]))
-    assert row['stages']
+    model, x = make(name, **TEST_CASES[name])
+    if KINDS.get(name) in RULES:
+        assert rule_for(model) is RULES[KINDS[name]]
+    assert check_teacher(model, x)['stages']
+
+
+def test_every_rule_is_a_kind() -> None:
+    assert {kind for kind in KINDS.values() if kind in RULES} == set(RULES) - LARGE_RULES
 
 
 def test_every_family_of_timm_is_here() -> None:
