@@ -138,7 +138,7 @@ def measure(case: Case, rounds: int) -> str:
             kinds[i]()
             clock[i].append(time.perf_counter() - start[0])
             cpu[i].append(time.process_time() - start[1])
-    samples = case.steps * config.batch_size
+    samples = case.steps * setup.batch_size
 
     def rates(seconds: list[float]) -> str:
         middle, low, high = spread([samples / s for s in seconds])
@@ -148,7 +148,7 @@ def measure(case: Case, rounds: int) -> str:
         middle, low, high = spread([100 * memory / loader for memory, loader in zip(*seconds[:2], strict=True)])
         return f'{middle:.0f}% ({low:.0f}-{high:.0f})'
 
-    cells = (config.workers, config.batch_size, *map(rates, clock[:2]), share(clock), share(cpu))
+    cells = (config.workers, setup.batch_size, *map(rates, clock[:2]), share(clock), share(cpu))
     return f'| {case.name} | {" | ".join(map(str, cells))} | {samples / spread(clock[2])[0]:.0f} |'
 
 

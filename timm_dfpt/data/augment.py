@@ -13,9 +13,12 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from .checks import checked
-from .seeding import derive_seed
+from .seeding import derive_seed, preserved_rng, seed_rng
 
 __all__ = ['AugmentConfig', 'BatchTransform', 'create_transforms']
+
+
+_TRIALS = 200  # of a policy, which draws a few of its operations each time
 
 
 def _probability(default: float) -> Any:
@@ -59,6 +62,11 @@ class AugmentConfig:
             bounds = getattr(self, name)
             if bounds is not None and not (len(bounds) == 2 and 0 < bounds[0] <= bounds[1]):
                 raise ValueError(f'{name}={bounds} must be a lower and an upper bound, both positive')
+        if self.scale is not None and self.scale[1] > 1 and self.train_crop_mode in (None, 'rrc'):
+            raise ValueError(f'scale={self.scale} must be shares of the area, up to 1, for random resized crops')
+        jitter = self.color_jitter
+        if any(value < 0 for value in (jitter if isinstance(jitter, Sequence) else [jitter or 0])):
+            raise ValueError(f'color_jitter={jitter} must not be negative')
         if self.crop_padding:
             clash = [name for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio') if getattr(self, name)]
             if clash:
@@ -215,4 +223,19 @@ def create_transforms(
         resize = create_transform(**evaluation).transforms[:-1]
         crop = transforms.RandomCrop(size[-2:], padding=augment.crop_padding)
         primary = transforms.Compose([*resize, crop, *primary.transforms[1:]])
-    return transforms.Compose([primary, secondary, final]), True
+    transform = transforms.Compose([primary, secondary, final])
+    if augment.aa:
+        _try(transform, size, augment.aa)
+    return transform, True
+
+
+def _try(transform: Callable[[Image.Image], torch.Tensor], size: Sequence[int], policy: str) -> None:
+    """Refuse a policy some of whose operations Pillow refuses, before training comes to them."""
+    image = Image.new('L' if size[0] == 1 else 'RGB', (8, 8))
+    with preserved_rng():
+        seed_rng(0)
+        try:
+            for _ in range(_TRIALS):
+                transform(image)
+        except (ArithmeticError, OSError, TypeError, ValueError) as error:
+            raise ValueError(f'aa={policy!r} fails on some images ({error}): choose another policy') from error

@@ -18,13 +18,16 @@ from .image_split import ImageSplit
 from .images import BadImageError, decode_image
 from .seeding import derive_seed, preserved_rng, seed_rng
 
-__all__ = ['EpochSampler', 'ImageDataset', 'create_loader']
+__all__ = ['EpochSampler', 'ImageDataset', 'create_loader', 'default_batch_size']
 
 _logger = logging.getLogger(__name__)
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _CACHE_BYTES = 512 * 2**20
+# What a published student may say of its images.
+_RANGES = {'mean': (-1e3, 1e3), 'std': (1e-6, 1e3)}
+_MAX_SIDE = 4096
 _DECODE_ROWS = 256  # images in flight while the cache is filled
 
 
@@ -219,6 +222,9 @@ def create_loader(
     if cache_images not in ('auto', 'on', 'off'):
         raise ValueError(f"cache_images={cache_images!r} must be 'auto', 'on' or 'off'")
     augment = (augmentation or AugmentConfig()) if is_training else None
+    side = min(data_config['input_size'][1:])
+    if augment is not None and augment.crop_padding > side:
+        raise ValueError(f'crop_padding={augment.crop_padding} must be at most {side}, the shorter side of input_size')
     obstacle = augment.per_image() if augment is not None else None
     num_bytes = len(dataset) * int(torch.Size(data_config['input_size']).numel())
     if cache_images == 'on' and obstacle is not None:
@@ -243,6 +249,22 @@ def create_loader(
         # A generator of its own: else each epoch would draw from the global one, and evaluation change training.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def default_batch_size(num_images: int, num_processes: int = 1) -> int:
+    """Return the batch size to train with when none is given.
+
+    Args:
+        num_images: Number of training images.
+        num_processes: Number of processes that share a batch; each needs two images at least.
+
+    Returns:
+        128, or for few images the largest power of two by which an epoch has 10 steps, but not less than 8.
+    """
+    size = 128
+    while num_images // size < 10 and size // 2 >= max(8, 2 * num_processes):
+        size //= 2
+    return size
 
 
 def _identity(batch: Any) -> Any:
@@ -274,8 +296,11 @@ def _check_data_config(data_config: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(f'data_config lacks {missing}')
     size = tuple(data_config['input_size'])
-    if len(size) != 3 or size[0] not in (1, 3) or min(size) < 1:
-        raise ValueError(f'input_size={size} must be (1 or 3 channels, height, width)')
+    if len(size) != 3 or size[0] not in (1, 3) or min(size) < 1 or max(size) > _MAX_SIDE:
+        raise ValueError(f'input_size={size} must be (1 or 3 channels, height, width), sides up to {_MAX_SIDE}')
     for name in ('mean', 'std'):
-        if len(data_config[name]) != size[0]:
-            raise ValueError(f'{name}={data_config[name]} must have one value per channel, and input_size is {size}')
+        values = data_config[name]
+        if len(values) != size[0]:
+            raise ValueError(f'{name}={values} must have one value per channel, and input_size is {size}')
+        if not all(_RANGES[name][0] <= value <= _RANGES[name][1] for value in values):
+            raise ValueError(f'{name}={values} must be from {_RANGES[name][0]:g} to {_RANGES[name][1]:g}')

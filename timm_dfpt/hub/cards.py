@@ -93,6 +93,7 @@ def student_card(
     run: RunFacts | None = None,
     curves: str | None = None,
     needs_timm_dfpt: bool = False,
+    background: str | None = None,
 ) -> ModelCard:
     """Write the card of a student.
 
@@ -104,6 +105,7 @@ def student_card(
         run: The run it is from.
         curves: File name of the figure of the curves.
         needs_timm_dfpt: Whether its architecture is registered by `timm_dfpt.models`.
+        background: Color `#rrggbb` behind transparent images, if not what the run's recipe says.
 
     Returns:
         The card.
@@ -139,6 +141,7 @@ def student_card(
         facts=_cells(facts),
         architecture=config['architecture'],
         needs_timm_dfpt=needs_timm_dfpt,
+        background=_color(background or run.recipe.get('background')),
         image_mode='L' if cfg['input_size'][0] == 1 else 'RGB',
         method=_method_text(run.method),
         num_classes=classes,
@@ -221,6 +224,7 @@ def prompt_path_card(
             ]
         ),
         variant=config.variant,
+        background=_color(run.recipe.get('background')),
         image_mode='L' if (config.data_config.get('input_size') or [3])[0] == 1 else 'RGB',
         method=_method_text(config.variant),
         num_classes=config.num_classes,
@@ -357,6 +361,11 @@ def _classes_text(names: Sequence[str] | None, most: int = 10) -> str:
         return 'unnamed'
     shown = ', '.join(_cell(name) for name in names[:most])
     return shown + (f', and {len(names) - most} more' if len(names) > most else '')
+
+
+def _color(background: Any) -> str | None:
+    # It comes from a file and goes into code.
+    return background if re.fullmatch(r'#[0-9a-f]{6}', str(background)) else None
 
 
 def _is_hub_id(name: str | None) -> bool:

@@ -66,6 +66,7 @@ def write_student_repo(
         write_json(folder / CONFIG, config)
     if curves is not None:
         shutil.copyfile(curves, folder / CURVES)
+    recipe = read_json(folder / DISTILLATION).get('recipe') if (folder / DISTILLATION).is_file() else None
     card = student_card(
         repo_id,
         config,
@@ -74,6 +75,7 @@ def write_student_repo(
         run=run,
         curves=CURVES if curves is not None else None,
         needs_timm_dfpt=model_entrypoint(config['architecture']).__module__.startswith('timm_dfpt'),
+        background=recipe.get('background') if isinstance(recipe, dict) else None,
     )
     card.save(folder / CARD)
 

@@ -183,6 +183,7 @@ def _in_training_order(arm: Arm) -> int:
 
 def _run_seed(config: TrainConfig, arms: Sequence[Arm], command: str) -> None:
     folder = RunFolder.claim(config)
+    config = folder.resumed(config)
     options = {
         arm.name: config.for_method(arm.method, **arm.changes, output=str(folder.arm(arm.name)))
         for arm in sorted(arms, key=_in_training_order)

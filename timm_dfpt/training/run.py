@@ -64,7 +64,7 @@ def exit_code(job: Callable[[], Any]) -> int:
         print(stop, file=sys.stderr)
         return EXIT_PREEMPTED
     except (ValueError, TypeError, NonFiniteLossError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {_without_traceback(error)}', file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
         remedy = _remedy(error)
@@ -73,6 +73,14 @@ def exit_code(job: Callable[[], Any]) -> int:
         print(f'error: {" ".join(str(error).split())} {remedy}', file=sys.stderr)
         return 1
     return 0
+
+
+def _without_traceback(error: Exception) -> str:
+    """Return the message; torch hands on an error of a process that prepares images as the text of its traceback."""
+    text = str(error)
+    if 'in DataLoader worker process' not in text:
+        return text
+    return text.strip().splitlines()[-1].partition(': ')[2]
 
 
 def _remedy(error: RuntimeError | MemoryError) -> str | None:
@@ -113,7 +121,7 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
     for repo_id in filter(None, (config.push_to_hub, config.push_prompt_path)):
         check_repo_id(repo_id)
     folder = RunFolder.claim(config)
-    config = dataclasses.replace(config, output=str(folder))
+    config = folder.resumed(config)
     arms = {config.method: dataclasses.replace(config, baselines=[])}
     for method in config.baselines:
         arms[method] = config.for_method(method, output=str(folder.baseline(method)))

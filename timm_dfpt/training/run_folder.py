@@ -88,10 +88,15 @@ class RunFolder:
         place = next(folder for folder in (run.path.absolute(), *run.path.absolute().parents) if folder.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(f'output: cannot create {str(run)!r}: {str(place)!r} is not a writable directory.')
+        if not run.config.is_file():
+            _refuse_inside_data(config, run.path)
         return run
 
     def _check_same(self, config: TrainConfig) -> None:
         before, now = load_recipe(self.config), dataclasses.asdict(config)
+        if now['batch_size'] is None:
+            # It was chosen for the number of images, see `resumed`.
+            now['batch_size'] = before.get('batch_size')
         changed = [key for key in now if key not in _MAY_DIFFER and before.get(key) != now[key]]
         if changed:
             shown = ', '.join(f'{key}={now[key]!r} (was {before.get(key)!r})' for key in changed)
@@ -99,6 +104,13 @@ class RunFolder:
                 f'resume: the run in {str(self)!r} was started with other options: {shown}. Give the options it was '
                 f'started with (--config {self.config}), or another --output.'
             )
+
+    def resumed(self, config: TrainConfig) -> TrainConfig:
+        """Return options in this folder, with what a run that is resumed has chosen for those that were not given."""
+        config = dataclasses.replace(config, output=str(self))
+        if config.batch_size is None and self.config.is_file():
+            return dataclasses.replace(config, batch_size=load_recipe(self.config).get('batch_size'))
+        return config
 
     def open(self, config: TrainConfig, accelerator: Accelerator) -> None:
         """Create the folder, or open it again, once everything that can be wrong has been checked."""
@@ -139,6 +151,20 @@ def _free_path(config: TrainConfig) -> Path:
         number += 1
         path = first.with_name(f'{first.name}-run{number}')
     return path
+
+
+def _refuse_inside_data(config: TrainConfig, output: Path) -> None:
+    """Refuse to write where the next run would look for images."""
+    data = Path(str(config.dataset)).expanduser()
+    written = {'output': output}
+    if config.cache_teacher:
+        written['teacher_cache_dir'] = Path(config.teacher_cache_dir)
+    for name, path in written.items():
+        if data.is_dir() and path.resolve().is_relative_to(data.resolve()):
+            raise ValueError(
+                f'{name}: {str(path)!r} is inside the dataset {str(config.dataset)!r}, whose folders are classes and '
+                f'splits. Name a folder outside with --{name.replace("_", "-")}.'
+            )
 
 
 def _refuse_used(path: Path) -> None:

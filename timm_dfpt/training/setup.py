@@ -1,6 +1,7 @@
 """What a run needs beside what it trains: devices, data, and teachers that are loaded once."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -20,7 +21,8 @@ from torch import nn
 from ..data.augment import AugmentConfig
 from ..data.datasets import DataSplits, load_splits
 from ..data.fingerprint import dataset_fingerprint, describe_data
-from ..data.loader import create_loader
+from ..data.loader import create_loader, default_batch_size
+from ..hub.config import check_data_config, check_label_names
 from ..version import __version__
 from .build import (
     create_student,
@@ -33,7 +35,6 @@ from .build import (
 from .checkpoint import describe_teachers
 from .evaluate import evaluate_together
 from .learner import Learner
-from .optim import describe_decay
 from .options import TrainConfig
 from .sharding import refuse_deepspeed, set_up_sharding
 from .teacher_cache import TeacherCache, cache_key, check_exact
@@ -55,7 +56,6 @@ class RunSetup:
     """
 
     def __init__(self, config: TrainConfig, project_dir: str) -> None:
-        self.config = config
         if config.log_with is not None and config.log_with not in map(str, get_available_trackers()):
             # accelerate would train on and log nowhere.
             raise ValueError(f'log_with={config.log_with} needs a package: pip install {config.log_with}.')
@@ -82,21 +82,31 @@ class RunSetup:
                 'This is the only process, though MASTER_PORT is set. Of `accelerate launch --cpu --num_processes N` '
                 'one process comes: use --config_file train/accelerate/multi_cpu.yaml, or torchrun.'
             )
-        _check_batch_size(config, self.accelerator.num_processes)
         set_seed(config.seed)
         self.input_config = resolve_input_config(config)
         self.data = _load_data(config)
+        processes, images = self.accelerator.num_processes, len(self.data.train)
+        self.batch_size = config.batch_size or default_batch_size(images, processes)
+        chosen = config.batch_size is None and self.batch_size < 128
+        self.config = config = dataclasses.replace(config, batch_size=self.batch_size)
+        _check_batch_size(config, self.batch_size // processes)
         tested = f', {len(self.data.test):,} to test on' if self.data.test else ''
         self.accelerator.print(
             f'data: {config.dataset}: {self.data.num_classes} classes, {len(self.data.train):,} images to train on, '
             f'{len(self.data.val):,} to validate on ({self.data.val_from}){tested}'
         )
-        self.loaders = _create_loaders(config, self.data, self.input_config, self.accelerator)
+        if chosen:
+            self.accelerator.print(
+                f'few images: batch size {self.batch_size} instead of 128, as no --batch-size was given; the learning '
+                f'rate stays {config.lr:g}'
+            )
+        self.accelerator.print(
+            f'an epoch: {images // self.batch_size:,} steps of {self.batch_size} images; {images % self.batch_size} '
+            'images are left out of each epoch'
+        )
+        self.loaders = _create_loaders(config, self.batch_size, self.data, self.input_config, self.accelerator)
+        _check_export(self.input_config, self.data)
         self.eval_split = 'test' if 'test' in self.loaders else 'val'
-        self._updates_per_epoch = -(-len(self.loaders['train']) // config.grad_accum_steps)
-        decay = describe_decay(self._updates_per_epoch, config.lr, **config.schedule)
-        if decay is not None and self.accelerator.is_main_process:
-            _logger.warning(decay)
         self._teachers: dict[str, nn.Module] = {}
 
     def create_learner(self, name: str, config: TrainConfig) -> Learner:
@@ -106,6 +116,7 @@ class RunSetup:
             name: What to call the learner.
             config: Its options.
         """
+        config = dataclasses.replace(config, batch_size=self.batch_size)
         teacher = self._teacher(config)
         # Seeded for each part, so that every method starts from the same student whatever was built before it.
         set_seed(config.seed)
@@ -114,8 +125,9 @@ class RunSetup:
         set_seed(config.seed)
         student = create_student(config, self.data.num_classes, self.data.class_names, self.input_config)
         task = create_task(config, student, teacher, self.input_config, self.accelerator)
-        learner = Learner(name, config, task, self.accelerator, self._updates_per_epoch)
-        if config.batch_size == self.accelerator.num_processes:
+        updates_per_epoch = -(-len(self.loaders['train']) // config.grad_accum_steps)
+        learner = Learner(name, config, task, self.accelerator, updates_per_epoch)
+        if self.batch_size == self.accelerator.num_processes:
             _refuse_batch_norm(config, learner)
         return learner
 
@@ -148,7 +160,7 @@ class RunSetup:
         if learner.teacher is None:
             raise ValueError(f'cache_teacher needs a teacher, and {learner.name} has none: name another method first.')
         size = tuple(self.input_config['input_size'])
-        images = torch.randn(config.batch_size, *size, generator=torch.Generator().manual_seed(config.seed)).to(device)
+        images = torch.randn(self.batch_size, *size, generator=torch.Generator().manual_seed(config.seed)).to(device)
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.autocast():
@@ -217,8 +229,13 @@ class RunSetup:
         self.accelerator.free_memory()
 
 
-def _check_batch_size(config: TrainConfig, processes: int) -> None:
-    share = config.batch_size // processes
+def _check_export(input_config: Mapping[str, Any], data: DataSplits) -> None:
+    """Refuse what no student could be exported with, before it is trained."""
+    check_data_config({key: list(value) if isinstance(value, tuple) else value for key, value in input_config.items()})
+    check_label_names(data.class_names, data.num_classes)
+
+
+def _check_batch_size(config: TrainConfig, share: int) -> None:
     if (config.mixup or config.cutmix) and share % 2:
         raise ValueError(
             f'batch_size={config.batch_size} is {share} images a process, of which mixup and cutmix make pairs: let '
@@ -254,7 +271,11 @@ def _load_data(config: TrainConfig) -> DataSplits:
 
 
 def _create_loaders(
-    config: TrainConfig, data: DataSplits, input_config: Mapping[str, Any], accelerator: Accelerator
+    config: TrainConfig,
+    batch_size: int,
+    data: DataSplits,
+    input_config: Mapping[str, Any],
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     augmentation = AugmentConfig(
         no_aug=config.no_aug,
@@ -277,14 +298,14 @@ def _create_loaders(
     }
     evaluation = {
         **common,
-        'batch_size': config.validation_batch_size or config.batch_size,
+        'batch_size': config.validation_batch_size or batch_size,
         'is_training': False,
         'cache_images': 'auto',
     }
     loaders = {
         'train': create_loader(
             data.train,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             is_training=True,
             augmentation=augmentation,
             aug_cycle=config.aug_cycle,
