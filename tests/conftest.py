@@ -35,3 +35,8 @@ def fresh_accelerate() -> Iterator[Callable[[], None]]:
     _forget()
     yield _forget
     _forget()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the device of the tests in tests/gpu; here, since a conftest further down is read too late."""
+    parser.addoption('--gpu-device', help='device of the tests in tests/gpu (default: cuda where there is a GPU)')

@@ -133,6 +133,13 @@ class PromptPath(nn.Module):
             mine._parameters.update(theirs._parameters)
             mine._buffers.update(theirs._buffers)
 
+    def _replicate_for_data_parallel(self) -> PromptPath:
+        # Its threads would share what the paths hand over to each other, and a frozen teacher on one device.
+        raise RuntimeError(
+            'A prompt path cannot be trained with torch.nn.DataParallel. Use DistributedDataParallel with one process '
+            'per GPU: task.prepare_distributed(), or `accelerate launch`.'
+        )
+
     def train(self, mode: bool = True) -> PromptPath:
         """Set the mode of blocks and head; the backbone stays in evaluation (its BatchNorm with `train_bn` not)."""
         super().train(mode)
