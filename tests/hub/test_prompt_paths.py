@@ -201,3 +201,6 @@ def test_subfolder_revision_and_local_copy(hub: Hub, client: Client, reader: Cli
     for name, data in files.items():
         (reader.cwd / name).write_bytes(data)
     assert reader.run(clients.load_any, '.')['prompt'] == expected['prompt']
+    hub.requests.clear()
+    assert reader.run(clients.load_any, '.', local_files_only=True)['prompt'] == expected['prompt']
+    assert not hub.requests
