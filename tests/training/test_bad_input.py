@@ -149,8 +149,9 @@ CASES = {
     'momentum 5': (['--momentum', '5'], 'momentum must be at least 0 and less than 1, got 5.0'),
     'all dropped': (['--drop', '1'], 'drop must be at least 0 and less than 1, got 1.0'),
     'more than all paths dropped': (['--drop-path', '2'], 'drop_path must be at least 0 and less than 1, got 2.0'),
-    'no spread': (['--std', '0'], 'std must be greater than 0, got 0.0'),
-    'no spread in one channel': (['--std', '1', '0', '1'], 'std must be greater than 0, got 0.0'),
+    'no spread': (['--std', '0'], 'std must be greater than 0 and at most 1, got 0.0'),
+    'mean of bytes': (['--mean', '123.7'], 'mean must be at least 0 and at most 1, got 123.7'),
+    'no spread in one channel': (['--std', '1', '0', '1'], 'std must be greater than 0 and at most 1, got 0.0'),
     'seed below 0': (['--seed=-1'], 'seed must be at least 0 and at most 2147483647, got -1'),
     'clipping to 0': (['--clip-grad', '0'], 'clip_grad must be greater than 0'),
     'input of two numbers': (['--input-size', '16', '16'], 'input_size must be C H W'),
@@ -252,13 +253,13 @@ CASES = {
     ),
     'stages unknown': (
         ['--prompt-stages', 'layer1', 'layer9'],
-        "stages names 'layer9', which is not a module of resnet18.*See .*named_modules",
+        "^error: prompt_stages names 'layer9', which is not a module of resnet18.*See .*named_modules",
     ),
-    'too many stages': (['--prompt-stages', '99'], 'stages=99 asks for more stages than the 5 that resnet18'),
-    'even kernel': (['--prompt-kernel-sizes', '2'], r'kernel_sizes must be 1 to 8 odd integers .*got \(2,\)'),
+    'too many stages': (['--prompt-stages', '99'], '^error: prompt_stages=99 asks for more .* the 5 that resnet18'),
+    'even kernel': (['--prompt-kernel-sizes', '2'], r'^error: prompt_kernel_sizes must be .* integers .*got \(2,\)'),
     'norm unknown': (['--prompt-norm', 'group'], "argument --prompt-norm: invalid choice: 'group'"),
     'activation unknown': (
-        ['--prompt-act', 'rleu'], "act_layer must be the name of a timm activation such as 'relu' .*got 'rleu'"
+        ['--prompt-act', 'rleu'], "^error: prompt_act must be the name of a timm activation such as 'relu' .*got 'rleu'"
     ),
     'fusion unknown': (['--prompt-fusion', 'add'], "argument --prompt-fusion: invalid choice: 'add'"),
     'reduction 0': (['--prompt-reduction', '0'], 'prompt_reduction must be .*greater than 0.*got 0.0'),
@@ -268,7 +269,46 @@ CASES = {
         ['--prompt-opt', 'adamww'], "^error: prompt_opt .* got 'adamww'. Did you mean 'adamw'"
     ),
     'optimizer far from any': (['--opt', 'qqq'], "opt must be .*, got 'qqq'. See timm.optim.list_optimizers()"),
-    'optimizer not fused': (['--opt-fused', '--prompt-opt', 'lion'], 'prompt_opt=lion has no fused'),
+    'optimizer not fused': (
+        ['--opt-fused', '--prompt-opt', 'lion'], 'prompt_opt=lion cannot train with .*no fused .*leave --opt-fused out'
+    ),
+    **{
+        f'{option} of second order': (
+            [f'--{option}', 'Lookahead_Adahessian'], f'^error: {option.replace("-", "_")}=.* needs second derivatives'
+        )
+        for option in ('opt', 'prompt-opt')
+    },
+    'optimizer of a package that is not there': (
+        ['--opt', 'fusedsgd'], '^error: opt=fusedsgd cannot train with .*(CUDA|apex).* Choose another'
+    ),
+    "Nesterov's without momentum": (
+        ['--momentum', '0'], '^error: opt=sgd cannot train with lr=0.05, .*momentum=0: .*Use --opt momentum'
+    ),
+    'momentum of an optimizer without': (
+        ['--opt', 'adamw', '--momentum', '0.8'], '^error: momentum=0.8 has no effect with opt=adamw: leave it out'
+    ),
+    'prompt optimizer that needs a learning rate': (
+        ['--prompt-opt', 'adamc', '--prompt-lr', '0'], '^error: prompt_opt=adamc cannot train with prompt_lr=0, '
+    ),
+    'warm-up uphill': (['--warmup-lr=-1', '--warmup-epochs', '1'], '^error: warmup_lr must be at least 0, got -1.0'),
+    'warm-up that is none': (['--warmup-lr', '0.1'], 'warmup_lr=0.1 has no effect with warmup_epochs=0: .*give --war'),
+    'warm-up without a schedule': (
+        ['--sched', 'none', '--warmup-epochs', '1'], '^error: warmup_epochs=1 has no effect with .*--sched constant'
+    ),
+    'warm-up and nothing else': (
+        ['--sched', 'wsd', '--warmup-epochs', '3'], '^error: warmup_epochs=3 must be less than epochs=3 with sched=wsd'
+    ),
+    'decay longer than the run': (
+        ['--sched', 'rsqrt', '--warmup-epochs', '1', '--decay-epochs', '3'],
+        '^error: decay_epochs=3 must be at most the 2 epochs after the warm-up with sched=rsqrt',
+    ),
+    'decay of another schedule': (
+        ['--decay-rate', '0.5'], '^error: decay_rate=0.5 has no effect with sched=cosine: .*choose --sched step'
+    ),
+    'decay upwards': (['--sched', 'step', '--decay-rate', '3'], '^error: decay_rate=3 must be at most 1'),
+    'decays in no order': (
+        ['--sched', 'multistep', '--decay-milestones', '2', '1'], '^error: decay_milestones=.* in ascending order'
+    ),
     'schedule unknown': (['--sched', 'cosin'], "--sched: invalid choice: 'cosin' .*choose from '?cosine"),
     'schedule that needs metrics': (
         ['--sched', 'plateau'], "--sched: invalid choice: 'plateau' .*choose from '?cosine"

@@ -7,6 +7,7 @@ import difflib
 import functools
 import math
 import operator
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,9 @@ _LIMITS: Mapping[str, tuple[Callable[[float, float], bool], str, str]] = {
     'high': (operator.le, 'at most', '<='),
     'below': (operator.lt, 'less than', '<'),
 }
+
+
+_YAML_WORDS = {True: ('on', 'yes'), False: ('off', 'no')}
 
 
 class Kind(NamedTuple):
@@ -90,8 +94,12 @@ def checked(owner: type, field: dataclasses.Field[Any], value: Any) -> Any:
 
 def _checked_item(field: dataclasses.Field[Any], kind: Kind, value: Any) -> Any:
     name = field.name
-    if isinstance(value, int) and not isinstance(value, bool) and kind.item in (float, str):
-        value = kind.item(value)
+    if isinstance(value, bool) and kind.choices:
+        # YAML reads the words on, off, yes and no as booleans.
+        value = next((word for word in _YAML_WORDS[value] if word in kind.choices), value)
+    elif isinstance(value, int) and not isinstance(value, bool) and kind.item in (float, str):
+        # A float that is too large for one is infinite.
+        value = math.inf if kind.item is float and abs(value) > sys.float_info.max else kind.item(value)
     elif isinstance(value, str) and kind.item is float:
         # YAML reads 1e-3 as a string.
         with contextlib.suppress(ValueError):
@@ -104,6 +112,9 @@ def _checked_item(field: dataclasses.Field[Any], kind: Kind, value: Any) -> Any:
         raise ValueError(f'{name} must be one of {", ".join(kind.choices)}, got {value!r}.{hint}')
     if kind.item is float and not math.isfinite(value):
         raise ValueError(f'{name} must be a finite number, got {value!r}.')
+    for key, number in value.items() if kind.item is dict else ():
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f'{name}: {key} must be a finite number, got {number!r}.')
     limits = {key: field.metadata[key] for key in _LIMITS if key in field.metadata}
     if not all(_LIMITS[key][0](value, limit) for key, limit in limits.items()):
         allowed = ' and '.join(f'{_LIMITS[key][1]} {limit}' for key, limit in limits.items())

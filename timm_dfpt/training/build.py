@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -190,21 +191,30 @@ def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeache
         if config.freeze_prompt_path:
             teacher.prompt_path.requires_grad_(False)
         return teacher
-    prompt = PromptConfig(
-        rd_ratio=config.prompt_reduction,
-        partial_ratio=config.prompt_partial_ratio,
-        kernel_sizes=tuple(config.prompt_kernel_sizes),
-        norm_layer=_NORM_LAYERS[config.prompt_norm],
-        act_layer=config.prompt_act,
-        fusion=config.prompt_fusion,
-        block=config.prompt_block,
-        new_head=config.prompt_head,
-    )
     stages: Any = config.prompt_stages or None
     if stages and len(stages) == 1 and stages[0].isdigit():
         stages = int(stages[0])
     variant = cast(Variant, config.method)
-    return wrap(model, stages=stages, prompt=prompt, variant=variant, train_bn=config.prompt_train_bn)
+    try:
+        prompt = PromptConfig(
+            rd_ratio=config.prompt_reduction,
+            partial_ratio=config.prompt_partial_ratio,
+            kernel_sizes=tuple(config.prompt_kernel_sizes),
+            norm_layer=_NORM_LAYERS[config.prompt_norm],
+            act_layer=config.prompt_act,
+            fusion=config.prompt_fusion,
+            block=config.prompt_block,
+            new_head=config.prompt_head,
+        )
+        return wrap(model, stages=stages, prompt=prompt, variant=variant, train_bn=config.prompt_train_bn)
+    except ValueError as error:
+        # What only the blocks and the model can check, under the names of the options.
+        names = {
+            'PromptConfig.kernel_sizes': 'prompt_kernel_sizes', 'PromptConfig.act_layer': 'prompt_act',
+            'stages': 'prompt_stages',
+        }  # fmt: skip
+        message = re.sub(r'^[\w.]+|\bstages(?==)', lambda found: names.get(found[0], found[0]), str(error))
+        raise ValueError(message) from error
 
 
 def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:

@@ -3,15 +3,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2, get_optimizer_class
-from timm.scheduler import create_scheduler_v2
 from timm.task import LogitDistillationTask, TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
@@ -20,6 +17,7 @@ from ..data.seeding import derive_seed
 from ..losses import DFPTWeights
 from ..tasks.baselines import AdaptedTeacher, CTKDTask
 from ..tasks.dfpt import DFPTDistillationTask
+from .optim import create_optimizer, create_scheduler
 from .options import TrainConfig
 from .sharding import ShardedRoot, clip_gradients, is_sharding, whole_weights
 
@@ -60,7 +58,7 @@ class Learner:
             optimizers.append(_prompt_optimizer(config, task))
         if config.compile:
             task.compile()
-        self.schedulers = [_scheduler(config, optimizer, updates_per_epoch) for optimizer in optimizers]
+        self.schedulers = [create_scheduler(each, updates_per_epoch, **config.schedule) for each in optimizers]
         self._total_updates = config.epochs * updates_per_epoch
         self._moving_weights = _moving_weights(config) if isinstance(task, DFPTDistillationTask) else {}
         if is_sharding(accelerator):
@@ -299,10 +297,10 @@ def _moving_weights(config: TrainConfig) -> dict[str, tuple[float, float]]:
 
 def _student_optimizer(config: TrainConfig, task: TrainingTask) -> torch.optim.Optimizer:
     student: Any = task.get_eval_model()
-    optimizer = _create_optimizer(
-        config,
+    optimizer = create_optimizer(
+        config.opt,
         student,
-        'opt',
+        config.opt_fused,
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
@@ -320,37 +318,5 @@ def _prompt_optimizer(config: TrainConfig, task: DFPTDistillationTask) -> torch.
         scale = config.prompt_backbone_lr_scale if group['name'] == 'backbone' else 1.0
         group['lr'] = config.prompt_lr * scale
         del group['name']
-    return _create_optimizer(
-        config, groups, 'prompt_opt', lr=config.prompt_lr, weight_decay=config.prompt_weight_decay
-    )
-
-
-def _create_optimizer(config: TrainConfig, parameters: Any, option: str, **kwargs: Any) -> torch.optim.Optimizer:
-    name: str = getattr(config, option)
-    if not config.opt_fused:
-        return create_optimizer_v2(parameters, opt=name, **kwargs)
-    optimizer_class = get_optimizer_class(name.removeprefix('lookahead_'), bind_defaults=False)
-    if 'fused' not in inspect.signature(optimizer_class).parameters:
-        raise ValueError(f'opt_fused: {option}={name} has no fused implementation; sgd, adam, adamw and adagrad have.')
-    optimizer = create_optimizer_v2(parameters, opt=name, fused=True, **kwargs)
-    # Else a gradient scaler leaves it to the kernel to skip an overflow, and where that is the first step of all,
-    # torch's fused SGD goes on with a momentum that nothing was ever written to.
-    optimizer._step_supports_amp_scaling = False
-    return optimizer
-
-
-def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        decay_milestones=config.decay_milestones,
-        decay_rate=config.decay_rate,
-        min_lr=config.min_lr,
-        # A warm-up never starts above what it warms up to.
-        warmup_lr=min(config.warmup_lr, *(group['lr'] for group in optimizer.param_groups)),
-        warmup_epochs=config.warmup_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
-    return scheduler
+    settings = {'lr': config.prompt_lr, 'weight_decay': config.prompt_weight_decay}
+    return create_optimizer(config.prompt_opt, groups, config.opt_fused, **settings)

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from timm.optim import list_optimizers
-
-from ..data.checks import checked, default_of, nearest
+from ..data.checks import checked, default_of
 from ..data.images import parse_color
 from ..hub.privacy import public
 from ..hub.timm_models import LOCAL_DIR
+from .optim import SCHEDULE_OPTIONS, SCHEDULES, check_optimizer, check_schedule, check_used
 
 __all__ = ['METHODS', 'TrainConfig', 'public_options', 'resolve_paths']
 
@@ -27,8 +26,6 @@ _AUGMENTATIONS = (
 )  # fmt: skip
 _PATH_OPTIONS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path', 'output')
 _KDLoss = Literal['kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm']
-# timm's, but for plateau: the learning rate must follow from the number of the update alone.
-_Schedule = Literal['cosine', 'tanh', 'step', 'constant', 'multistep', 'poly', 'wsd', 'rsqrt', 'none']
 _Interpolation = Literal['', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
 
 
@@ -96,23 +93,23 @@ class TrainConfig:
     prompt_path: str | None = _opt(None, 'start from a published prompt path: Hub id or folder', 'prompt path')
     freeze_prompt_path: bool = _opt(False, 'use --prompt-path as it is instead of tuning it on', 'prompt path')
     prompt_stages: list[str] = _opt([], 'number of stages, or the modules that end one', 'prompt path')
-    prompt_reduction: float = _opt(
-        2.0, 'r1 (rd_ratio): blocks work on channels / r1', 'prompt path', above=0, high=1024
-    )
+    prompt_reduction: float = _opt(2.0, 'r1: blocks work on channels / r1', 'prompt path', above=0, high=1024)
     prompt_partial_ratio: float = _opt(
         0.5, 'r2: share of channels a partial convolution convolves', 'prompt path', above=0, high=1
     )
-    prompt_kernel_sizes: list[int] = _opt([1, 3, 5], 'kernel sizes of the partial convolutions', 'prompt path')
+    prompt_kernel_sizes: list[int] = _opt([1, 3, 5], 'kernel sizes of the partial convolutions', 'prompt path', low=1)
     prompt_norm: Literal['batch', 'layer', 'none'] = _opt('batch', 'norm layer of the blocks', 'prompt path')
     prompt_act: str = _opt('relu', 'activation of the blocks', 'prompt path')
     prompt_fusion: Literal['conv', 'depthwise'] = _opt('conv', 'fusion: conv (1x1, paper) or depthwise', 'prompt path')
     prompt_block: bool = _opt(True, 'use prompt blocks', 'prompt path')
     prompt_head: bool = _opt(True, 'give the prompt path a trainable head of its own', 'prompt path')
     prompt_train_bn: bool = _opt(False, 'dfpt+: train BatchNorm of the backbone copy', 'prompt path')
-    prompt_opt: str = _opt('adamw', 'optimizer of the prompt path', 'prompt path')
+    prompt_opt: str = _opt('adamw', 'optimizer of the prompt path (timm)', 'prompt path')
     prompt_lr: float = _opt(1e-3, 'learning rate of the prompt path', 'prompt path', low=0)
     prompt_weight_decay: float = _opt(0.01, 'weight decay of the prompt path', 'prompt path', low=0)
-    prompt_backbone_lr_scale: float = _opt(0.3, 'dfpt+: learning rate of the backbone copy, x prompt_lr', 'prompt path')
+    prompt_backbone_lr_scale: float = _opt(
+        0.3, 'dfpt+: learning rate of the backbone copy, x prompt_lr', 'prompt path', low=0
+    )
     # --- data
     dataset: str | None = _opt(None, 'Hub id, folder of class folders, or parquet', 'data')
     dataset_config: str | None = _opt(None, 'configuration name of the dataset', 'data')
@@ -126,9 +123,9 @@ class TrainConfig:
         0.1, 'share of the training data to validate on if there is no validation split', 'data', above=0, below=1
     )
     input_size: list[int] = _opt([], 'C H W of the images', 'data', low=1, unset="the student's")
-    mean: list[float] = _opt([], 'mean of the images per channel', 'data', unset="the student's")
+    mean: list[float] = _opt([], 'mean of the images per channel', 'data', low=0, high=1, unset="the student's")
     std: list[float] = _opt(
-        [], 'standard deviation of the images per channel', 'data', above=0, unset="the student's"
+        [], 'standard deviation of the images per channel', 'data', above=0, high=1, unset="the student's"
     )
     interpolation: _Interpolation = _opt('', 'resize interpolation', 'data', unset="the student's")
     crop_pct: float | None = _opt(
@@ -154,11 +151,11 @@ class TrainConfig:
         None, 'timm training crop', 'augmentation', unset='rrc, without crop_padding'
     )
     crop_padding: int = _opt(0, 'pad by N pixels and crop back, as on CIFAR (instead of rrc)', 'augmentation', low=0)
-    scale: list[float] = _opt([], 'random resize scale', 'augmentation', unset="timm's")
-    ratio: list[float] = _opt([], 'random resize aspect ratio', 'augmentation', unset="timm's")
+    scale: list[float] = _opt([], 'random resize scale', 'augmentation', above=0, high=1, unset="timm's")
+    ratio: list[float] = _opt([], 'random resize aspect ratio', 'augmentation', above=0, unset="timm's")
     hflip: float = _opt(0.5, 'horizontal flip probability', 'augmentation', low=0, high=1)
     vflip: float = _opt(0.0, 'vertical flip probability', 'augmentation', low=0, high=1)
-    color_jitter: float | None = _opt(None, 'color jitter factor', 'augmentation')
+    color_jitter: float | None = _opt(None, 'color jitter factor', 'augmentation', low=0)
     aa: str | None = _opt(None, "AutoAugment policy, such as 'rand-m9-mstd0.5'", 'augmentation')
     reprob: float = _opt(0.0, 'random erase probability', 'augmentation', low=0, high=1)
     aug_cycle: int = _opt(0, 'repeat the augmentation of the first N epochs (0: never)', 'augmentation', low=0)
@@ -168,21 +165,25 @@ class TrainConfig:
     smoothing: float = _opt(0.0, 'label smoothing', 'augmentation', low=0, below=1)
     # --- optimisation
     epochs: int = _opt(240, 'passes over the training data', 'optimisation', low=1)
-    opt: str = _opt('sgd', 'optimizer of the student', 'optimisation')
+    opt: str = _opt('sgd', "optimizer (timm): sgd has Nesterov's momentum, momentum has the plain one", 'optimisation')
     lr: float = _opt(0.05, 'learning rate of the student', 'optimisation', above=0)
     momentum: float = _opt(0.9, 'momentum of the student', 'optimisation', low=0, below=1)
     weight_decay: float = _opt(5e-4, 'weight decay of the student', 'optimisation', low=0)
     opt_fused: bool = _opt(False, "torch's fused optimizers: faster on a CPU, other rounding", 'optimisation')
     clip_grad: float | None = _opt(None, 'clip the gradient norm of each optimizer', 'optimisation', above=0)
     grad_accum_steps: int = _opt(1, 'steps whose gradients are added up before an update', 'optimisation', low=1)
-    sched: _Schedule = _opt('cosine', 'learning rate schedule (timm)', 'optimisation')
-    warmup_epochs: int = _opt(0, 'epochs of linear warm-up', 'optimisation', low=0)
-    warmup_lr: float = _opt(1e-5, 'learning rate at the start of the warm-up', 'optimisation')
+    sched: str = _opt('cosine', 'learning rate schedule (timm)', 'optimisation', choices=tuple(SCHEDULES))
+    warmup_epochs: int = _opt(0, 'epochs of linear warm-up; time scale of sched=rsqrt', 'optimisation', low=0)
+    warmup_lr: float = _opt(1e-5, 'learning rate at the start of the warm-up', 'optimisation', low=0)
     min_lr: float = _opt(0.0, 'learning rate at the end', 'optimisation', low=0)
-    decay_milestones: list[int] = _opt([150, 180, 210], 'epochs at which sched=multistep decays', 'optimisation')
-    decay_rate: float = _opt(0.1, 'factor of a decay', 'optimisation')
+    decay_epochs: float | None = _opt(
+        None, 'epochs between decays (sched=step), or of the decay at the end (wsd, rsqrt); below 1 a share of the run',
+        'optimisation', above=0, unset='0.3, or 0.2',
+    )  # fmt: skip
+    decay_milestones: list[int] = _opt([150, 180, 210], 'epochs at which sched=multistep decays', 'optimisation', low=1)
+    decay_rate: float = _opt(0.1, 'factor of a decay (step, multistep), or power (poly)', 'optimisation', above=0)
     model_ema: bool = _opt(False, 'keep an exponential moving average of the student, and publish it', 'optimisation')
-    model_ema_decay: float = _opt(0.9998, 'decay of that average', 'optimisation', low=0, high=1)
+    model_ema_decay: float = _opt(0.9998, 'decay of that average', 'optimisation', low=0, below=1)
     # --- run
     seed: int = _opt(42, 'random seed', 'run', low=0, high=2**31 - 1)
     output: str | None = _opt(None, 'run folder', 'run', unset='output/<dataset>-<student>-<method>-s<seed>')
@@ -226,13 +227,15 @@ class TrainConfig:
         for name, (fits, allowed) in limits.items():
             if not fits:
                 raise ValueError(f'{name} must be {allowed}, got {getattr(self, name)!r}.')
-        optimizers = list_optimizers()
-        for name in ('opt', 'prompt_opt'):
-            value = getattr(self, name)
-            # timm's own error names neither the option nor the optimizer that was meant.
-            if value.lower().removeprefix('lookahead_') not in optimizers:
-                hint = nearest(value, optimizers) or ' See timm.optim.list_optimizers().'
-                raise ValueError(f'{name} must be an optimizer of timm, got {value!r}.{hint}')
+        check_schedule(**self.schedule)
+        how, prompt_decay = (self.opt_fused, self.cpu), self.prompt_weight_decay
+        check_optimizer('opt', self.opt, *how, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum)
+        check_optimizer('prompt_opt', self.prompt_opt, *how, lr=self.prompt_lr, weight_decay=prompt_decay)
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The options of the learning rate schedule, as `create_scheduler` takes them."""
+        return {name: getattr(self, name) for name in SCHEDULE_OPTIONS}
 
     def _check_combinations(self) -> None:
         if self.student is None:
@@ -327,6 +330,8 @@ class TrainConfig:
         """
         if self.no_aug:
             _refuse_augmentation({name: given[name] for name in _AUGMENTATIONS if name in given})
+        for name in filter(self._differs, given):
+            check_used(name, getattr(self, name), self.opt, self.sched, self.warmup_epochs)
         methods = methods or (self.method, *self.baselines)
         if set(methods) & set(_DUAL):
             return

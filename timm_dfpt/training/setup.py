@@ -35,6 +35,7 @@ from .build import (
 from .checkpoint import describe_teachers
 from .evaluate import evaluate_together
 from .learner import Learner
+from .optim import describe_decay
 from .options import TrainConfig
 from .sharding import refuse_deepspeed, set_up_sharding
 from .teacher_cache import TeacherCache, cache_key, check_exact
@@ -107,6 +108,10 @@ class RunSetup:
         self.loaders = _create_loaders(config, self.batch_size, self.data, self.input_config, self.accelerator)
         _check_export(self.input_config, self.data)
         self.eval_split = 'test' if 'test' in self.loaders else 'val'
+        self._updates_per_epoch = -(-len(self.loaders['train']) // config.grad_accum_steps)
+        decay = describe_decay(self._updates_per_epoch, config.lr, **config.schedule)
+        if decay is not None and self.accelerator.is_main_process:
+            _logger.warning(decay)
         self._teachers: dict[str, nn.Module] = {}
 
     def create_learner(self, name: str, config: TrainConfig) -> Learner:
@@ -125,8 +130,7 @@ class RunSetup:
         set_seed(config.seed)
         student = create_student(config, self.data.num_classes, self.data.class_names, self.input_config)
         task = create_task(config, student, teacher, self.input_config, self.accelerator)
-        updates_per_epoch = -(-len(self.loaders['train']) // config.grad_accum_steps)
-        learner = Learner(name, config, task, self.accelerator, updates_per_epoch)
+        learner = Learner(name, config, task, self.accelerator, self._updates_per_epoch)
         if self.batch_size == self.accelerator.num_processes:
             _refuse_batch_norm(config, learner)
         return learner
