@@ -101,13 +101,13 @@ def measure(case: Case, rounds: int) -> str:
     setup = RunSetup(config, str(config.output))
     learner = setup.create_learner(config.method, config)
     learner.train()
-    learner.set_update(0, 0)
+    learner.set_progress(0, 0)
     batches = _endless(setup.loaders['train'])
     held = next(batches)
 
     def step(batch: Any) -> None:
         with setup.accelerator.accumulate(learner.module):
-            learner.step(batch[0], batch[1], 0, {})
+            learner.step(batch[0], batch[1], seed=0)
 
     def drain() -> None:
         # What workers prepared during other work must not count as made in the time that is measured.

@@ -16,39 +16,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_dfpt.tasks.baselines import AdaptedTeacher
-
 from .measure import interleaved, spread
 from .ways import RESULTS, Pair, Steps, all_pairs, create_optimizers
 
 
-def _cached_kd(steps: Steps) -> Callable[[], Any]:
-    teacher: Any = steps.tasks['b'].teacher.model
-    assert isinstance(teacher, AdaptedTeacher)
-    logits = {0: teacher(steps.input)}
-
-    def step() -> None:
-        with teacher.sharing(dict(logits), 0):
-            steps.step('b')
-
-    return step
-
-
-def _cached_dfpt(steps: Steps) -> Callable[[], Any]:
-    task: Any = steps.tasks['d']
-    logits = task.teacher.original(task.adapter(steps.input))
-    original = task.forward
-    task.forward = functools.partial(original, teacher_logits=logits)
-    return lambda: steps.step('d')
+def _cached(steps: Steps, way: str) -> Callable[[], Any]:
+    """Return a step that is given the teacher's logits."""
+    task: Any = steps.tasks[way]
+    task.forward = functools.partial(task.forward, teacher_logits=task.teacher_logits(steps.input))
+    return functools.partial(steps.step, way)
 
 
 def _half(steps: Steps) -> Steps:
+    task: Any
     for task in steps.tasks.values():
-        if hasattr(task.teacher, 'prompt_path'):
-            task.teacher.model.to(torch.bfloat16)
+        task.get_teacher().to(torch.bfloat16)
+        if task.get_dual_teacher() is not None:
             task.teacher.prompt_path.share_weights_with(task.teacher.model)
-        else:
-            task.teacher.model.model.to(torch.bfloat16)
     return steps
 
 
@@ -72,12 +56,12 @@ def measure(pair: Pair, rounds: int) -> list[str]:
     _fused(fused)
     runs: dict[str, Callable[[], Any]] = {
         'kd': functools.partial(plain.step, 'b'),
-        'kd, logits from the cache': _cached_kd(Steps(pair, 'b')),
+        'kd, logits from the cache': _cached(Steps(pair, 'b'), 'b'),
         'kd, bfloat16 teacher': functools.partial(half.step, 'b'),
         'kd, channels_last': functools.partial(last.step, 'b'),
         'kd, fused optimizers': functools.partial(fused.step, 'b'),
         'DFPT-KD': functools.partial(plain.step, 'd'),
-        'DFPT-KD, logits from the cache': _cached_dfpt(Steps(pair, 'd')),
+        'DFPT-KD, logits from the cache': _cached(Steps(pair, 'd'), 'd'),
         'DFPT-KD, bfloat16 teacher': functools.partial(half.step, 'd'),
         'DFPT-KD, channels_last': functools.partial(last.step, 'd'),
         'DFPT-KD, fused optimizers': functools.partial(fused.step, 'd'),

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dfpt.models
-from timm_dfpt.tasks.baselines import AdaptedTeacher, LogitLossTask
+from timm_dfpt.tasks.baselines import LogitLossTask
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 
 from .measure import PeakMemory, count_flops, saved_bytes
@@ -132,7 +132,7 @@ class Steps:
         if way in 'ab':
             if way == 'a':
                 return LogitDistillationTask(student, teacher.requires_grad_(False), verbose=False)
-            return LogitLossTask(student, AdaptedTeacher(teacher, config, config), verbose=False)
+            return LogitLossTask(student, teacher, input_config=config, teacher_input_config=config, verbose=False)
         wrapped = timm_dfpt.wrap(teacher, variant='dfpt+' if way == 'e' else 'dfpt')
         if way == 'c':
             wrapped.stop_sharing_prefix()

@@ -18,7 +18,6 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.task import LogitDistillationTask
 
 from timm_dfpt.losses import (
-    KD_LOSSES,
     DFPTWeights,
     KDLoss,
     dfpt_losses,
@@ -28,6 +27,7 @@ from timm_dfpt.losses import (
     logit_std_loss,
     ttm_loss,
 )
+from timm_dfpt.tasks.methods import KD_LOSSES
 
 STUDENT = [
     [1.5, -0.3, 0.2, 2.0, -1.0],
@@ -333,7 +333,7 @@ def test_dfpt_soft_targets(criterion: Callable[..., torch.Tensor]) -> None:
     out = dfpt_losses(leaf(STUDENT), leaf(PROMPT), tensor(TEACHER), target, criterion=criterion)
     assert out['student_task_loss'] == criterion(tensor(STUDENT), target)
     assert out['prompt_task_loss'] == criterion(tensor(PROMPT), target)
-    with pytest.raises(ValueError, match='dkd needs class indices'):
+    with pytest.raises(ValueError, match='dkd_loss needs class indices'):
         dfpt_losses(leaf(STUDENT), leaf(PROMPT), tensor(TEACHER), target, kd_fn=KD_LOSSES['dkd'])
 
 

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from timm_dfpt.losses import KD_LOSSES, DFPTWeights, dfpt_losses, dkd_loss
+from timm_dfpt.losses import DFPTWeights, dfpt_losses, dkd_loss
+from timm_dfpt.tasks.methods import KD_LOSSES
 
 STUDENT, TEACHER, PROMPT = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
 TARGET = torch.tensor([3, 4, 1, 4])

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_dfpt.losses import KD_LOSSES, DFPTWeights, dfpt_losses, dist_loss, dkd_loss, kd_loss, logit_std_loss, ttm_loss
+from timm_dfpt.losses import DFPTWeights, dfpt_losses, dist_loss, dkd_loss, kd_loss, logit_std_loss, ttm_loss
+from timm_dfpt.tasks.methods import KD_LOSSES
 
 settings.register_profile('losses', max_examples=40, deadline=None, derandomize=True)
 pytestmark = pytest.mark.filterwarnings('error')

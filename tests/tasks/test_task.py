@@ -278,12 +278,59 @@ def test_accepts_a_bare_model_as_timm_does():
     [
         ({'temperature': 0.0}, 'temperature'),
         ({'temperature': -1.0}, 'temperature'),
-        ({'kd_loss': 'hinton'}, r"kd_loss must be one of .*'dkd'.*got 'hinton'"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_task(**kwargs)
+
+
+def test_the_name_of_a_loss_is_not_a_loss():
+    with pytest.raises(TypeError, match=r"kd_loss must be a function .*dkd_loss, got 'dkd'"):
+        make_task(kd_loss='dkd')
+
+
+def test_a_frozen_prompt_path_stays_in_evaluation():
+    task = make_task(teacher=make_teacher_model())
+    assert task.get_trainable_module().train().prompt_path.training
+    assert task.prompt_param_groups()
+    task.teacher.prompt_path.requires_grad_(False)
+    module = task.get_trainable_module().train()
+    assert module.student.training
+    assert not any(each.training for each in module.prompt_path.modules())
+    assert task.prompt_param_groups() == []
+
+
+def test_the_weight_of_the_prompt_path_changes_linearly():
+    task = make_task(weights=DFPTWeights(student_prompt=0.5), student_prompt_weight_end=2.0)
+    seen = []
+    for update in range(4):
+        task.set_progress(0, update, 4)
+        seen.append(task.weights.student_prompt)
+    assert seen == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert task.weights.student_teacher == 1.0
+
+
+def test_the_backbone_copy_has_a_learning_rate_of_its_own():
+    groups = make_task('dfpt+', backbone_lr_scale=0.2).prompt_param_groups()
+    assert [group.get('lr_scale') for group in groups] == [None, None, 0.2]
+
+
+def test_what_is_evaluated():
+    task = make_task()
+    perturb(task.teacher.prompt_path)
+    images, _ = make_batch()
+    with torch.no_grad():
+        student = task.get_student().eval()
+        paths = task.teacher(images)
+        outputs = task.eval_outputs(images)
+        known = task.eval_outputs(images, paths.original)
+        assert list(outputs) == list(known) == ['student', 'prompt_path', 'teacher']
+        assert torch.equal(outputs['student'], student(images))
+        for each in (outputs, known):
+            assert torch.equal(each['teacher'], paths.original)
+            assert torch.equal(each['prompt_path'], paths.prompt)
+        assert torch.equal(task.teacher_logits(images), task.get_teacher()(images))
 
 
 def test_other_classes_are_refused():

@@ -11,7 +11,7 @@ from torch import nn
 import timm_dfpt
 from benchmarks.measure import count_flops, saved_bytes
 from benchmarks.ways import Steps, count_floor, imagenet_pair
-from timm_dfpt.tasks.baselines import AdaptedTeacher
+from timm_dfpt.tasks.baselines import LogitLossTask
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 from timm_dfpt.teacher.frozen_layers import save_fewer_activations
 
@@ -161,5 +161,5 @@ def test_teacher_in_half_precision_trains_in_full(name):
     trained = [p for group in task.teacher.parameter_groups() for p in group['params']]
     assert {p.dtype for p in (*trained, *student.parameters())} == {torch.float32}
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
-    config = {'input_size': size, 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
-    assert AdaptedTeacher(model, config, config)(torch.randn(2, *size)).dtype == torch.float32
+    plain = LogitLossTask(student, model, verbose=False)(torch.randn(2, *size), torch.tensor([0, 1]))
+    assert (plain['teacher_output'].dtype, plain['kd_loss'].dtype) == (torch.bfloat16, torch.float32)

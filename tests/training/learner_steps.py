@@ -47,9 +47,9 @@ def steps_on(learner, batches, first=0):
     learner.train()
     history = []
     for i, (images, labels) in enumerate(batches, first):
-        learner.set_update(i, 0)
+        learner.set_progress(0, i)
         with learner.accelerator.accumulate(learner.module):
-            history.append(learner.step(images, labels, i, {})[0])
+            history.append(learner.step(images, labels, seed=i))
     return history
 
 

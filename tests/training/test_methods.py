@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from timm_dfpt.tasks.methods import METHODS
 from timm_dfpt.training.cli import build_parser, load_recipe, resolve_config
-from timm_dfpt.training.options import METHODS, TrainConfig
+from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run import main, run
 from timm_dfpt.training.setup import RunSetup
 
@@ -84,7 +85,7 @@ def test_weight_of_the_teacher_grows(tiny, tmp_path):
     learner = RunSetup(config, str(tmp_path)).create_learner('dkd', config)
     weight = []
     for epoch in range(6):
-        learner.set_update(0, epoch)
+        learner.set_progress(epoch, 0)
         weight.append(learner.task.distill_loss_weight)
     assert weight == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
 

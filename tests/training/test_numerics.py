@@ -3,6 +3,8 @@ import contextlib
 import copy
 import dataclasses
 import json
+import re
+import shlex
 
 import pytest
 import timm
@@ -19,15 +21,16 @@ from learner_steps import (
     make_student,
     steps,
 )
-from timm.task import ClassificationTask
 from torch import nn
 
 import timm_dfpt
 from timm_dfpt.losses import DFPTWeights
+from timm_dfpt.tasks.baselines import SupervisedTask
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
-from timm_dfpt.training.evaluate import evaluate
+from timm_dfpt.tasks.evaluation import evaluate
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.options import TrainConfig
+from timm_dfpt.training.run import main
 from timm_dfpt.training.run_folder import RunFolder
 from timm_dfpt.training.trainer import NonFiniteLossError, Trainer
 
@@ -48,7 +51,7 @@ def make_trainer(accelerator, folder, data, count=1, student=None, **options):
     ]
     learners = []
     for i in range(count):
-        task = ClassificationTask(copy.deepcopy(student) or make_student(), nn.CrossEntropyLoss(), verbose=False)
+        task = SupervisedTask(copy.deepcopy(student) or make_student(), nn.CrossEntropyLoss(), verbose=False)
         learners.append(Learner(f'learner{i}', config, task, accelerator, len(loaders[0])))
     train, val = loaders
     return Trainer(
@@ -105,22 +108,17 @@ def test_gradients_are_looked_at_too(make_accelerator, tmp_path):
         trainer.fit()
 
 
-@pytest.mark.parametrize('on_nonfinite', ['stop', 'skip'])
-def test_gradients_that_no_scale_makes_finite(make_accelerator, tmp_path, on_nonfinite):
+def test_gradients_that_no_scale_makes_finite(make_accelerator, tmp_path):
     """A gradient scaler would leave out every update for ever, and say nothing; over the end of an epoch, too."""
     data = Batches(16 * BATCH, dict.fromkeys(range(6 * BATCH, 16 * BATCH), 0.0))
     data.images[: 2 * BATCH, 0, 0, 0] = 0.0
-    trainer = make_trainer(
-        make_accelerator(), tmp_path / 'run', data, student=Root(), epochs=3, on_nonfinite=on_nonfinite
-    )
+    trainer = make_trainer(make_accelerator(), tmp_path / 'run', data, student=Root(), epochs=3)
     scale_gradients(trainer.learners[0])
     # Two, four that are made, ten and two, four that are made, ten and two.
     trainer.fit()
     assert json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-1])['updates'] == 48
     data.images[:, 0, 0, 0] = 0.0
-    trainer = make_trainer(
-        make_accelerator(), tmp_path / 'more', data, student=Root(), epochs=3, on_nonfinite=on_nonfinite
-    )
+    trainer = make_trainer(make_accelerator(), tmp_path / 'more', data, student=Root(), epochs=3)
     scale_gradients(trainer.learners[0])
     with pytest.raises(NonFiniteLossError, match='of 20 updates in a row were not finite, the last at step 20'):
         trainer.fit()
@@ -150,6 +148,26 @@ def test_the_scale_is_in_the_checkpoint(make_accelerator, tmp_path):
     assert again.progress.overflows_in_a_row == {'learner0': 1}
 
 
+@pytest.mark.parametrize('checkpoints', [0, 1])
+def test_the_command_in_the_message_replays_the_step(tiny, tmp_path, capsys, checkpoints):
+    """From the start or from the last checkpoint: the same term is the same number at the same step."""
+    command = [
+        *tiny.common(tmp_path / 'run'), '--dataset', str(tiny.data), '--method', 'supervised', '--student', 'resnet18',
+        '--student-kwargs', 'layers=[1, 1, 1, 1]', 'channels=[8, 8, 16, 16]',
+        '--lr', '1e30', '--checkpoint-steps', str(checkpoints),
+    ]  # fmt: skip
+
+    def error_of(arguments):
+        assert main(arguments) == 1
+        return capsys.readouterr().err.partition('error: ')[2]
+
+    told = error_of(command)
+    assert re.search(r'supervised: \w+ is (nan|inf) at step 2 \(epoch 1, training rows \d', told)
+    assert len(list((tmp_path / 'run' / 'checkpoints').glob('*'))) == checkpoints
+    more = re.search(r'To replay it, add (.*) to the command', told).group(1)
+    assert error_of([*command, *shlex.split(more)]) == told
+
+
 # The last image is in the short batch that training leaves out.
 ONLY_VALIDATED = {2 * BATCH: float('nan')}
 
@@ -160,55 +178,6 @@ def test_metrics_of_validation_are_looked_at_too(make_accelerator, tmp_path):
         trainer.fit()
     assert (tmp_path / 'run' / 'metrics.jsonl').read_text() == ''
     assert not list((tmp_path / 'run').glob('checkpoints/*'))
-
-
-def test_metrics_that_are_not_finite_are_null(make_accelerator, tmp_path, caplog):
-    """NaN is no JSON."""
-    data = Batches(2 * BATCH + 1, ONLY_VALIDATED)
-    make_trainer(make_accelerator(), tmp_path / 'run', data, on_nonfinite='skip', epochs=1).fit()
-
-    def refuse(constant):
-        raise AssertionError(constant)
-
-    line = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text(), parse_constant=refuse)
-    metrics = line['learner0']['val']['student']
-    assert metrics['loss'] is None
-    assert 0 <= metrics['top1'] <= 100
-    assert 'loss is nan, ' in caplog.text
-
-
-@pytest.mark.parametrize('accumulate', [1, 2])
-def test_skipping_is_as_if_the_batch_did_not_exist(make_accelerator, tmp_path, accumulate, caplog):
-    """Batch statistics and momentum included: weights are those of training on the other batches alone."""
-    data = Batches(6 * BATCH, {2 * BATCH + 3: float('nan')})
-    trainer = make_trainer(
-        make_accelerator(gradient_accumulation_steps=accumulate), tmp_path / 'run', data, epochs=1,
-        on_nonfinite='skip', grad_accum_steps=accumulate,
-    )  # fmt: skip
-    trainer.fit()
-    left_out = [2] if accumulate == 1 else [2, 3]
-    reference = plain_training(
-        make_student(), batches_of(data, [i for i in range(6) if i not in left_out]), accumulate
-    )
-    assert_equal(trainer.learners[0].student, reference)
-    line = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())
-    assert line['learner0']['skipped'] == 1
-    assert 'loss is nan at step 3 (epoch 1, training rows 16, 17' in caplog.text
-    assert all(value == value for value in line['learner0']['train'].values())
-
-
-def test_skipping_ends_when_nothing_else_is_left(make_accelerator, tmp_path):
-    data = Batches(30 * BATCH, dict.fromkeys(range(5 * BATCH, 30 * BATCH), float('nan')))
-    trainer = make_trainer(make_accelerator(), tmp_path / 'run', data, on_nonfinite='skip')
-    with pytest.raises(NonFiniteLossError, match='20 updates in a row were not finite, the last at step 25'):
-        trainer.fit()
-
-
-def test_an_epoch_of_which_nothing_is_left(make_accelerator, tmp_path):
-    data = Batches(2 * BATCH, dict.fromkeys(range(2 * BATCH), float('nan')))
-    trainer = make_trainer(make_accelerator(), tmp_path / 'run', data, on_nonfinite='skip')
-    with pytest.raises(NonFiniteLossError, match='not one update of epoch 1 was finite'):
-        trainer.fit()
 
 
 def test_accumulated_gradients_of_several_learners(make_accelerator, tmp_path):
@@ -290,7 +259,7 @@ def test_fused_optimizers_follow_the_loop(make_accelerator):
         for learner in (loop, fused):
             for parameter, gradient in zip(learner.module.parameters(), gradients, strict=True):
                 parameter.grad = gradient.clone()
-            learner.set_update(update // 10, 0)
+            learner.set_progress(0, update // 10)
             learner._update()
     for before, a, b in zip(start, loop.module.parameters(), fused.module.parameters(), strict=True):
         moved = float((a - before).detach().abs().max())

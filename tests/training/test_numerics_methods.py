@@ -59,13 +59,13 @@ def divergence(student, teacher, temperature):
 
 @pytest.mark.parametrize('method', ['kd', 'ctkd'])
 def test_the_term_itself_is_computed_in_float32(make_learner, method):
-    """Given the logits, rounded as bfloat16 leaves them, nothing more is lost; timm's own task is one of them."""
+    """Given the logits, rounded as bfloat16 leaves them, nothing more is lost."""
     learner = make_learner(method, 'bf16')
     learner.train()
     images, labels = next(batches())
     with learner.accelerator.autocast(), torch.no_grad():
         result = learner.task(images, labels)
-        teacher = learner.teacher_logits(images)
+        teacher = learner.task.teacher_logits(images)
     student = result['output']
     assert torch.equal(student, student.bfloat16().float())
     temperature = float(result.get('temperature', 4.0))

@@ -12,8 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as PILImage
 
 from timm_dfpt.hub.student import save_student
+from timm_dfpt.tasks.methods import METHODS
 from timm_dfpt.training.cli import build_parser, load_recipe, resolve_config
-from timm_dfpt.training.options import METHODS
 from timm_dfpt.training.run import main
 from timm_dfpt.training.setup import RunSetup
 
@@ -204,15 +204,15 @@ def dry_run(recipe, stand_ins, teacher_of, tmp_path, side, batch_size, *more):
     losses = []
     for step, (input, target, _) in zip(range(2), setup.loaders['train'], strict=False):
         assert input.shape == (batch_size, 3, side, side)
-        learner.set_update(step, 0)
-        terms, _ = learner.step(input, target, step, {})
+        learner.set_progress(0, step)
+        terms = learner.step(input, target, seed=step)
         losses.append(float(terms['loss']))
     assert len(losses) == 2
     assert np.isfinite(losses).all()
     assert any(not torch.equal(a, b) for a, b in zip(before, learner.student.parameters(), strict=True))
     learner.eval()
     with torch.no_grad():
-        outputs = learner.outputs(input)
+        outputs = learner.task.eval_outputs(input)
     assert {logits.shape for logits in outputs.values()} == {(batch_size, CLASSES[family])}
     assert set(outputs) == {'supervised': {'student'}}.get(config.method, {'student', 'prompt_path', 'teacher'})
 

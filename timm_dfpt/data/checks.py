@@ -36,7 +36,9 @@ class Kind(NamedTuple):
     optional: bool
 
 
-@functools.cache
+_type_hints = functools.cache(typing.get_type_hints)
+
+
 def kind_of(owner: type, name: str) -> Kind:
     """Return what a field may hold, from its annotation, and its `choices` where a `Literal` cannot name them.
 
@@ -44,7 +46,7 @@ def kind_of(owner: type, name: str) -> Kind:
         owner: The dataclass.
         name: Name of the field.
     """
-    hint = typing.get_type_hints(owner)[name]
+    hint = _type_hints(owner)[name]
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     hint = next(each for each in (typing.get_args(hint) if union else [hint]) if each is not types.NoneType)
     origin, args = typing.get_origin(hint), typing.get_args(hint)

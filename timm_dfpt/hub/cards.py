@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..tasks.methods import METHODS
 from ..version import __version__
 from .config import PromptPathRecord
 from .markdown import markdown_table
@@ -21,13 +22,6 @@ from .privacy import public
 
 __all__ = ['ModelRow', 'RunFacts', 'prompt_path_card', 'student_card']
 
-_PAPER = '[arXiv 2506.18244](https://arxiv.org/abs/2506.18244)'
-_DFPT = f"""\
-DFPT-KD ({_PAPER}) gives a frozen, pre-trained teacher a second way through itself, the *prompt path*: the same stages
-with small trainable blocks between them and a head of its own. While the student learns from labels, teacher and prompt
-path, the prompt path learns from labels, teacher and student: it stays accurate, but within the student's reach.
-The teacher's own path is not changed."""
-_DFPT_PLUS = _DFPT + ' In DFPT-KD+ the prompt path also tunes a copy of the teacher\'s backbone.'
 _ROLES = {'teacher': 'Teacher', 'prompt_path': 'Prompt path', 'student': 'Student'}
 _HUB_ID = re.compile(r'[\w.\-]+/[\w.\-]+')
 _VERSIONS = {'timm_dfpt': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
@@ -323,22 +317,24 @@ def _common_facts(run: RunFacts, license: str | None) -> dict[str, str | None]:
 
 
 def _method_name(method: str | None) -> str:
-    known = {'dfpt': 'DFPT-KD', 'dfpt+': 'DFPT-KD+', 'supervised': 'supervised training', 'kd': 'KD'}
-    return known.get(str(method), str(method))
+    return METHODS[method].label if method in METHODS else str(method)
 
 
 def _method_text(method: str | None) -> str:
-    known = {'dfpt': _DFPT, 'dfpt+': _DFPT_PLUS, 'supervised': 'Trained on the labels alone, without a teacher.'}
-    if method is None or method in known:
-        return known.get(str(method), '')
+    if method is None:
+        return ''
+    if method in METHODS and METHODS[method].description:
+        return METHODS[method].description
     return f'Distilled from one teacher with `{method}`; the recipe below has its weights and temperature.'
 
 
 def _tags(method: str | None) -> list[str]:
+    # A method that this version does not know is one of distillation.
+    known = METHODS.get(str(method))
     tags = ['timm_dfpt']
-    if method not in (None, 'supervised'):
+    if method is not None and (known is None or known.needs_teacher):
         tags.append('knowledge-distillation')
-    return [*tags, 'arxiv:2506.18244'] if method in ('dfpt', 'dfpt+') else tags
+    return [*tags, 'arxiv:2506.18244'] if known is not None and known.variant else tags
 
 
 def _args_text(args: Mapping[str, Any] | None) -> str:

@@ -18,7 +18,7 @@ from .checks import (
     kl_from_log_probs,
     upcast,
 )
-from .registry import KDLoss
+from .logit import KDLoss
 
 __all__ = ['DFPTWeights', 'dfpt_losses']
 
@@ -92,7 +92,7 @@ def dfpt_losses(
         weights: Weights of the six terms. A term with weight 0 is not part of the loss and is reported detached.
         criterion: Loss on the labels, `(logits [B, K], target) -> scalar`.
         kd_fn: Loss of the four distillation terms in place of `T^2 KL`, called as
-            `kd_fn(learner_logits, source_logits, target, temperature)` (see `KD_LOSSES`).
+            `kd_fn(learner_logits, source_logits, target, temperature)`.
 
     Returns:
         `loss`, the weighted sum, and the six unweighted terms `student_task_loss`, `student_teacher_loss`,

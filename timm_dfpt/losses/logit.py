@@ -7,6 +7,8 @@ float64), and the argument checks never wait for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,10 @@ from .checks import (
     upcast,
 )
 
-__all__ = ['dist_loss', 'dkd_loss', 'kd_loss', 'logit_std_loss', 'ttm_loss']
+__all__ = ['KDLoss', 'dist_loss', 'dkd_loss', 'kd_loss', 'logit_std_loss', 'ttm_loss']
+
+KDLoss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""A loss `(student_logits [B, K], teacher_logits [B, K], target, temperature) -> scalar`."""
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
@@ -81,7 +86,7 @@ def dkd_loss(
         ValueError: If shapes or devices differ, the target is soft, or the temperature is not positive and finite.
     """
     check_logits(student_logits, teacher_logits=teacher_logits)
-    check_target(target, student_logits, hard_only='dkd')
+    check_target(target, student_logits, hard_only='dkd_loss')
     check_temperature(temperature)
     with full_precision(student_logits):
         classes = torch.arange(student_logits.shape[1], device=target.device)

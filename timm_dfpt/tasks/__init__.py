@@ -1,5 +1,17 @@
 """timm training tasks: a batch in, named losses out."""
-from .baselines import CTKDTask, LogitLossTask
+from .base import StudentTask
+from .baselines import CTKDTask, LogitLossTask, SupervisedTask
 from .dfpt import DFPTDistillationTask
+from .methods import KD_LOSSES, METHODS, Method, register_method
 
-__all__ = ['CTKDTask', 'DFPTDistillationTask', 'LogitLossTask']
+__all__ = [
+    'KD_LOSSES',
+    'METHODS',
+    'CTKDTask',
+    'DFPTDistillationTask',
+    'LogitLossTask',
+    'Method',
+    'StudentTask',
+    'SupervisedTask',
+    'register_method',
+]

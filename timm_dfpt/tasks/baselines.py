@@ -1,120 +1,174 @@
-"""The rivals of DFPT-KD as timm training tasks: other logit losses, and a learned temperature."""
+"""What DFPT-KD is compared with, as timm tasks: the labels alone, logit losses, and a learned temperature (CTKD)."""
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.task import LogitDistillationTask
+from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..losses import KD_LOSSES, kd_loss
+from ..losses import KDLoss, kd_loss
 from ..losses.checks import upcast
 from ..teacher.prompt_path import match_dtype
-from .inputs import InputAdapter, input_config_of
-from .temperature import GlobalTemperature
+from .base import StudentTask, check_kd_loss
+from .inputs import create_input_adapter, input_config_of
 
-__all__ = ['AdaptedTeacher', 'CTKDTask', 'LogitLossTask']
-
-
-class AdaptedTeacher(nn.Module):
-    """A frozen teacher behind the input contract, for tasks that call it with what the student sees.
-
-    Args:
-        model: The teacher.
-        input_config: What the loader gives: `input_size` `(C, H, W)`, `mean`, `std`.
-        teacher_input_config: What the teacher was trained with; by default what its `pretrained_cfg` says.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        input_config: Mapping[str, Any],
-        teacher_input_config: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self.adapter = InputAdapter(input_config, teacher_input_config or input_config_of(model))
-        # timm re-normalises from the student's to these values; the adapter does all of it, so they are the same.
-        self.pretrained_cfg = {'mean': tuple(input_config['mean']), 'std': tuple(input_config['std'])}
-        self._shared: tuple[dict[int, torch.Tensor], int] | None = None
-
-    @contextlib.contextmanager
-    def sharing(self, logits: dict[int, torch.Tensor], key: int) -> Iterator[None]:
-        """Within the context take the batch's logits from `logits[key]`, or put them there after computing them."""
-        self._shared = (logits, key)
-        try:
-            yield
-        finally:
-            self._shared = None
-
-    def train(self, mode: bool = True) -> AdaptedTeacher:
-        """Stay in evaluation, whatever `mode` says."""
-        return super().train(False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits `[B, K]` for images `[B, C, H, W]` as the loader gives them."""
-        shared, key = self._shared or ({}, 0)
-        if key not in shared:
-            with torch.no_grad():
-                shared[key] = self.model(match_dtype(self.adapter(x), self.model))
-        # timm's loss computes in the precision of what it gets.
-        return upcast(shared[key])
+__all__ = ['CTKDTask', 'GlobalTemperature', 'LogitLossTask', 'SupervisedTask']
 
 
-class LogitLossTask(LogitDistillationTask):
-    """timm's `LogitDistillationTask` with another loss between student and teacher.
+class SupervisedTask(StudentTask, ClassificationTask):
+    """timm's `ClassificationTask`: a student that learns from the labels alone."""
+
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run the student; see `StudentTask.forward`."""
+        return ClassificationTask.forward(self, input, target)
+
+
+class LogitLossTask(StudentTask, LogitDistillationTask):
+    """timm's `LogitDistillationTask` with any loss between the logits of student and teacher.
+
+    With the default loss it computes what timm's task does, to the last bit in full precision.
 
     Args:
         student_model: Student model to train.
-        teacher_model: Teacher model.
+        teacher_model: Teacher model; frozen here.
         criterion: Loss on the labels.
-        loss: Name in `timm_dfpt.losses.KD_LOSSES`.
-        loss_kwargs: Further arguments of the loss.
+        kd_loss: Loss `(student_logits, teacher_logits, target, temperature) -> scalar`; plain KD by default.
+        distill_warmup_epochs: Epochs over which the weight of the teacher grows to its full size.
+        input_config: What the loader gives: `input_size` `(C, H, W)`, `mean`, `std`. By default what the student's
+            `pretrained_cfg` says.
+        teacher_input_config: What the teacher was trained with; by default what its `pretrained_cfg` says.
         **kwargs: Further arguments of timm's task.
     """
+
+    distill_loss_weight: float
 
     def __init__(
         self,
         student_model: nn.Module,
-        teacher_model: nn.Module,
+        teacher_model: str | nn.Module,
         criterion: nn.Module | None = None,
-        loss: str = 'kd',
-        loss_kwargs: Mapping[str, Any] | None = None,
+        *,
+        kd_loss: KDLoss | None = None,
+        distill_warmup_epochs: int = 0,
+        input_config: Mapping[str, Any] | None = None,
+        teacher_input_config: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(student_model, teacher_model, criterion, **kwargs)
-        self.kd_fn = functools.partial(KD_LOSSES[loss], **(loss_kwargs or {}))
-        # Compared once: timm compares at every step, for which a device is waited for.
-        pairs = ((self.student_mean, self.teacher.mean_kd), (self.student_std, self.teacher.std_kd))
-        self._renormalize = not all(torch.equal(ours, theirs) for ours, theirs in pairs)
+        check_kd_loss(kd_loss)
+        teacher = self.teacher.model.requires_grad_(False)
+        self.adapter = create_input_adapter(
+            input_config or input_config_of(unwrap_model(student_model)),
+            teacher_input_config or input_config_of(teacher),
+        ).to(self.device)
+        self.kd_loss = kd_loss
+        self.full_distill_loss_weight = self.distill_loss_weight
+        self.distill_warmup_epochs = distill_warmup_epochs
 
-    def _teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
+    def get_teacher(self) -> nn.Module:
+        """Return the frozen teacher."""
+        teacher: nn.Module = unwrap_model(self.teacher.model)
+        return teacher
+
+    def teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the teacher's logits `[B, K]`, without gradient; see `StudentTask.teacher_logits`."""
         with torch.no_grad():
-            if self._renormalize:
-                input = self.teacher.normalize_input(input, self.student_mean, self.student_std)
-            return self.teacher(input)
+            return self.teacher(match_dtype(self.adapter(input), self.teacher.model))
+
+    def set_progress(self, epoch: int, update: int, total: int) -> None:
+        """Set the weight of the teacher, where it grows."""
+        if self.distill_warmup_epochs:
+            grown = min(1.0, (epoch + 1) / self.distill_warmup_epochs)
+            self.distill_loss_weight = self.full_distill_loss_weight * grown
+
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run student and teacher; see `StudentTask.forward`.
+
+        Returns:
+            `loss`, its parts `task_loss` and `kd_loss` without their weights, `output` and `teacher_output`.
+        """
+        logits = self.trainable_module(input)
+        return self._result(logits, target, self._known_or_computed(input, teacher_logits), self.temperature)
+
+    def _known_or_computed(self, input: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
+        return self.teacher_logits(input) if teacher_logits is None else teacher_logits
 
     def _result(
-        self, logits: torch.Tensor, target: torch.Tensor, distillation: torch.Tensor
+        self, logits: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor, temperature: Any
     ) -> dict[str, torch.Tensor]:
+        # Before the loss on the labels: in which order gradients are added up decides their last bits.
+        if self.kd_loss is None:
+            distillation = kd_loss(logits, upcast(teacher_logits), temperature)
+        else:
+            distillation = self.kd_loss(logits, upcast(teacher_logits), target, temperature)
         task_loss = self.criterion(logits, target)
         return {
             'loss': self.task_loss_weight * task_loss + self.distill_loss_weight * distillation,
             'output': logits,
+            'teacher_output': teacher_logits,
             'task_loss': task_loss,
             'kd_loss': distillation,
         }
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run student and teacher on `input` `[B, C, H, W]`; see timm's task for the result."""
-        logits = self.trainable_module(input)
-        return self._result(
-            logits, target, self.kd_fn(logits, self._teacher_logits(input), target, self.temperature)
-        )
+
+class GlobalTemperature(nn.Module):
+    """One learned temperature for all samples, trained to make distillation harder: `T = 1 + 20 sigmoid(raw)`.
+
+    The same optimizer that lowers the distillation loss through the student raises it through the temperature, because
+    the gradient of `raw` is reversed. A curriculum lets the reversed gradient grow from 0 to its full size along a half
+    cosine of `curriculum_epochs`. Source: Li et al., "Curriculum Temperature for Knowledge Distillation" (CTKD), AAAI
+    2023, arXiv 2211.16231; the values are those of the authors' CIFAR-100 script.
+    """
+
+    low, span, curriculum_epochs = 1.0, 20.0, 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        # One element and not a scalar, which FSDP2 cannot shard.
+        self.raw = nn.Parameter(torch.ones(1))
+
+    def strength(self, epoch: int) -> float:
+        """Return the factor of the reversed gradient in `[0, 1]`.
+
+        Args:
+            epoch: Epochs completed, from 0 in the first one.
+        """
+        # The authors count epochs from 1, so that the temperature learns from the first epoch on.
+        progress = min(epoch + 1, self.curriculum_epochs) / self.curriculum_epochs
+        return (1 - math.cos(math.pi * progress)) / 2
+
+    def forward(self, epoch: int) -> torch.Tensor:
+        """Return the temperature as a scalar tensor whose gradient is reversed.
+
+        Args:
+            epoch: Epochs completed, from 0 in the first one.
+        """
+        raw = _ReverseGradient.apply(self.raw, self.strength(epoch))
+        return (self.low + self.span * torch.sigmoid(raw)).squeeze(0)
+
+
+class _ReverseGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by `-strength` (Ganin and Lempitsky, arXiv 1409.7495)."""
+
+    @staticmethod
+    def forward(value: torch.Tensor, strength: float) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float], output: torch.Tensor) -> None:
+        ctx.strength = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return -ctx.strength * grad_outputs[0], None
 
 
 class _StudentWithTemperature(nn.Module):
@@ -132,13 +186,17 @@ class CTKDTask(LogitLossTask):
 
     Args:
         student_model: Student model to train.
-        teacher_model: Teacher model.
+        teacher_model: Teacher model; frozen here.
         criterion: Loss on the labels.
-        **kwargs: Further arguments of timm's task; `temperature` is not used.
+        **kwargs: Further arguments of `LogitLossTask`; `temperature` is not used.
     """
 
     def __init__(
-        self, student_model: nn.Module, teacher_model: nn.Module, criterion: nn.Module | None = None, **kwargs: Any
+        self,
+        student_model: nn.Module,
+        teacher_model: str | nn.Module,
+        criterion: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(student_model, teacher_model, criterion, **kwargs)
         self.trainable_module = _StudentWithTemperature(student_model, GlobalTemperature().to(self.device))
@@ -149,8 +207,20 @@ class CTKDTask(LogitLossTask):
         found = super().get_eval_model(module, ema)
         return getattr(unwrap_model(found), 'student', found) if found is not None else None
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run student and teacher on `input` `[B, C, H, W]`; the result also has the `temperature`."""
+    def extra_param_groups(self) -> list[dict[str, Any]]:
+        """Return the temperature, which is not decayed."""
+        temperature = unwrap_model(self.trainable_module).temperature
+        return [{'params': list(temperature.parameters()), 'weight_decay': 0.0}]
+
+    def set_progress(self, epoch: int, update: int, total: int) -> None:
+        """Set how strongly the temperature learns against the student."""
+        super().set_progress(epoch, update, total)
+        self.epoch = epoch
+
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run student and teacher; the result of `LogitLossTask.forward`, and the `temperature`."""
         logits, temperature = self.trainable_module(input, self.epoch)
-        result = self._result(logits, target, kd_loss(logits, self._teacher_logits(input), temperature))
+        result = self._result(logits, target, self._known_or_computed(input, teacher_logits), temperature)
         return {**result, 'temperature': temperature.detach()}

@@ -1,23 +1,23 @@
 """DFPT-KD as a timm training task: a batch in, named losses out."""
 from __future__ import annotations
 
-import functools
+import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
-from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from ..losses import KD_LOSSES, DFPTWeights, dfpt_losses
+from ..losses import DFPTWeights, KDLoss, dfpt_losses
 from ..losses.checks import check_temperature
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
-from .inputs import InputAdapter, input_config_of
+from .base import StudentTask, check_kd_loss
+from .inputs import create_input_adapter, input_config_of
 
 __all__ = ['DFPTDistillationTask', 'DFPTTrainableModule']
 
@@ -40,6 +40,13 @@ class DFPTTrainableModule(nn.Module):
         self.student = student_model
         self.prompt_path = teacher.prompt_path
         self._teacher = (teacher,)
+
+    def train(self, mode: bool = True) -> DFPTTrainableModule:
+        """Set the mode of student and prompt path; a prompt path without trainable parameters stays in evaluation."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.prompt_path.parameters()):
+            self.prompt_path.eval()
+        return self
 
     def no_weight_decay(self) -> set[str]:
         """Return the student's parameters that timm's optimizers must not decay."""
@@ -68,7 +75,7 @@ class DFPTTrainableModule(nn.Module):
         return self.student(student_input), prompt_logits, teacher_logits
 
 
-class DFPTDistillationTask(TrainingTask):
+class DFPTDistillationTask(StudentTask):
     """Dual-forward path teacher distillation (DFPT-KD, DFPT-KD+; arXiv 2506.18244).
 
     Student and prompt path are trained together with one backward; see `timm_dfpt.losses.dfpt_losses` for the formula.
@@ -80,8 +87,10 @@ class DFPTDistillationTask(TrainingTask):
         criterion: Loss on the labels (default: CrossEntropyLoss).
         temperature: Softmax temperature of the distillation terms.
         weights: Weights of the six terms.
-        kd_loss: Name in `timm_dfpt.losses.KD_LOSSES` of the distillation loss; `'kd'` is the paper's.
-        kd_loss_kwargs: Further arguments of that loss.
+        student_prompt_weight_end: Value that the weight d (`weights.student_prompt`) reaches linearly at the end.
+        kd_loss: Another distillation loss than the paper's, `(learner_logits, source_logits, target, temperature) ->
+            scalar`, such as `timm_dfpt.losses.dkd_loss`.
+        backbone_lr_scale: DFPT-KD+: learning rate of the backbone copy in relation to the rest of the prompt path.
         input_config: What the loader gives: `input_size` `(C, H, W)`, `mean`, `std`. By default what the student's
             `pretrained_cfg` says.
         teacher_input_config: What the teacher was trained with; by default what its `pretrained_cfg` says.
@@ -90,7 +99,8 @@ class DFPTDistillationTask(TrainingTask):
         verbose: Enable info logging.
 
     Raises:
-        ValueError: Numbers of classes differ, or an argument is out of range.
+        TypeError: If `kd_loss` is not a function.
+        ValueError: If numbers of classes differ, or an argument is out of range.
 
     Example:
         >>> teacher = timm_dfpt.wrap(timm.create_model('resnet50', pretrained=True))
@@ -104,10 +114,12 @@ class DFPTDistillationTask(TrainingTask):
         student_model: nn.Module,
         teacher_model: str | nn.Module,
         criterion: nn.Module | None = None,
+        *,
         temperature: float = 4.0,
         weights: DFPTWeights | None = None,
-        kd_loss: str = 'kd',
-        kd_loss_kwargs: Mapping[str, Any] | None = None,
+        student_prompt_weight_end: float | None = None,
+        kd_loss: KDLoss | None = None,
+        backbone_lr_scale: float = 0.3,
         input_config: Mapping[str, Any] | None = None,
         teacher_input_config: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
@@ -115,27 +127,25 @@ class DFPTDistillationTask(TrainingTask):
         verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        if kd_loss not in KD_LOSSES:
-            raise ValueError(f'kd_loss must be one of {sorted(KD_LOSSES)}, got {kd_loss!r}.')
+        check_kd_loss(kd_loss)
         check_temperature(temperature)
         model = timm.create_model(teacher_model, pretrained=True) if isinstance(teacher_model, str) else teacher_model
         teacher = model if isinstance(model, DualForwardPathTeacher) else wrap(model)
         _check_num_classes(student_model, teacher)
         self.teacher = teacher.to(self.device)
         self.trainable_module: nn.Module = DFPTTrainableModule(student_model, teacher)
-        self.adapter = InputAdapter(
+        self.adapter = create_input_adapter(
             input_config or input_config_of(unwrap_model(student_model)),
             teacher_input_config or input_config_of(teacher.model),
         ).to(self.device)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.temperature = temperature
-        self.weights = weights or DFPTWeights()
-        # None lets the losses share their log-softmaxes.
-        self.kd_fn: Callable[..., torch.Tensor] | None = None
-        if kd_loss != 'kd':
-            self.kd_fn = functools.partial(KD_LOSSES[kd_loss], **(kd_loss_kwargs or {}))
+        self.weights = self.first_weights = weights or DFPTWeights()
+        self.student_prompt_weight_end = student_prompt_weight_end
+        self.kd_loss = kd_loss
+        self.backbone_lr_scale = backbone_lr_scale
         if verbose:
-            _logger.info(f'DFPTDistillationTask: {self.weights}, temperature={temperature}, kd_loss={kd_loss}')
+            _logger.info(f'DFPTDistillationTask: {self.weights}, temperature={temperature}')
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> DFPTDistillationTask:
         """Wrap student and prompt path in DistributedDataParallel; the frozen teacher stays outside."""
@@ -192,6 +202,46 @@ class DFPTDistillationTask(TrainingTask):
         elif strict:
             raise KeyError("The task state holds no 'prompt_path'; it was not written by a DFPTDistillationTask.")
 
+    def get_teacher(self) -> nn.Module:
+        """Return the original path: the frozen model itself."""
+        return self.teacher.model
+
+    def get_dual_teacher(self) -> DualForwardPathTeacher:
+        """Return the teacher with both of its paths."""
+        return self.teacher
+
+    def teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the original path's logits `[B, K]`; see `StudentTask.teacher_logits`."""
+        return self.teacher.original(self.adapter(input))
+
+    def prompt_logits(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the prompt path's logits `[B, K]`; see `StudentTask.prompt_logits`."""
+        return self.teacher.prompt(self.adapter(input))
+
+    def eval_outputs(self, input: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Run what is evaluated: the student and both paths; see `StudentTask.eval_outputs`."""
+        outputs = super().eval_outputs(input)
+        if teacher_logits is None:
+            teacher_logits, prompt_logits = self.teacher(self.adapter(input))
+        else:
+            prompt_logits = self.prompt_logits(input)
+        return {**outputs, 'prompt_path': prompt_logits, 'teacher': teacher_logits}
+
+    def prompt_param_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters of blocks, head and (DFPT-KD+) backbone copy; see `StudentTask.prompt_param_groups`."""
+        groups = self.teacher.parameter_groups()
+        for group in groups:
+            if group.pop('name') == 'backbone':
+                group['lr_scale'] = self.backbone_lr_scale
+        return groups
+
+    def set_progress(self, epoch: int, update: int, total: int) -> None:
+        """Set the weight d, where it changes."""
+        if self.student_prompt_weight_end is not None:
+            start = self.first_weights.student_prompt
+            now = start + (self.student_prompt_weight_end - start) * (update / max(1, total - 1))
+            self.weights = dataclasses.replace(self.first_weights, student_prompt=now)
+
     def forward(
         self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
@@ -216,7 +266,7 @@ class DFPTDistillationTask(TrainingTask):
             temperature=self.temperature,
             weights=self.weights,
             criterion=self.criterion,
-            kd_fn=self.kd_fn,
+            kd_fn=self.kd_loss,
         )
         return {
             **losses,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import nn
 
-__all__ = ['InputAdapter', 'input_config_of']
+__all__ = ['InputAdapter', 'create_input_adapter', 'input_config_of']
 
 
 def input_config_of(model: nn.Module) -> dict[str, Any]:
@@ -21,7 +21,7 @@ class InputAdapter(nn.Module):
     """Turns a batch normalised and sized for one model into a batch for another.
 
     Re-normalises in one multiply-add, resizes (bicubic, antialiased) where the sizes differ, and repeats a grey channel
-    for a model of three. Does nothing, and costs nothing, where both models agree.
+    for a model of three. Does nothing where both models agree.
 
     Args:
         source: What the loader used: `input_size` `(C, H, W)`, `mean` and `std` a channel.
@@ -61,6 +61,12 @@ class InputAdapter(nn.Module):
         if self.size and tuple(x.shape[-2:]) != self.size:
             x = F.interpolate(x, self.size, mode='bicubic', antialias=True)
         return x
+
+
+def create_input_adapter(source: Mapping[str, Any], target: Mapping[str, Any]) -> nn.Module:
+    """Return an `InputAdapter`, or `nn.Identity` where both models agree; arguments and errors as there."""
+    adapter = InputAdapter(source, target)
+    return adapter if adapter.repeat or adapter.renormalize or adapter.size else nn.Identity()
 
 
 def _per_channel(config: Mapping[str, Any], key: str, channels: int) -> torch.Tensor:

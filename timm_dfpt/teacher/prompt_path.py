@@ -115,6 +115,11 @@ class PromptPath(nn.Module):
         """The backbone with the blocks in it."""
         return self.backbone if self.variant == 'dfpt+' else self._shared_tree[0]
 
+    @property
+    def shares_backbone(self) -> bool:
+        """Whether the backbone's weights are those of the original path, and not a copy."""
+        return self.variant == 'dfpt'
+
     def share_weights_with(self, model: nn.Module) -> None:
         """Take every frozen tensor from `model` again, after a conversion or load that has replaced tensors."""
         if self.variant != 'dfpt':

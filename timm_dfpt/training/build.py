@@ -1,27 +1,27 @@
 """From the options of a run to its student, its teacher and its task."""
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from timm.data import Mixup, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
 from ..hub.timm_models import ModelSource
-from ..losses import KD_LOSSES, DFPTWeights
-from ..tasks.baselines import AdaptedTeacher, CTKDTask, LogitLossTask
-from ..tasks.dfpt import DFPTDistillationTask
+from ..losses import DFPTWeights, KDLoss
+from ..tasks.base import StudentTask
+from ..tasks.methods import DEFAULT_LOSS, KD_LOSSES, METHODS
 from ..teacher.blocks import PromptConfig
-from ..teacher.prompt_path import Variant
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
 from .options import TrainConfig
@@ -181,9 +181,11 @@ def load_prompt_path(path: str, model: nn.Module | None = None) -> DualForwardPa
 
 def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeacher:
     """Give the teacher its second path, new or from `prompt_path`."""
+    variant = METHODS[config.method].variant
+    assert variant is not None
     if config.prompt_path:
         teacher = load_prompt_path(config.prompt_path, model)
-        if teacher.variant != config.method:
+        if teacher.variant != variant:
             raise ValueError(
                 f'prompt_path {config.prompt_path!r} is of the variant {teacher.variant!r}: use --method '
                 f'{teacher.variant}.'
@@ -194,7 +196,6 @@ def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeache
     stages: Any = config.prompt_stages or None
     if stages and len(stages) == 1 and stages[0].isdigit():
         stages = int(stages[0])
-    variant = cast(Variant, config.method)
     try:
         prompt = PromptConfig(
             rd_ratio=config.prompt_reduction,
@@ -243,70 +244,63 @@ def create_task(
     teacher: nn.Module | DualForwardPathTeacher | None,
     input_config: Mapping[str, Any],
     accelerator: Accelerator,
-) -> TrainingTask:
+) -> StudentTask:
     """Create the timm task that `method` stands for.
 
     Args:
         config: The options.
         student: The student.
-        teacher: The teacher; wrapped (`wrap_teacher`) for `dfpt` and `dfpt+`.
+        teacher: The teacher, if the method needs one; wrapped (`wrap_teacher`) where it has a prompt path.
         input_config: What the loader gives.
         accelerator: Says where to train.
     """
-    _check_kd_loss(config)
-    criterion = create_criterion(config)
-    common: dict[str, Any] = {'device': accelerator.device, 'verbose': False}
-    if config.method == 'supervised':
-        return ClassificationTask(student, criterion, **common)
-    assert teacher is not None
-    if isinstance(teacher, DualForwardPathTeacher):
-        weights = DFPTWeights(
-            prompt_teacher=config.prompt_teacher_weight,
-            prompt_student=config.prompt_student_weight,
-            student_teacher=config.student_teacher_weight,
-            student_prompt=config.student_prompt_weight,
-            prompt_task=config.prompt_task_weight,
-            student_task=config.student_task_weight,
-        )
-        return DFPTDistillationTask(
+    method = METHODS[config.method]
+    common: dict[str, Any] = {'criterion': create_criterion(config), 'device': accelerator.device, 'verbose': False}
+    if not method.needs_teacher:
+        return method.task(student, **common)
+    common |= {'temperature': config.temperature, 'input_config': input_config}
+    kd_loss = _kd_loss(config)
+    if kd_loss is not None:
+        common['kd_loss'] = kd_loss
+    if method.variant is None:
+        return method.task(
             student,
             teacher,
-            criterion,
-            config.temperature,
-            weights,
-            config.kd_loss,
-            config.kd_loss_kwargs,
-            input_config=input_config,
+            distill_loss_weight=config.distill_loss_weight,
+            task_loss_weight=config.task_loss_weight,
+            distill_warmup_epochs=config.distill_warmup_epochs,
             **common,
         )
-    adapted = AdaptedTeacher(teacher, input_config)
-    common |= {
-        'temperature': config.temperature,
-        'distill_loss_weight': config.distill_loss_weight,
-        'task_loss_weight': config.task_loss_weight,
-    }
-    if config.method == 'kd':
-        # timm's own task, so that the baseline is not ours.
-        return LogitDistillationTask(student, adapted, criterion, **common)
-    if config.method == 'ctkd':
-        return CTKDTask(student, adapted, criterion, **common)
-    return LogitLossTask(
-        student, adapted, criterion, loss=config.method, loss_kwargs=config.kd_loss_kwargs, **common
+    names = [field.name for field in dataclasses.fields(DFPTWeights)]
+    return method.task(
+        student,
+        teacher,
+        weights=DFPTWeights(**{name: getattr(config, f'{name}_weight') for name in names}),
+        student_prompt_weight_end=config.student_prompt_weight_end,
+        backbone_lr_scale=config.prompt_backbone_lr_scale,
+        **common,
     )
 
 
-def _check_kd_loss(config: TrainConfig) -> None:
-    """Refuse arguments that the distillation loss does not know, before training does."""
-    if not config.kd_loss_kwargs:
-        return
-    loss = config.kd_loss if config.method in ('dfpt', 'dfpt+') else config.method
-    if loss not in KD_LOSSES or config.method == 'kd':
-        raise ValueError(f'kd_loss_kwargs={config.kd_loss_kwargs}: the loss of method={config.method} takes none.')
+def _kd_loss(config: TrainConfig) -> KDLoss | None:
+    """Return the distillation loss with its arguments; `None` for plain KD, and for a task that has its own.
+
+    Raises:
+        ValueError: If the loss does not know one of the arguments.
+    """
+    name = config.kd_loss if METHODS[config.method].variant else config.method
+    kwargs = config.kd_loss_kwargs
+    if kwargs and (name not in KD_LOSSES or name == DEFAULT_LOSS):
+        raise ValueError(f'kd_loss_kwargs={kwargs}: the loss of method={config.method} takes none.')
+    if name not in KD_LOSSES or name == DEFAULT_LOSS:
+        return None
+    loss = functools.partial(KD_LOSSES[name], **kwargs)
     logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     try:
-        KD_LOSSES[loss](logits, logits, torch.tensor([0, 1]), config.temperature, **config.kd_loss_kwargs)
+        loss(logits, logits, torch.tensor([0, 1]), config.temperature)
     except (TypeError, ValueError) as error:
-        raise ValueError(f'kd_loss_kwargs={config.kd_loss_kwargs} do not fit {loss}: {error}') from error
+        raise ValueError(f'kd_loss_kwargs={kwargs} do not fit {name}: {error}') from error
+    return loss
 
 
 def _check_takes(config: TrainConfig, student: nn.Module, size: Sequence[int]) -> None:

@@ -11,7 +11,8 @@ import yaml
 
 from ..data.checks import default_of, kind_of, nearest, range_of
 from ..hub.files import write_text
-from .options import METHODS, TrainConfig, resolve_paths
+from ..tasks.methods import METHODS
+from .options import TrainConfig, resolve_paths
 
 __all__ = ['build_parser', 'load_recipe', 'parse_config', 'resolve_config', 'save_config']
 
@@ -157,8 +158,11 @@ def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe
         base = load_recipe(default_recipe)
     given = {k: dict(v) if k.endswith('_kwargs') else v for k, v in values.items()}
     method = given.get('method', base.get('method', TrainConfig.method))
-    base['baselines'] = [] if method == 'supervised' else [b for b in base.get('baselines', []) if b != method]
-    if method == 'supervised':
+    base['baselines'] = [b for b in base.get('baselines', []) if b != method]
+    # A method that is not in the table is refused by TrainConfig.
+    known = METHODS.get(str(method))
+    if known is not None and not known.needs_teacher:
+        base['baselines'] = []
         base.pop('teacher', None)
         base.pop('teacher_checkpoint', None)
     own = _complete_method_options(base, given)

@@ -16,6 +16,7 @@ import yaml
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
 from .cli import build_parser, resolve_config
 from .export import export
 from .learner import Learner
@@ -24,12 +25,11 @@ from .report import comparison_text, plot_comparison, summarise
 from .run import exit_code, train_side_by_side
 from .run_folder import ComparisonFolder, RunFolder
 from .setup import RunSetup
-from .trainer import Preempted
+from .trainer import NonFiniteLossError, Preempted
 
 __all__ = ['Arm', 'compare', 'main', 'parse_arm']
 
 _TIMED_STEPS = 10
-_ALIASES = {'scratch': 'supervised'}
 # Given by the arms and the seeds.
 _NOT_OPTIONS = ('method', 'baselines', 'seed')
 # What an arm may change. All the rest is what makes the students comparable: data, batches, student, epochs.
@@ -46,7 +46,7 @@ class Arm:
 
     Args:
         name: What to call it in tables and folders.
-        method: One of `timm_dfpt.training.options.METHODS`.
+        method: One of `timm_dfpt.tasks.methods.METHODS`.
         changes: Options that differ from the recipe's.
     """
 
@@ -79,7 +79,7 @@ def parse_arm(text: str) -> Arm:
     if wrong or not method:
         raise ValueError(f'arm {text!r} must be a method, or of the form name=method,option=value,option=value')
     changes = {key: yaml.safe_load(value) for key, _, value in (pair.partition('=') for pair in pairs)}
-    return Arm(name, _ALIASES.get(method, method), changes)
+    return Arm(name, ALIASES.get(method, method), changes)
 
 
 def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = None) -> int:
@@ -144,7 +144,7 @@ def compare(
         raise ValueError(f'methods: name at least one, and each once (--methods kd dfpt), got {names}.')
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f'seeds: name at least one, and each once, got {list(seeds)}.')
-    reference = reference or ('kd' if 'kd' in names else names[0])
+    reference = reference or (REFERENCE_METHOD if REFERENCE_METHOD in names else names[0])
     if reference not in names:
         raise ValueError(f'reference={reference!r} is none of the arms {names}.')
     if config.output is None:
@@ -169,6 +169,8 @@ def compare(
                 _run_seed(common, arms, command)
             except Preempted as stop:
                 raise Preempted(f'stopped by SIGTERM; continue with --output {folder} --resume') from stop
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(error.found, folder) from error
         result = _collect(folder, names, seeds[:number], reference, command)
         if accelerator.is_main_process:
             _write(folder, result)
@@ -176,9 +178,11 @@ def compare(
     return result
 
 
-def _in_training_order(arm: Arm) -> int:
+def _in_training_order(arm: Arm) -> tuple[bool, str]:
     # The prompt path of DFPT-KD takes the most from the teacher's own pass, so it goes first and does that pass.
-    return {'dfpt': 0, 'dfpt+': 1}.get(arm.method, 2)
+    method = METHODS.get(arm.method)
+    variant = method.variant if method else None
+    return variant is None, variant or ''
 
 
 def _run_seed(config: TrainConfig, arms: Sequence[Arm], command: str) -> None:
@@ -225,13 +229,13 @@ def _step_costs(setup: RunSetup, learners: Sequence[Learner]) -> dict[str, dict[
     for learner in learners:
         learner.train()
         with FlopCounterMode(display=False) as counter:
-            learner.step(input, target, 0, {})
+            learner.step(input, target, seed=0)
         # Of all processes, which share the batch.
         costs[learner.name] = {'flops': counter.get_total_flops() * setup.accelerator.num_processes}
     for _ in range(_TIMED_STEPS):
         for learner in learners:
             start = time.perf_counter()
-            learner.step(input, target, 0, {})
+            learner.step(input, target, seed=0)
             if input.is_cuda:
                 torch.cuda.synchronize()
             times[learner.name].append(time.perf_counter() - start)

@@ -12,7 +12,6 @@ from ..hub.build import WEIGHTS
 from ..hub.prompt_path import PROMPT_WEIGHTS, save_prompt_path
 from ..hub.student import save_student
 from ..hub.timm_models import local_folder
-from ..tasks.dfpt import DFPTDistillationTask
 from .learner import Learner
 from .options import public_options
 from .report import measure_cost
@@ -59,17 +58,17 @@ def _export(
     if learner.teacher is not None:
         frozen = list(learner.teacher.parameters())
         source = str(config.teacher)
-        models['teacher'] = (learner.teacher_logits, frozen, source, _teacher_files(source))
-        if isinstance(task, DFPTDistillationTask):
-            save_prompt_path(
-                task.teacher, folder.prompt_path, label_names=facts['class_names'], training=record
-            )
-            own = list(task.teacher.prompt_path.parameters())
-            parameters = [*(frozen if config.method == 'dfpt' else ()), *own]
+        models['teacher'] = (task.teacher_logits, frozen, source, _teacher_files(source))
+        dual_teacher = task.get_dual_teacher()
+        if dual_teacher is not None:
+            save_prompt_path(dual_teacher, folder.prompt_path, label_names=facts['class_names'], training=record)
+            path = dual_teacher.prompt_path
+            parameters = [*(frozen if path.shares_backbone else ()), *path.parameters()]
             files = [folder.prompt_path / PROMPT_WEIGHTS]
-            models['prompt_path'] = (learner.prompt_logits, parameters, config.method, files)
+            models['prompt_path'] = (task.prompt_logits, parameters, config.method, files)
     files = [folder.student / WEIGHTS]
-    student = learner.published_student
+    # In the precision of its weights, as the others: accelerate wraps what is trained in autocast.
+    student = learner.accelerator.unwrap_model(learner.published_student, keep_fp32_wrapper=False)
     models['student'] = (student, list(student.parameters()), str(config.student), files)
     final, key = list(results)[-1], id(learner.teacher)
     costs = {

@@ -10,22 +10,18 @@ from ..data.checks import checked, default_of
 from ..data.images import parse_color
 from ..hub.privacy import public
 from ..hub.timm_models import LOCAL_DIR
+from ..tasks.methods import DEFAULT_LOSS, DEFAULT_METHOD, KD_LOSSES, METHODS
 from .optim import SCHEDULE_OPTIONS, SCHEDULES, check_optimizer, check_schedule, check_used
 
-__all__ = ['METHODS', 'TrainConfig', 'public_options', 'resolve_paths']
+__all__ = ['TrainConfig', 'public_options', 'resolve_paths']
 
-METHODS = (
-    'supervised', 'kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm', 'ctkd', 'dfpt', 'dfpt+',
-)  # fmt: skip
-_DUAL = ('dfpt', 'dfpt+')
-# What the student of a dual method learns from; of no use to others, as is all that is called prompt_*.
+# What the student of a method with a prompt path learns from; of no use to others, as is all that is called prompt_*.
 _DUAL_STUDENT_WEIGHTS = ('student_task_weight', 'student_teacher_weight', 'student_prompt_weight')
 # How images are changed in training, but for mixup and cutmix, which are of batches.
 _AUGMENTATIONS = (
     'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob'
 )  # fmt: skip
 _PATH_OPTIONS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path', 'output')
-_KDLoss = Literal['kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm']
 _Interpolation = Literal['', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
 
 
@@ -53,9 +49,11 @@ class TrainConfig:
     """
 
     # --- method
-    method: str = _opt('dfpt', 'what the student is trained with', 'method', choices=METHODS)
+    method: str = _opt(DEFAULT_METHOD, 'what the student is trained with', 'method', choices=METHODS)
     temperature: float = _opt(4.0, 'softmax temperature T of every distillation term', 'method', above=0)
-    kd_loss: _KDLoss = _opt('kd', 'distillation loss of the four terms of dfpt and dfpt+', 'method')
+    kd_loss: str = _opt(
+        DEFAULT_LOSS, 'distillation loss of the four terms of dfpt and dfpt+', 'method', choices=KD_LOSSES
+    )
     task_loss_weight: float = _opt(1.0, 'weight of the labels in a plain distillation method', 'method', low=0)
     distill_loss_weight: float = _opt(2.0, 'weight of the teacher in a plain method (c + d)', 'method', low=0)
     distill_warmup_epochs: int = _opt(
@@ -193,7 +191,6 @@ class TrainConfig:
     val_interval: int = _opt(1, 'validate every N epochs; the last epoch is always validated', 'run', low=1)
     export_epochs: list[int] = _opt([], 'also save the student of these epochs, as student-epoch<n>', 'run', low=1)
     log_interval: int = _opt(50, 'log every N steps', 'run', low=1)
-    on_nonfinite: Literal['stop', 'skip'] = _opt('stop', 'what to do when a loss is NaN or Inf', 'run')
     log_with: Literal['tensorboard', 'wandb', 'trackio'] | None = _opt(None, 'tracker of accelerate', 'run')
     mixed_precision: Literal['no', 'bf16', 'fp16'] = _opt('no', 'autocast', 'run')
     channels_last: bool = _opt(False, 'channels_last memory format', 'run')
@@ -242,11 +239,14 @@ class TrainConfig:
             raise ValueError('student is not given: name a timm model, e.g. --student resnet18.')
         if self.dataset is None:
             raise ValueError('dataset is not given: name a Hub id, a folder of class folders or parquet.')
-        if self.method == 'supervised':
+        method = METHODS[self.method]
+        if not method.needs_teacher:
             if self.teacher is not None:
-                raise ValueError('method=supervised trains without a teacher: leave --teacher out, or choose a method.')
+                raise ValueError(
+                    f'method={self.method} trains without a teacher: leave --teacher out, or choose a method.'
+                )
             if self.baselines:
-                raise ValueError('baselines need a teacher: choose another method than supervised.')
+                raise ValueError(f'baselines need a teacher: choose another method than {self.method}.')
         elif self.teacher is None and self.prompt_path is None:
             raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
         if self.teacher_checkpoint and self.teacher is None:
@@ -256,20 +256,21 @@ class TrainConfig:
             )
         self._check_weights()
         self._check_student_kwargs()
-        dual = self.method in _DUAL
-        if not dual and (self.prompt_path or self.push_prompt_path or self.freeze_prompt_path):
+        if not method.variant and (self.prompt_path or self.push_prompt_path or self.freeze_prompt_path):
             raise ValueError(f'prompt_path options need method dfpt or dfpt+, got method={self.method}.')
         if self.method in self.baselines or len(set(self.baselines)) != len(self.baselines):
             raise ValueError(f'baselines={self.baselines} names a method twice (method={self.method}).')
         if self.freeze_prompt_path and not self.prompt_path:
             raise ValueError('freeze_prompt_path needs a tuned one to start from: name it with --prompt-path.')
-        if (self.mixup or self.cutmix) and 'dkd' in (self.method, *self.baselines, self.kd_loss if dual else None):
-            raise ValueError('dkd needs class indices and cannot be used with mixup or cutmix: set both to 0.')
-        for method, options in self.method_options.items():
+        used = (self.method, *self.baselines, *([self.kd_loss] if method.variant else []))
+        hard = [name for name in used if METHODS[name].needs_hard_labels]
+        if (self.mixup or self.cutmix) and hard:
+            raise ValueError(f'{hard[0]} needs class indices and cannot be used with mixup or cutmix: set both to 0.')
+        for name, options in self.method_options.items():
             known = [field.name for field in dataclasses.fields(self)]
-            if method not in METHODS or not isinstance(options, dict) or not set(options) <= set(known):
+            if name not in METHODS or not isinstance(options, dict) or not set(options) <= set(known):
                 raise ValueError(
-                    f'method_options: {method}={options!r} must be a method of {", ".join(METHODS)} with a mapping of '
+                    f'method_options: {name}={options!r} must be a method of {", ".join(METHODS)} with a mapping of '
                     'options, such as {dkd: {temperature: 4.0}}.'
                 )
         if self.cache_teacher:
@@ -285,9 +286,10 @@ class TrainConfig:
 
     def _check_weights(self) -> None:
         """Refuse a student that has nothing to learn from."""
-        if self.method == 'supervised':
+        method = METHODS[self.method]
+        if not method.needs_teacher:
             return
-        dual = self.method in _DUAL
+        dual = method.variant is not None
         names = _DUAL_STUDENT_WEIGHTS if dual else ('task_loss_weight', 'distill_loss_weight')
         grows = dual and self.student_prompt_weight_end
         if not any(getattr(self, name) for name in names) and not grows:
@@ -306,8 +308,8 @@ class TrainConfig:
             )
 
     def _check_cache(self) -> None:
-        if self.method == 'supervised':
-            raise ValueError('cache_teacher needs a teacher: choose another method than supervised.')
+        if not METHODS[self.method].needs_teacher:
+            raise ValueError(f'cache_teacher needs a teacher: choose another method than {self.method}.')
         if self.mixup or self.cutmix:
             raise ValueError('cache_teacher knows single images, which mixup and cutmix blend: set both to 0.')
         if not (self.no_aug or self.aug_cycle):
@@ -333,7 +335,7 @@ class TrainConfig:
         for name in filter(self._differs, given):
             check_used(name, getattr(self, name), self.opt, self.sched, self.warmup_epochs)
         methods = methods or (self.method, *self.baselines)
-        if set(methods) & set(_DUAL):
+        if any(name in METHODS and METHODS[name].variant for name in methods):
             return
         for name in given:
             dual_only = name == 'kd_loss' or name.startswith(('prompt_', *_DUAL_STUDENT_WEIGHTS))
@@ -347,7 +349,7 @@ class TrainConfig:
         """Return these options for another method: with that method's own, and without what it has no use for.
 
         Args:
-            method: One of `METHODS`.
+            method: One of `timm_dfpt.tasks.methods.METHODS`.
             **changes: Further options to change; they win over the method's own.
 
         Raises:
@@ -357,9 +359,11 @@ class TrainConfig:
         if method != self.method:
             # They are arguments of one loss, which others do not know.
             dropped['kd_loss_kwargs'] = {}
-        if method == 'supervised':
+        # Another name than those of the table is refused by the checks of the result.
+        known = METHODS.get(method, METHODS[self.method])
+        if not known.needs_teacher:
             dropped |= {'teacher': None, 'teacher_checkpoint': None, 'cache_teacher': False}
-        if method not in _DUAL:
+        if not known.variant:
             dropped |= {'prompt_path': None, 'push_prompt_path': None, 'freeze_prompt_path': False}
         own = self.method_options.get(method, {})
         return dataclasses.replace(self, **{'method': method, **dropped, **own, **changes})

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ..data.checks import default_of
 from ..hub.base import hub_repo_of
 from ..hub.cards import ModelRow, RunFacts
 from ..hub.errors import HubError
@@ -134,7 +135,7 @@ def _read_run(folder: RunFolder, prompt_path_repo: str | None) -> tuple[RunFacts
     models = dict(summary.get('models', {}))
     models |= {f'{name} baseline': model for name, model in summary.get('baselines', {}).items()}
     split = str(summary.get('eval_split', 'val'))
-    defaults = dataclasses.asdict(TrainConfig(student='x', dataset='x', method='supervised'))
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(TrainConfig)}
     chosen = {key: value for key, value in recipe.items() if value != defaults.get(key) and key not in _NOT_RECIPE}
     facts = RunFacts(
         method=summary.get('method'),

@@ -17,8 +17,8 @@ from ..hub.markdown import markdown_table
 from ..hub.privacy import public
 
 __all__ = [
-    'closing_table', 'comparison_text', 'measure_cost', 'plot_comparison', 'plot_curves', 'save_figure', 'summarise',
-    't_quantile', 'verdicts',
+    'closing_table', 'comparison_text', 'epoch_line', 'measure_cost', 'plot_comparison', 'plot_curves', 'save_figure',
+    'summarise', 't_quantile', 'verdicts',
 ]  # fmt: skip
 
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
@@ -64,6 +64,17 @@ def measure_cost(
         # The first batch warms caches up.
         'images_per_s': len(example) / statistics.median(times[1:]),
     }
+
+
+def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
+    """Return what a run prints at the end of an epoch, from its line of `metrics.jsonl`."""
+    parts = [f'epoch {line["epoch"]:>{len(str(epochs))}}/{epochs}']
+    for name, values in line.items():
+        if not isinstance(values, Mapping):
+            continue
+        top1 = ', '.join(f'{who} {metrics["top1"]:.2f}' for who, metrics in values.get('val', {}).items())
+        parts.append(f'{name}: loss {values["train"]["loss"]:.3f}' + (f', val top-1 {top1}' if top1 else ''))
+    return ' | '.join(parts)
 
 
 def closing_table(summary: Mapping[str, Any]) -> str:

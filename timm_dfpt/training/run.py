@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from ..hub.repo import check_repo_id
-from ..tasks.dfpt import DFPTDistillationTask
+from ..tasks.evaluation import evaluate
 from .build import create_mixup
 from .cli import parse_config
-from .evaluate import evaluate
 from .export import export, export_student
 from .learner import Learner
 from .options import TrainConfig
@@ -166,10 +165,11 @@ def train_side_by_side(
     config, accelerator = setup.config, setup.accelerator
     learners = [setup.create_learner(name, arm) for name, arm in arms.items()]
     first = learners[0]
-    if isinstance(first.task, DFPTDistillationTask):
-        accelerator.print(first.task.teacher.summary())
+    dual_teacher = first.task.get_dual_teacher()
+    if dual_teacher is not None:
+        accelerator.print(dual_teacher.summary())
     if first.teacher is not None:
-        before = evaluate(lambda x: {'teacher': first.teacher_logits(x)}, setup.loaders['val'], accelerator)
+        before = evaluate(lambda x: {'teacher': first.task.teacher_logits(x)}, setup.loaders['val'], accelerator)
         top1 = before['teacher']['top1']
         accelerator.print(f'teacher {first.config.teacher}: {top1:.2f}% top-1 on the validation data')
     teacher_cache = setup.open_teacher_cache(first)

@@ -23,6 +23,8 @@ from ..data.datasets import DataSplits, load_splits
 from ..data.fingerprint import dataset_fingerprint, describe_data
 from ..data.loader import create_loader, default_batch_size
 from ..hub.config import check_data_config, check_label_names
+from ..tasks.evaluation import evaluate_together
+from ..tasks.methods import METHODS
 from ..version import __version__
 from .build import (
     create_student,
@@ -33,7 +35,6 @@ from .build import (
     wrap_teacher,
 )
 from .checkpoint import describe_teachers
-from .evaluate import evaluate_together
 from .learner import Learner
 from .optim import describe_decay
 from .options import TrainConfig
@@ -125,7 +126,7 @@ class RunSetup:
         teacher = self._teacher(config)
         # Seeded for each part, so that every method starts from the same student whatever was built before it.
         set_seed(config.seed)
-        if teacher is not None and config.method in ('dfpt', 'dfpt+'):
+        if teacher is not None and METHODS[config.method].variant:
             teacher = wrap_teacher(config, teacher)
         set_seed(config.seed)
         student = create_student(config, self.data.num_classes, self.data.class_names, self.input_config)
@@ -136,7 +137,7 @@ class RunSetup:
         return learner
 
     def _teacher(self, config: TrainConfig) -> nn.Module | None:
-        if config.method == 'supervised':
+        if not METHODS[config.method].needs_teacher:
             return None
         source = [config.teacher or config.prompt_path, config.teacher_checkpoint, config.teacher_kwargs]
         key = json.dumps([*source, config.teacher_dtype], default=str)
@@ -168,7 +169,7 @@ class RunSetup:
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.autocast():
-            check_exact(learner.teacher_logits, images)
+            check_exact(learner.task.teacher_logits, images)
         key = cache_key(config, learner.teacher, dataset_fingerprint(self.data.train), self.input_config, device)
         return TeacherCache(
             Path(config.teacher_cache_dir), key, len(self.data.train), self.data.num_classes, config.aug_cycle or 1

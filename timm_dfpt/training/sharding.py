@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from .options import TrainConfig
 
 __all__ = [
-    'ShardedRoot', 'clip_gradients', 'is_sharding', 'load_optimizer_state', 'load_weights', 'optimizer_state',
+    'ShardedRoot', 'clip_shards', 'is_sharding', 'load_optimizer_state', 'load_weights', 'optimizer_state',
     'refuse_deepspeed', 'set_up_sharding', 'whole_weights',
 ]  # fmt: skip
 
@@ -161,26 +161,19 @@ def _set(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         setattr(module.get_submodule(parent), leaf, parameter)
 
 
-def clip_gradients(
-    accelerator: Accelerator, parameters: Sequence[nn.Parameter], limit: float | None
-) -> torch.Tensor:
-    """Clip gradients to a norm.
+def clip_shards(accelerator: Accelerator, parameters: Sequence[nn.Parameter], limit: float | None) -> torch.Tensor:
+    """Clip gradients that are spread over the processes to a norm.
 
     Args:
-        accelerator: Knows whether they are sharded.
+        accelerator: Sums over the processes.
         parameters: Parameters with gradients.
         limit: The norm to clip to; `None` or 0 to leave them as they are.
 
     Returns:
         The norm of all of them together, before.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not is_sharding(accelerator):
-        norm = nn.utils.get_total_norm(grads)
-        if limit:
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return norm
     # torch's functions, but with one message in all instead of one for each parameter.
+    grads = [p.grad for p in parameters if p.grad is not None]
     parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
     squares: Any = accelerator.reduce(nn.utils.get_total_norm(parts).square())
     norm = squares.sqrt()

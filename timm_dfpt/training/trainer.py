@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,12 +22,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.seeding import derive_seed
+from ..tasks.base import TeacherLogits
+from ..tasks.evaluation import evaluate
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
-from .evaluate import evaluate
 from .learner import Learner
 from .options import TrainConfig
-from .run_folder import RunFolder
-from .sigterm import on_sigterm
+from .report import epoch_line
+from .run_folder import ComparisonFolder, RunFolder
+from .sigterm import StopRequest, on_sigterm
 from .teacher_cache import TeacherCache
 
 __all__ = ['NonFiniteLossError', 'Preempted', 'Trainer']
@@ -34,14 +37,26 @@ __all__ = ['NonFiniteLossError', 'Preempted', 'Trainer']
 _logger = logging.getLogger(__name__)
 
 _MIXUP_STREAM = 3
-# Steps between two looks of several processes at whether one of them was asked to stop; each look waits for all.
-_STOP_INTERVAL = 8
-# Updates left out in a row after which there is nothing to wait for any more.
-_MAX_SKIPPED = 20
+_STEP_STREAM = 4
+# Updates in a row that a gradient scaler leaves out, after which there is nothing to wait for any more.
+_MAX_OVERFLOWS = 20
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss or gradient is NaN or infinite; the message says which, where, and what to try."""
+    """A loss, gradient or metric is NaN or infinite; the message says which, where, how to replay it, what to try.
+
+    Args:
+        found: What is not finite, and where.
+        folder: Folder to resume in.
+    """
+
+    def __init__(self, found: str, folder: RunFolder | ComparisonFolder) -> None:
+        # Seed, step and rows determine a step: on the same machine it is the same one to the last bit.
+        super().__init__(
+            f'{found}. To replay it, add --output {shlex.quote(str(folder))} --resume --log-interval 1 to the command. '
+            'Else try a lower --lr or --prompt-lr, --clip-grad 1.0, --warmup-epochs 1, or a higher --temperature.'
+        )
+        self.found = found
 
 
 class Preempted(RuntimeError):
@@ -60,9 +75,6 @@ class _Progress:
     lines: list[str] = dataclasses.field(default_factory=list)
     # By `learner/term` the sum and the count of this process.
     sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    # By learner the updates left out in this epoch, and in a row.
-    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
-    skipped_in_a_row: dict[str, int] = dataclasses.field(default_factory=dict)
     # By learner the updates in a row that the gradient scaler left out.
     overflows_in_a_row: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -81,6 +93,15 @@ class _Note:
         values: list[float] = torch.stack([value.float() for value in self.terms.values()]).tolist()
         return values
 
+    def find_non_finite(self, values: Sequence[float], steps: int) -> str | None:
+        """Say which of the values is not finite, and where, given the steps of an epoch; `None` if all are."""
+        bad = [f'{key} is {value}' for key, value in zip(self.terms, values, strict=True) if not math.isfinite(value)]
+        if not bad:
+            return None
+        rows = ', '.join(map(str, self.rows.tolist()[:16])) + (', ...' if len(self.rows) > 16 else '')
+        where = f'at step {self.step + 1} (epoch {self.step // steps + 1}, training rows {rows})'
+        return f'{self.learner}: {bad[0]} {where}'
+
 
 class Trainer:
     """Trains one or several learners and writes `metrics.jsonl` and checkpoints.
@@ -97,11 +118,10 @@ class Trainer:
         val_loader: Loader of the validation data, prepared by `accelerator`.
         folder: The run folder.
         mixup: timm's mixup, if any.
-        after_epoch: Called with each epoch's line of `metrics.jsonl`, before its checkpoint: again, if a run is stopped
-            between the two.
+        after_epoch: Called with each epoch's line of `metrics.jsonl` before its checkpoint; again after a stop between.
         teacher_cache: Logits of the first learner's teacher that are kept for later epochs and runs.
-        origin: What the run is made from besides its options, see `describe_data` and `describe_teachers`; it
-            counts in the main process. A checkpoint of another origin is refused.
+        origin: What the run is made from besides its options, in the main process; see `describe_data` and
+            `describe_teachers`. A checkpoint of another origin is refused.
     """
 
     def __init__(
@@ -124,9 +144,9 @@ class Trainer:
         self.steps = len(train_loader)
         self.after_epoch = after_epoch
         self.progress = _Progress()
-        self.stop_requested = False
-        self._stop_looks = 0
+        self.stop = StopRequest(accelerator)
         self._notes: list[_Note] = []
+        self._seeds: list[int] = []
         self._clock = time.monotonic()
 
     def fit(self) -> float:
@@ -144,34 +164,20 @@ class Trainer:
         self._restore()
         progress = self.progress
         bar = tqdm(
-            total=self.config.epochs * self.steps,
-            initial=progress.epoch * self.steps + progress.step_in_epoch,
             desc='training',
             unit='step',
+            initial=progress.epoch * self.steps + progress.step_in_epoch,
+            total=self.config.epochs * self.steps,
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
             mininterval=1.0,
         )
-        with bar, on_sigterm(self._request_stop):
+        with bar, on_sigterm(self.stop.request):
             while progress.epoch < self.config.epochs:
                 if progress.step_in_epoch < self.steps:
                     self._train_epoch(bar)
                 self._finish_epoch()
         return progress.seconds
-
-    def _request_stop(self) -> None:
-        self.stop_requested = True
-
-    def _asked_to_stop(self, at_once: bool = False) -> bool:
-        """Say whether this process was asked to stop, or, looked at now and then, one of the others."""
-        if self.accelerator.num_processes == 1:
-            return self.stop_requested
-        self._stop_looks += 1
-        if self._stop_looks % _STOP_INTERVAL and not at_once:
-            return False
-        if self.stop_requested:
-            self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()
 
     def _preempted(self) -> Preempted:
         return Preempted(f'Stopped by SIGTERM; continue with --output {self.folder} --resume.')
@@ -184,6 +190,7 @@ class Trainer:
             loader = skip_first_batches(loader, progress.step_in_epoch)
             # accelerate before 1.15 starts what is left at epoch 0.
             loader.set_epoch(progress.epoch)
+        self._seeds = [self._derive_seed(_STEP_STREAM, step) for step in range(self.steps)]
         for learner in self.learners:
             learner.train()
         for input, target, index in loader:
@@ -197,95 +204,69 @@ class Trainer:
                 continue
             if len(self._notes) >= config.log_interval * len(self.learners):
                 bar.set_postfix(self._look(), refresh=False)
-            stop = self._asked_to_stop()
+            stop = self.stop.arrived()
             if stop or (config.checkpoint_steps and progress.updates % config.checkpoint_steps == 0):
                 self._save()
             if stop:
                 raise self._preempted()
 
+    def _derive_seed(self, stream: int, step_in_epoch: int) -> int:
+        step = self.progress.epoch * self.steps + step_in_epoch
+        return derive_seed(self.config.seed, stream, step, self.accelerator.process_index)
+
     def _step(self, input: torch.Tensor, target: torch.Tensor, index: torch.Tensor) -> None:
+        """Let every learner make a step on one batch."""
         progress = self.progress
         step = progress.epoch * self.steps + progress.step_in_epoch
         if self.config.channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
         if self.mixup is not None:
-            seed = derive_seed(self.config.seed, _MIXUP_STREAM, step, self.accelerator.process_index)
+            seed = self._derive_seed(_MIXUP_STREAM, progress.step_in_epoch)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             input, target = self.mixup(input, target)
-        known = self._known_logits(index)
-        cached = set(known)
+        known = self._cached_logits(index)
+        cached = bool(known)
         for learner in self.learners:
-            learner.set_update(progress.updates, progress.epoch)
-            terms, kept = learner.step(input, target, step, known)
+            learner.set_progress(progress.epoch, progress.updates)
+            terms = learner.step(input, target, self._seeds[progress.step_in_epoch], known)
             self._notes.append(_Note(step, learner.name, terms, index))
-            if not self.accelerator.sync_gradients:
-                continue
-            self._count_overflows(learner, step)
-            if kept:
-                learner.update_average(step=progress.updates + 1)
-            if self.config.on_nonfinite == 'skip':
-                self._count_skipped(learner.name, step, kept)
-        if self.teacher_cache is not None and id(self.learners[0].teacher) not in cached:
-            self.teacher_cache.put(progress.epoch, index, known[id(self.learners[0].teacher)])
+            if self.accelerator.sync_gradients:
+                self._count_overflows(learner, step)
+                learner.update_average(progress.updates + 1)
+        teacher = self.learners[0].teacher
+        if self.teacher_cache is not None and teacher is not None and not cached:
+            self.teacher_cache.put(progress.epoch, index, known[teacher])
         if self.accelerator.sync_gradients:
             progress.updates += 1
 
-    def _known_logits(self, index: torch.Tensor) -> dict[int, torch.Tensor]:
-        if self.teacher_cache is None:
+    def _cached_logits(self, index: torch.Tensor) -> TeacherLogits:
+        teacher = self.learners[0].teacher
+        if self.teacher_cache is None or teacher is None:
             return {}
         logits = self.teacher_cache.get(self.progress.epoch, index, self.accelerator.device)
-        return {} if logits is None else {id(self.learners[0].teacher): logits}
-
-    def _count_skipped(self, learner: str, step: int, kept: bool) -> None:
-        skipped, in_a_row = self.progress.skipped, self.progress.skipped_in_a_row
-        if kept:
-            in_a_row[learner] = 0
-            return
-        skipped[learner] = skipped.get(learner, 0) + 1
-        in_a_row[learner] = in_a_row.get(learner, 0) + 1
-        # All that would have gone into the update.
-        first = step - step % self.steps % self.accelerator.gradient_accumulation_steps
-        lost = [note for note in self._notes if note.learner == learner and note.step >= first]
-        self._notes = [note for note in self._notes if note not in lost]
-        found = next((bad for note in lost if (bad := self._describe(note, note.values()))), None)
-        found = found or f'{learner}: step {step + 1} is not finite on another process'
-        _logger.warning(f'{found}: no update from it.')
-        if in_a_row[learner] >= _MAX_SKIPPED:
-            raise NonFiniteLossError(
-                f'{learner}: {_MAX_SKIPPED} updates in a row were not finite, the last at step {step + 1}. {_REMEDY}'
-            )
+        return {} if logits is None else {teacher: logits}
 
     def _count_overflows(self, learner: Learner, step: int) -> None:
         in_a_row = self.progress.overflows_in_a_row
         in_a_row[learner.name] = in_a_row.get(learner.name, 0) + 1 if learner.overflowed else 0
-        if in_a_row[learner.name] >= _MAX_SKIPPED:
+        if in_a_row[learner.name] >= _MAX_OVERFLOWS:
             # A scaler that looks for the largest scale overflows once, and then not for thousands of updates.
             raise NonFiniteLossError(
-                f'{learner.name}: the gradients of {_MAX_SKIPPED} updates in a row were not finite, the last at step '
+                f'{learner.name}: the gradients of {_MAX_OVERFLOWS} updates in a row were not finite, the last at step '
                 f'{step + 1}, though the gradient scaler went down to {self.accelerator.scaler.get_scale():.0e}: no '
-                f'update was made from them. {_REMEDY} Or use --mixed-precision bf16.'
+                'update was made from them, which --mixed-precision bf16 would not need',
+                self.folder,
             )
-
-    def _describe(self, note: _Note, values: Sequence[float]) -> str | None:
-        """Say which term of a step is not finite, and where; `None` if all are."""
-        for key, value in zip(note.terms, values, strict=True):
-            if not math.isfinite(value):
-                rows = ', '.join(str(row) for row in note.rows.tolist()[:16]) + (', ...' if len(note.rows) > 16 else '')
-                return (
-                    f'{note.learner}: {key} is {value} at step {note.step + 1} (epoch {note.step // self.steps + 1}, '
-                    f'training rows {rows})'
-                )
-        return None
 
     def _look(self) -> dict[str, str]:
         """Add what was noted since the last look to the sums of the epoch, and make sure that all is finite."""
         shown: dict[str, str] = {}
         for note in self._notes:
             values = note.values()
-            bad = self._describe(note, values)
+            bad = note.find_non_finite(values, self.steps)
             if bad is not None:
-                raise NonFiniteLossError(f'{bad}. The last checkpoint is from before. {_REMEDY}')
+                raise NonFiniteLossError(bad, self.folder)
             for key, value in zip(note.terms, values, strict=True):
                 total = self.progress.sums.setdefault(f'{note.learner}/{key}', [0.0, 0])
                 total[0] += value
@@ -311,24 +292,20 @@ class Trainer:
         self._look()
         line: dict[str, Any] = {'epoch': progress.epoch + 1, 'updates': progress.updates}
         means = self._means()
+        due = (progress.epoch + 1) % self.config.val_interval == 0 or progress.epoch + 1 == self.config.epochs
         for learner in self.learners:
             prefix = f'{learner.name}/'
             train = {key.removeprefix(prefix): value for key, value in means.items() if key.startswith(prefix)}
-            if not train:
-                raise NonFiniteLossError(
-                    f'{learner.name}: not one update of epoch {progress.epoch + 1} was finite. {_REMEDY}'
-                )
             line[learner.name] = {
                 'lr': [group['lr'] for o in learner.optimizers for group in o.param_groups[:1]],
                 'train': train,
             }
-            if self._is_validated(progress.epoch + 1, learner):
+            # A student that is exported is published with its accuracy.
+            if due or progress.epoch + 1 in learner.config.export_epochs:
                 line[learner.name]['val'] = self._evaluate(learner)
-            if self.config.on_nonfinite == 'skip':
-                line[learner.name]['skipped'] = progress.skipped.get(learner.name, 0)
         progress.epoch += 1
         progress.step_in_epoch = 0
-        progress.sums, progress.skipped = {}, {}
+        progress.sums = {}
         progress.lines.append(json.dumps(line))
         self._write_metrics()
         accelerator.log(_flat(line), step=progress.epoch)
@@ -336,47 +313,35 @@ class Trainer:
             self.after_epoch(line)
         self._save()
         if accelerator.is_main_process:
-            tqdm.write(_epoch_line(line, self.config.epochs))
-        if self._asked_to_stop(at_once=True):
+            tqdm.write(epoch_line(line, self.config.epochs))
+        if self.stop.arrived(at_once=True):
             raise self._preempted()
 
-    def _is_validated(self, epoch: int, learner: Learner) -> bool:
-        # A student that is exported is published with its accuracy.
-        due = epoch % self.config.val_interval == 0 or epoch == self.config.epochs
-        return due or epoch in learner.config.export_epochs
-
-    def _evaluate(self, learner: Learner) -> dict[str, dict[str, float | None]]:
+    def _evaluate(self, learner: Learner) -> dict[str, dict[str, float]]:
         def batches() -> Iterator[Any]:
             for batch in self.val_loader:
-                if self._asked_to_stop():
+                if self.stop.arrived():
                     # Nothing has changed since the last step: a run stopped here evaluates once more.
                     self._save()
                     raise self._preempted()
                 yield batch
 
         learner.eval()
-        metrics = evaluate(learner.outputs, batches(), self.accelerator)
-        return {who: self._finite_metrics(learner, who, values) for who, values in metrics.items()}
-
-    def _finite_metrics(self, learner: Learner, who: str, values: Mapping[str, float]) -> dict[str, float | None]:
-        """Stop at a metric that is NaN or infinite, or make it `None`: JSON has no such numbers."""
-        bad = {key: value for key, value in values.items() if not math.isfinite(value)}
-        if bad:
-            found = ', '.join(f'{key} is {value}' for key, value in bad.items())
-            found = f'{learner.name}: {found} for {who} on the validation data after epoch {self.progress.epoch + 1}'
-            if self.config.on_nonfinite == 'stop':
-                raise NonFiniteLossError(f'{found}. The last checkpoint is from before. {_REMEDY}')
-            _logger.warning(f'{found}: null in {self.folder.metrics.name}.')
-        return {key: None if key in bad else value for key, value in values.items()}
+        metrics = evaluate(learner.task.eval_outputs, batches(), self.accelerator)
+        for who, values in metrics.items():
+            bad = ', '.join(f'{key} is {value}' for key, value in values.items() if not math.isfinite(value))
+            if bad:
+                where = f'for {who} on the validation data after epoch {self.progress.epoch + 1}'
+                raise NonFiniteLossError(f'{learner.name}: {bad} {where}', self.folder)
+        return metrics
 
     def _write_metrics(self) -> None:
         if self.accelerator.is_main_process:
             self.folder.write_metrics(self.progress.lines)
 
     def _averages(self) -> dict[str, nn.Module]:
-        return {
-            f'average_{i}': learner.average for i, learner in enumerate(self.learners) if learner.average is not None
-        }
+        averages = {f'average_{i}': learner.average for i, learner in enumerate(self.learners)}
+        return {name: average for name, average in averages.items() if average is not None}
 
     def _save(self) -> None:
         self._look()
@@ -413,15 +378,7 @@ class Trainer:
             f'The run was saved by {len(saved)} processes and goes on with {self.accelerator.num_processes}: the order '
             'of the images stays, but dropout, mixup and rounding will differ from a run that was not interrupted.'
         )
-        return {
-            key: [sum(sums[key][0] for sums in saved) / len(saved), saved[0][key][1]] for key in saved[0]
-        }
-
-
-_REMEDY = (
-    'Try a lower --lr or --prompt-lr, --clip-grad 1.0, --warmup-epochs 1, a higher --temperature, or --on-nonfinite '
-    'skip if a few images are to blame.'
-)
+        return {key: [sum(sums[key][0] for sums in saved) / len(saved), saved[0][key][1]] for key in saved[0]}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
@@ -432,15 +389,3 @@ def _flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
         elif isinstance(value, (int, float)):
             flat[f'{prefix}{key}'] = value
     return flat
-
-
-def _epoch_line(line: Mapping[str, Any], epochs: int) -> str:
-    parts = [f'epoch {line["epoch"]:>{len(str(epochs))}}/{epochs}']
-    for name, values in line.items():
-        if not isinstance(values, Mapping):
-            continue
-        top1 = ', '.join(f'{who} {metrics["top1"]:.2f}' for who, metrics in values.get('val', {}).items())
-        parts.append(f'{name}: loss {values["train"]["loss"]:.3f}' + (f', val top-1 {top1}' if top1 else ''))
-        if values.get('skipped'):
-            parts.append(f'{values["skipped"]} updates left out')
-    return ' | '.join(parts)

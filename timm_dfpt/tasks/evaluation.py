@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from .base import TeacherLogits
+
 __all__ = ['TOP5_FROM', 'evaluate', 'evaluate_together']
 
 TOP5_FROM = 20
-"""Number of classes from which on top-5 accuracy is told."""
+"""Number of classes from which on top-5 accuracy is reported."""
 
 Outputs = Mapping[str, torch.Tensor]
 
@@ -32,7 +34,7 @@ def evaluate(
         `KL(softmax(model) || softmax(student))` in nats at temperature 1.
 
     Raises:
-        ValueError: The loader has no sample.
+        ValueError: If the loader has no sample.
     """
     (metrics,) = evaluate_together([lambda input, _: forward(input)], loader, accelerator)
     return metrics
@@ -40,15 +42,15 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_together(
-    forwards: Sequence[Callable[[torch.Tensor, dict[int, torch.Tensor]], Outputs]],
+    forwards: Sequence[Callable[[torch.Tensor, TeacherLogits], Outputs]],
     loader: Iterable[Any],
     accelerator: Accelerator,
 ) -> list[dict[str, dict[str, float]]]:
     """Do `evaluate` for several functions in one pass over a loader.
 
     Args:
-        forwards: As in `evaluate`. The second argument, empty at the start of a batch, is for what they share: logits
-            of teachers by `id` of the model.
+        forwards: As in `evaluate`. The second argument, empty at the start of a batch, is for what they share: the
+            teachers' logits.
         loader: As in `evaluate`.
         accelerator: As in `evaluate`.
 
@@ -59,7 +61,7 @@ def evaluate_together(
     keys: dict[str, list[str]] = {}
     count = 0
     for batch in loader:
-        known: dict[int, torch.Tensor] = {}
+        known: TeacherLogits = {}
         for forward, parts in zip(forwards, sums, strict=True):
             with accelerator.autocast():
                 outputs = dict(forward(batch[0], known))
@@ -83,6 +85,8 @@ def evaluate_together(
     ]
 
 
+# Not timm's ClassificationEvaluator: it has no entropy, confidence and divergence, and where logits tie, as those of
+# half precision do, the first of its top 5 is not always the top 1.
 def _batch_sums(
     name: str, logits: torch.Tensor, target: torch.Tensor, student: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:

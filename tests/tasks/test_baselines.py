@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import timm
 import torch
@@ -5,9 +7,10 @@ import torch.nn.functional as F
 from timm.task import LogitDistillationTask
 from torch import nn
 
-from timm_dfpt.losses import KD_LOSSES, dkd_loss
-from timm_dfpt.tasks.baselines import AdaptedTeacher, CTKDTask, LogitLossTask
-from timm_dfpt.training.options import METHODS, TrainConfig
+from timm_dfpt.losses import dkd_loss
+from timm_dfpt.tasks.baselines import CTKDTask, LogitLossTask, SupervisedTask
+from timm_dfpt.tasks.methods import KD_LOSSES, METHODS
+from timm_dfpt.training.options import TrainConfig
 
 INPUT = {'input_size': (3, 32, 32), 'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25)}
 SHARED = {'teacher': 'test_resnet', 'student': 'test_resnet', 'dataset': 'user/data'}
@@ -35,7 +38,7 @@ def test_total_is_weighted_sum_of_the_formulas(loss, batch):
     input, target = batch
     student, teacher = model(1).eval(), model(2).eval()
     task = LogitLossTask(
-        student, AdaptedTeacher(teacher, INPUT), nn.CrossEntropyLoss(), loss=loss, temperature=3.0,
+        student, teacher, nn.CrossEntropyLoss(), kd_loss=KD_LOSSES[loss], temperature=3.0,
         task_loss_weight=0.3, distill_loss_weight=0.7, verbose=False,
     )  # fmt: skip
     result = task(input, target)
@@ -46,13 +49,26 @@ def test_total_is_weighted_sum_of_the_formulas(loss, batch):
     torch.testing.assert_close(result['output'], ours)
 
 
-def test_plain_loss_is_timms_task(batch):
+@pytest.mark.parametrize('temperature', [3.0, 4.0])
+@pytest.mark.parametrize('kd_loss', [None, KD_LOSSES['kd']])
+def test_plain_loss_is_timms_task_bit_for_bit(kd_loss, temperature, batch):
+    """Losses, gradients and students after several steps."""
+    kwargs = {'temperature': temperature, 'distill_loss_weight': 0.9, 'task_loss_weight': 0.1, 'verbose': False}
+    ours = LogitLossTask(model(1), model(2), nn.CrossEntropyLoss(), kd_loss=kd_loss, **kwargs)
+    timms = LogitDistillationTask(model(1), model(2).requires_grad_(False), nn.CrossEntropyLoss(), **kwargs)
+    optimizers = [torch.optim.SGD(task.get_trainable_module().train().parameters(), lr=0.1) for task in (ours, timms)]
     input, target = batch
-    kwargs = {'temperature': 4.0, 'distill_loss_weight': 0.9, 'task_loss_weight': 0.1, 'verbose': False}
-    student = model(1).eval()
-    ours = LogitLossTask(student, AdaptedTeacher(model(2), INPUT), nn.CrossEntropyLoss(), loss='kd', **kwargs)
-    timms = LogitDistillationTask(student, AdaptedTeacher(model(2), INPUT), nn.CrossEntropyLoss(), **kwargs)
-    torch.testing.assert_close(ours(input, target)['loss'], timms(input, target)['loss'])
+    for _ in range(3):
+        results = [task(input, target) for task in (ours, timms)]
+        for key, value in results[1].items():
+            assert torch.equal(results[0][key], value), key
+        for result, optimizer in zip(results, optimizers, strict=True):
+            optimizer.zero_grad()
+            result['loss'].backward()
+            optimizer.step()
+    students = (task.get_eval_model().state_dict() for task in (ours, timms))
+    for a, b in zip(*(state.values() for state in students), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_arguments_reach_the_loss(batch):
@@ -61,7 +77,7 @@ def test_arguments_reach_the_loss(batch):
     losses = {}
     for beta in (2.0, 8.0):
         task = LogitLossTask(
-            student, AdaptedTeacher(teacher, INPUT), loss='dkd', loss_kwargs={'beta': beta}, temperature=4.0,
+            student, teacher, kd_loss=functools.partial(dkd_loss, beta=beta), temperature=4.0,
             task_loss_weight=0.0, distill_loss_weight=1.0, verbose=False,
         )  # fmt: skip
         losses[beta] = task(input, target)['loss']
@@ -75,7 +91,7 @@ def test_arguments_reach_the_loss(batch):
 def test_the_teacher_gets_no_gradient_and_stays_in_evaluation(kind, batch):
     teacher = model(2)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    task = kind(model(1), AdaptedTeacher(teacher, INPUT), nn.CrossEntropyLoss(), verbose=False)
+    task = kind(model(1), teacher, nn.CrossEntropyLoss(), verbose=False)
     task.train()
     task(*batch)['loss'].backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -90,12 +106,12 @@ def test_learned_temperature_moves_against_the_student(batch):
         # With logits near zero the temperature makes no difference.
         net.fc.weight.data *= 50
     task = CTKDTask(
-        student, AdaptedTeacher(teacher, INPUT), nn.CrossEntropyLoss(), task_loss_weight=0.0,
+        student, teacher, nn.CrossEntropyLoss(), task_loss_weight=0.0,
         distill_loss_weight=1.0, verbose=False,
     )  # fmt: skip
     temperature = task.trainable_module.temperature
     # From where the curriculum has reached its full strength.
-    task.epoch = temperature.curriculum_epochs
+    task.set_progress(temperature.curriculum_epochs, 0, 1)
     before = task(input, target)
     before['loss'].backward()
     with torch.no_grad():
@@ -106,32 +122,30 @@ def test_learned_temperature_moves_against_the_student(batch):
 
 def test_ctkd_evaluates_and_saves_the_student_alone():
     student = model(1)
-    task = CTKDTask(student, AdaptedTeacher(model(2), INPUT), nn.CrossEntropyLoss(), verbose=False)
+    task = CTKDTask(student, model(2), nn.CrossEntropyLoss(), verbose=False)
     assert task.get_eval_model() is student
     assert task.get_eval_model(ema=False)(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
-def test_shared_logits_are_read_and_written():
-    net = model(2)
-    teacher = AdaptedTeacher(net, INPUT)
+@pytest.mark.parametrize('kind', [LogitLossTask, CTKDTask])
+def test_logits_that_are_known_are_taken_over(kind, batch):
+    teacher = model(2)
+    task = kind(model(1).eval(), teacher, nn.CrossEntropyLoss(), verbose=False)
+    assert task.get_teacher() is teacher
     calls = []
-    net.register_forward_hook(lambda *args: calls.append(1))
-    x = torch.randn(2, 3, 32, 32)
-    known = {}
-    with teacher.sharing(known, 7):
-        first = teacher(x)
-    with teacher.sharing(known, 7):
-        second = teacher(x)
-    assert second is first
-    assert known == {7: first}
-    torch.testing.assert_close(teacher(x), first)
-    assert len(calls) == 2
+    teacher.register_forward_hook(lambda *args: calls.append(1))
+    first = task(*batch)
+    again = task(*batch, first['teacher_output'])
+    assert len(calls) == 1
+    assert again['teacher_output'] is first['teacher_output']
+    assert torch.equal(again['loss'], first['loss'])
+    assert torch.equal(first['teacher_output'], task.teacher_logits(batch[0]))
 
 
 def test_the_teacher_sees_its_own_normalisation():
     net = model(2)
     own = {**INPUT, 'mean': (0.1, 0.2, 0.3), 'std': (0.5, 0.6, 0.7)}
-    teacher = AdaptedTeacher(net, INPUT, own)
+    task = LogitLossTask(model(1), net, input_config=INPUT, teacher_input_config=own, verbose=False)
     pixels = torch.rand(2, 3, 32, 32)
 
     def normalised(config):
@@ -139,7 +153,25 @@ def test_the_teacher_sees_its_own_normalisation():
         return (pixels - mean) / std
 
     with torch.no_grad():
-        torch.testing.assert_close(teacher(normalised(INPUT)), net(normalised(own)), rtol=1e-4, atol=1e-5)
+        logits = task.teacher_logits(normalised(INPUT))
+        torch.testing.assert_close(logits, net(normalised(own)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_weight_of_the_teacher_grows():
+    task = LogitLossTask(model(1), model(2), distill_loss_weight=0.8, distill_warmup_epochs=4, verbose=False)
+    seen = []
+    for epoch in range(6):
+        task.set_progress(epoch, 0, 100)
+        seen.append(task.distill_loss_weight)
+    assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+
+
+def test_a_task_without_a_teacher_says_so(batch):
+    task = SupervisedTask(model(1), nn.CrossEntropyLoss(), verbose=False)
+    assert task.get_teacher() is None
+    assert list(task.eval_outputs(batch[0])) == ['student']
+    with pytest.raises(RuntimeError, match='SupervisedTask has no teacher'):
+        task.teacher_logits(batch[0])
 
 
 @pytest.mark.parametrize('mixed', [{'mixup': 0.2}, {'cutmix': 1.0}])
@@ -160,7 +192,9 @@ def test_hard_target_methods_refuse_mixed_targets(options, mixed):
 
 def test_no_other_method_needs_class_indices():
     soft = torch.full((4, 5), 0.2)
-    for name in set(KD_LOSSES) - {'dkd'}:
-        assert KD_LOSSES[name](torch.randn(4, 5), torch.randn(4, 5), soft, 2.0).isfinite()
-    for method in set(METHODS) - {'dkd', 'supervised'}:
-        TrainConfig(**SHARED, method=method, mixup=0.2)
+    for name, loss in KD_LOSSES.items():
+        if not METHODS[name].needs_hard_labels:
+            assert loss(torch.randn(4, 5), torch.randn(4, 5), soft, 2.0).isfinite()
+    for name, method in METHODS.items():
+        if method.needs_teacher and not method.needs_hard_labels:
+            TrainConfig(**SHARED, method=name, mixup=0.2)

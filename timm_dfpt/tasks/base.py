@@ -1,0 +1,111 @@
+"""What the trainer asks a task: timm's questions, and those that distillation adds to them."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..teacher.teacher import DualForwardPathTeacher
+
+__all__ = ['StudentTask', 'TeacherLogits', 'check_kd_loss']
+
+TeacherLogits = dict[nn.Module, torch.Tensor]
+"""Logits `[B, K]` of one batch by the frozen teacher that gave them: computed once for all students that need them."""
+
+
+class StudentTask(TrainingTask):
+    """A timm task that trains a student, and answers what a trainer asks; these are the answers without a teacher."""
+
+    def get_student(self, ema: bool = False) -> nn.Module:
+        """Return the student itself, or its moving average, without wrappers of distributed training or compilation."""
+        student: nn.Module = unwrap_model(self.get_eval_model(ema=ema))
+        return student
+
+    def get_teacher(self) -> nn.Module | None:
+        """Return the frozen model that the student learns from, if there is one."""
+        return None
+
+    def get_dual_teacher(self) -> DualForwardPathTeacher | None:
+        """Return the teacher with both of its paths, if it has a prompt path."""
+        return None
+
+    def teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the frozen teacher's logits `[B, K]` for images `[B, C, H, W]` as the loader gives them.
+
+        Raises:
+            RuntimeError: If there is no teacher.
+        """
+        raise RuntimeError(f'{type(self).__name__} has no teacher.')
+
+    def prompt_logits(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the prompt path's logits `[B, K]` for images `[B, C, H, W]` as the loader gives them.
+
+        Raises:
+            RuntimeError: If there is no prompt path.
+        """
+        raise RuntimeError(f'{type(self).__name__} has no prompt path.')
+
+    def eval_outputs(self, input: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Run what is evaluated.
+
+        Args:
+            input: Images `[B, C, H, W]` as the loader gives them.
+            teacher_logits: Logits `[B, K]` of the frozen teacher if they are known already.
+
+        Returns:
+            Logits `[B, K]`: `student`, `student_ema` where there is an average, `prompt_path` where there is one, and
+            `teacher` where they are given or come with the prompt path.
+        """
+        outputs = {'student': self.get_student()(input)}
+        if self.has_ema():
+            outputs['student_ema'] = self.get_student(ema=True)(input)
+        return outputs if teacher_logits is None else {**outputs, 'teacher': teacher_logits}
+
+    def extra_param_groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups that the student's optimizer trains along with the student."""
+        return []
+
+    def prompt_param_groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups of the prompt path's optimizer, with timm's `lr_scale` where it is not 1."""
+        return []
+
+    def set_progress(self, epoch: int, update: int, total: int) -> None:
+        """Take note of where training is, for what changes in its course.
+
+        Args:
+            epoch: Epochs completed.
+            update: Updates completed.
+            total: Updates of the whole training.
+        """
+
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run the student on a batch, and compute its loss.
+
+        Args:
+            input: Images `[B, C, H, W]` as the student takes them.
+            target: Class indices `[B]` or probabilities `[B, K]`.
+            teacher_logits: Logits `[B, K]` of the frozen teacher if they are known already.
+
+        Returns:
+            `loss` (train on this), `output` (the student's logits), `teacher_output` where there is a teacher, and
+            whatever else is of interest, as scalars.
+        """
+        raise NotImplementedError
+
+
+def check_kd_loss(kd_loss: Any) -> None:
+    """Refuse what is not a function, as the name of a loss.
+
+    Raises:
+        TypeError: If it is neither a function nor None.
+    """
+    if kd_loss is not None and not callable(kd_loss):
+        raise TypeError(
+            'kd_loss must be a function (student_logits, teacher_logits, target, temperature) -> loss, such as '
+            f'timm_dfpt.losses.dkd_loss, got {kd_loss!r}.'
+        )
