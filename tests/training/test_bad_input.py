@@ -318,11 +318,10 @@ CASES = {
     ),
     'padding larger than the image': (['--crop-padding', '17'], 'crop_padding=17 must be at most 16'),
     'crops larger than the image': (
-        ['--crop-padding', '0', '--scale', '0.5', '1.5'], r'scale=\(0.5, 1.5\) must be shares of the area, up to 1'
+        ['--crop-padding', '0', '--scale', '0.5', '1.5'], 'scale must be greater than 0 and at most 1, got 1.5'
     ),
-    'colour jitter below 0': (['--color-jitter=-1'], 'color_jitter=-1.0 must not be negative'),
+    'colour jitter below 0': (['--color-jitter=-1'], 'color_jitter must be at least 0, got -1.0'),
     'spread too small to export': (['--std', '1e-30'], r'std=.* must be from 1e-06 to 1000'),
-    'mean too large to export': (['--mean', '1e30'], r'mean=.* must be from -1000 to 1000'),
     'input too large to export': (['--input-size', '3', '8000', '16'], 'input_size=.* sides up to 4096'),
     'background that is not a colour': (['--background', 'whitish'], "background='whitish' must be a colour"),
     'policy unknown': (
