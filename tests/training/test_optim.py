@@ -20,6 +20,8 @@ from timm_dfpt.training.options import TrainConfig
 OPTIMIZERS = list_optimizers()
 # timm imports these by name, from packages that are for GPUs.
 FOREIGN = [name for name in OPTIMIZERS if isinstance(get_optimizer_info(name).opt_class, str)]
+pytestmark = pytest.mark.filterwarnings('ignore:It is highly recommended to have .opt_einsum.')
+
 REQUIRED = {'dataset': 'photos', 'student': 'resnet18', 'method': 'supervised', 'cpu': True}
 
 
