@@ -102,7 +102,8 @@ def load_with_transformers(repo_id: str, channels: int = 3) -> dict[str, Any]:
     model = AutoModelForImageClassification.from_pretrained(repo_id).eval()
     image = picture(grey=channels == 1)
     processed = AutoImageProcessor.from_pretrained(repo_id)(image)['pixel_values']
-    config = timm.create_model(f'hf-hub:{repo_id}', pretrained=True).pretrained_cfg
+    plain = timm.create_model(f'hf-hub:{repo_id}', pretrained=True)
+    config, weights = plain.pretrained_cfg, model.timm_model.state_dict()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(config))
     given = np.array(Image.open('image.png'))[..., None] if channels == 1 else 'image.png'
     with torch.no_grad():
@@ -111,6 +112,7 @@ def load_with_transformers(repo_id: str, channels: int = 3) -> dict[str, Any]:
     answers = pipeline('image-classification', model=repo_id)(given, top_k=len(expected))
     return {
         'logits': logits,
+        'same_weights': all(torch.equal(weights[key], value) for key, value in plain.state_dict().items()),
         'labels': [model.config.id2label[i] for i in range(model.config.num_labels)],
         'same_pixels': torch.equal(processed[0], transform(image)),
         'pixels': [processed.mean().item(), list(processed.shape)],

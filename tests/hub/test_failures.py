@@ -125,7 +125,8 @@ def test_who_may_load(hub: Hub, tmp_path: Path, files: dict[str, bytes]) -> None
         (nobody, 'alice/missing', {}, 'there is no such repository'),
         (bob, 'alice/gated', {}, 'the repository is gated. Ask for access'),
         (nobody, 'alice/gated', {'token': 'hf_wrong'}, 'the token is missing, wrong or expired'),
-        (alice, 'alice/private', {'revision': 'v9'}, 'no such revision'),
+        (alice, 'alice/private', {'revision': 'v9'}, 'Loading alice/private@v9 failed: the repository has no such rev'),
+        (alice, 'hf-hub:alice/private@v8', {}, 'Loading alice/private@v8 failed: the repository has no such revision'),
     ]
     for user, name, kwargs, words in cases:
         failed = user.fail(clients.load_any, name, **kwargs)
@@ -289,7 +290,7 @@ def test_base_that_cannot_be_had(hub: Hub, client: Client, tmp_path: Path) -> No
     hub.fault('GET /alice/teacher/.*safetensors', 'status', status=503)
     failed = reader.fail(clients.load_any, 'alice/prompt')
     assert failed.causes[0] == 'HubError'
-    assert 'alice/teacher failed: the Hub answered 503' in failed.error
+    assert re.search('alice/teacher@[0-9a-f]{40} failed: the Hub answered 503', failed.error), failed.error
     hub.faults.clear()
     hub.repos['alice/teacher'].private = True
     private = reader.fail(clients.load_any, 'alice/prompt')

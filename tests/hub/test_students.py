@@ -1,4 +1,4 @@
-"""Students load bit for bit with timm and with transformers where timm_dfpt is not installed."""
+"""Students load with timm and with transformers where timm_dfpt is not installed, their weights to the last bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def test_round_trip_bit_identical_without_timm_dfpt(client: Client, hub: Hub, tm
     assert reader.run(clients.load_with_timm, 'local-dir:.', channels, without=NOT_INSTALLED) == logits
     other = Client(hub.endpoint, tmp_path / 'other', token=None)
     seen = other.run(clients.load_with_transformers, 'alice/s', channels, without=NOT_INSTALLED)
-    assert seen['logits'] == logits
+    assert seen['same_weights']
+    # It keeps weights at other addresses, where a kernel may round differently.
+    assert sum(seen['logits'], []) == pytest.approx(sum(logits, []), abs=1e-5)
     assert seen['labels'] == LABELS
     assert seen['same_pixels']
     assert seen['answers'] == pytest.approx(seen['expected'], abs=1e-6)

@@ -86,7 +86,7 @@ def student_card(
     license: str | None = None,
     run: RunFacts | None = None,
     curves: str | None = None,
-    needs_timm_dfpt: bool = False,
+    registered_by: str | None = None,
     background: str | None = None,
 ) -> ModelCard:
     """Write the card of a student.
@@ -98,7 +98,7 @@ def student_card(
         license: License of the weights.
         run: The run it is from.
         curves: File name of the figure of the curves.
-        needs_timm_dfpt: Whether its architecture is registered by `timm_dfpt.models`.
+        registered_by: Module that registers its architecture with timm; `None` if timm itself does.
         background: Color `#rrggbb` behind transparent images, if not what the run's recipe says.
 
     Returns:
@@ -122,7 +122,7 @@ def student_card(
         run,
         role='student',
         library_name='timm',
-        tags=['image-classification', 'timm', *([] if needs_timm_dfpt else ['transformers']), *_tags(run.method)],
+        tags=['image-classification', 'timm', *([] if registered_by else ['transformers']), *_tags(run.method)],
         base_model=run.student_base,
         base_model_relation='finetune' if run.student_base else None,
     )
@@ -134,7 +134,7 @@ def student_card(
         summary=f'`{config["architecture"]}` with {params:,} parameters, for images of {classes} classes{taught}.',
         facts=_cells(facts),
         architecture=config['architecture'],
-        needs_timm_dfpt=needs_timm_dfpt,
+        registered_by=registered_by,
         background=_color(background or run.recipe.get('background')),
         image_mode='L' if cfg['input_size'][0] == 1 else 'RGB',
         method=_method_text(run.method),

@@ -69,7 +69,7 @@ def _explain_hub(error: BaseException) -> str:
     if isinstance(root, RepositoryNotFoundError):
         return f'there is no such repository, or it is private. Check the spelling; if it is private, {_LOGIN}.'
     if isinstance(root, RevisionNotFoundError):
-        return 'the repository has no such revision. Pass revision= a branch, tag or commit that it has.'
+        return 'the repository has no such revision. Name a branch, tag or commit that it has.'
     if isinstance(root, HfHubHTTPError):
         return _explain_status(root)
     if isinstance(root, OfflineModeIsEnabled) or (isinstance(root, LocalEntryNotFoundError) and _is_offline()):

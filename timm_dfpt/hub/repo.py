@@ -182,10 +182,12 @@ def open_source(
     revision = options.get('revision')
     if at and revision and at != revision:
         raise ValueError(f'{text!r} names revision {at!r}, but revision={revision!r} was passed; drop one of them.')
-    source = Source(repo_id, repo_id=repo_id, options={**options, 'revision': revision or at, 'subfolder': inner})
+    revision = revision or at
+    name = f'{repo_id}@{revision}' if revision else repo_id
+    source = Source(name, repo_id=repo_id, options={**options, 'revision': revision, 'subfolder': inner})
     if source.options.get('local_files_only') or constants.HF_HUB_OFFLINE:
         return source
-    with hub_errors(f'Loading {repo_id}'):
+    with hub_errors(f'Loading {source.name}'):
         try:
             return _listed(source)
         except (HTTPError, OfflineModeIsEnabled) as error:

@@ -74,10 +74,17 @@ def write_student_repo(
         license=config['pretrained_cfg'].get('license'),
         run=run,
         curves=CURVES if curves is not None else None,
-        needs_timm_dfpt=model_entrypoint(config['architecture']).__module__.startswith('timm_dfpt'),
+        registered_by=_registered_by(config['architecture']),
         background=recipe.get('background') if isinstance(recipe, dict) else None,
     )
     card.save(folder / CARD)
+
+
+def _registered_by(architecture: str) -> str | None:
+    """Return the module that registers an architecture with timm, if timm itself does not."""
+    module: str = model_entrypoint(architecture).__module__
+    package = module.split('.')[0]
+    return None if package == 'timm' else 'timm_dfpt.models' if package == 'timm_dfpt' else module
 
 
 def write_prompt_path_repo(

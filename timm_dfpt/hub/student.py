@@ -49,7 +49,7 @@ _LABELS = ('label_names', 'label_descriptions')  # they stand one level above
 def save_student(
     model: nn.Module, save_directory: str | os.PathLike[str], **options: Unpack[StudentOptions]
 ) -> Path:
-    """Save a timm model so that timm and transformers load it, bit for bit, without timm_dfpt.
+    """Save a timm model so that timm and transformers load the same weights, without timm_dfpt.
 
     Writes `config.json` and `model.safetensors` in timm's layout, and `distillation.json`. Before anything is written
     the model is built once more from its config without memory, and the shapes are compared.

@@ -105,9 +105,7 @@ class TrainConfig:
     prompt_opt: str = _opt('adamw', 'optimizer of the prompt path (timm)', 'prompt path')
     prompt_lr: float = _opt(1e-3, 'learning rate of the prompt path', 'prompt path', low=0)
     prompt_weight_decay: float = _opt(0.01, 'weight decay of the prompt path', 'prompt path', low=0)
-    prompt_backbone_lr_scale: float = _opt(
-        0.3, 'dfpt+: learning rate of the backbone copy, x prompt_lr', 'prompt path', low=0
-    )
+    prompt_backbone_lr_scale: float = _opt(0.3, 'dfpt+: lr of the backbone copy, x prompt_lr', 'prompt path', low=0)
     # --- data
     dataset: str | None = _opt(None, 'Hub id, folder of class folders, or parquet', 'data')
     dataset_config: str | None = _opt(None, 'configuration name of the dataset', 'data')
@@ -122,9 +120,7 @@ class TrainConfig:
     )
     input_size: list[int] = _opt([], 'C H W of the images', 'data', low=1, unset="the student's")
     mean: list[float] = _opt([], 'mean of the images per channel', 'data', low=0, high=1, unset="the student's")
-    std: list[float] = _opt(
-        [], 'standard deviation of the images per channel', 'data', above=0, high=1, unset="the student's"
-    )
+    std: list[float] = _opt([], 'their standard deviation', 'data', above=0, high=1, unset="the student's")
     interpolation: _Interpolation = _opt('', 'resize interpolation', 'data', unset="the student's")
     crop_pct: float | None = _opt(
         None, 'share of the image that is evaluated', 'data', above=0, high=1, unset="the student's"
@@ -296,16 +292,13 @@ class TrainConfig:
             raise ValueError(f'{", ".join(names)} are all 0: the student has nothing to learn from. Raise one of them.')
 
     def _check_student_kwargs(self) -> None:
-        if 'num_classes' in self.student_kwargs:
-            raise ValueError(
-                f'student_kwargs: num_classes={self.student_kwargs["num_classes"]} would be overridden by the number '
-                'of classes of the data: leave it out.'
-            )
-        if 'in_chans' in self.student_kwargs:
-            raise ValueError(
-                f'student_kwargs: in_chans={self.student_kwargs["in_chans"]} would be overridden by the channels of '
-                'input_size: leave it out, and give --input-size C H W.'
-            )
+        sources = {
+            'num_classes': 'the number of classes of the data: leave it out',
+            'in_chans': 'the channels of input_size: leave it out, and give --input-size C H W',
+        }
+        for name in sources.keys() & self.student_kwargs:
+            value = self.student_kwargs[name]
+            raise ValueError(f'student_kwargs: {name}={value} would be overridden by {sources[name]}.')
 
     def _check_cache(self) -> None:
         if not METHODS[self.method].needs_teacher:
