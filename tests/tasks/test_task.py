@@ -238,6 +238,8 @@ def test_ema_averages_the_student_alone():
             torch.testing.assert_close(average[name], 0.75 * start[name] + 0.25 * value)
 
 
+# A compiled training of the whole job is among the default tests, in test_options.py.
+@pytest.mark.slow
 def test_compiled_task_computes_the_same():
     task, twin = make_task(), make_task()
     twin.compile(backend='aot_eager', fullgraph=True)

@@ -436,9 +436,10 @@ def test_reparameterization_after_wrapping(name: str, kwargs: dict[str, Any]) ->
     'name',
     [
         CNN,
-        TOKENS,
-        'swin_s3_tiny_224',
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ('test_convnext', 'test_efficientnet', 'regnetx_002')),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (TOKENS, 'swin_s3_tiny_224', 'test_convnext', 'test_efficientnet', 'regnetx_002')
+        ),
     ],
 )
 def test_compiles_to_one_graph(name: str) -> None:

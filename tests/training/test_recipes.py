@@ -11,6 +11,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as PILImage
 
+import timm_dfpt
 from timm_dfpt.hub.student import save_student
 from timm_dfpt.tasks.methods import METHODS
 from timm_dfpt.training.cli import build_parser, load_recipe, resolve_config
@@ -41,7 +42,8 @@ OTHER_PAIRS = {
     'cub200_resnet34_resnet18': ('resnet34', 'resnet18'),
 }
 TEACHER_RECIPES = [*(f'cifar100_{name}' for name in CIFAR_TEACHERS), 'cub200_resnet34']
-PAIR_RECIPES = [*(f'cifar100_{name}' for name in CIFAR_PAIRS), *OTHER_PAIRS]
+PAIRS = {**{f'cifar100_{name}': pair[:2] for name, pair in CIFAR_PAIRS.items()}, **OTHER_PAIRS}
+PAIR_RECIPES = list(PAIRS)
 ALL = [*TEACHER_RECIPES, *PAIR_RECIPES]
 CLASSES = {'cifar100': 100, 'imagenet': 1000, 'cub200': 200}
 
@@ -109,6 +111,19 @@ def test_imagenet_recipes_have_mdistillers_numbers(name):
     assert timm.get_pretrained_cfg(config.teacher).tag == 'tv_in1k'
     dkd = config_of(name, '--method', 'dkd')
     assert dkd.kd_loss_kwargs['beta'] == {'resnet18': 0.5, 'mobilenetv1_100': 2.0}[config.student]
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_models_are_there_and_can_be_taught_by(name):
+    """On the meta device: both know the classes, and the teacher has stages for the blocks."""
+    config, classes = config_of(name), CLASSES[name.split('_')[0]]
+    size = config.input_size or [3, 224, 224]
+    with torch.device('meta'):
+        student = timm.create_model(config.student, num_classes=classes).eval()
+        assert student(torch.empty(2, *size)).shape == (2, classes)
+        if config.method != 'supervised':
+            model = timm.create_model(PAIRS[name][0], num_classes=classes)
+            assert timm_dfpt.wrap(model, input_size=tuple(size))(torch.empty(2, *size)).prompt.shape == (2, classes)
 
 
 # --- dry runs
@@ -188,9 +203,8 @@ def dry_run(recipe, stand_ins, teacher_of, tmp_path, side, batch_size, *more):
     ]  # fmt: skip
     if family != 'cifar100':
         arguments += ['--input-size', '3', str(side), str(side)]
-    pairs = {**{f'cifar100_{name}': pair for name, pair in CIFAR_PAIRS.items()}, **OTHER_PAIRS}
-    if recipe in pairs:
-        arguments += ['--teacher', teacher_of(pairs[recipe][0], family)]
+    if recipe in PAIRS:
+        arguments += ['--teacher', teacher_of(PAIRS[recipe][0], family)]
     config = dataclasses.replace(config_of(recipe, *arguments), output=str(tmp_path))
     setup = RunSetup(config, str(tmp_path))
     assert setup.data.num_classes == CLASSES[family]
@@ -217,7 +231,13 @@ def dry_run(recipe, stand_ins, teacher_of, tmp_path, side, batch_size, *more):
     assert set(outputs) == {'supervised': {'student'}}.get(config.method, {'student', 'prompt_path', 'teacher'})
 
 
-@pytest.mark.parametrize('recipe', ALL)
+# One for each data set and kind of recipe; the others are among the slow tests.
+QUICK = ('cifar100_resnet56_resnet20', 'imagenet_resnet34_resnet18', 'cub200_resnet34')
+
+
+@pytest.mark.parametrize(
+    'recipe', [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL]
+)
 def test_dry_run(recipe, stand_ins, teacher_of, tmp_path):
     # Photographs are 64 pixels wide here instead of 224, for time; the full size is among the slow tests.
     dry_run(recipe, stand_ins, teacher_of, tmp_path, 32 if recipe.startswith('cifar100') else 64, 4)
@@ -230,7 +250,13 @@ def test_dry_run_at_full_size(recipe, stand_ins, teacher_of, tmp_path):
     dry_run(recipe, stand_ins, teacher_of, tmp_path, side, 8, '--method', 'dfpt+')
 
 
-@pytest.mark.parametrize('method', METHODS)
+# One for each kind of task; what the others differ by is a function of logits, which test_losses.py holds.
+QUICK_METHODS = ('supervised', 'kd', 'ctkd', 'dfpt', 'dfpt+')
+
+
+@pytest.mark.parametrize(
+    'method', [pytest.param(name, marks=() if name in QUICK_METHODS else pytest.mark.slow) for name in METHODS]
+)
 def test_one_command_a_row(method, stand_ins, teacher_of, tmp_path):
     """The whole job, from the command line to the summary, for the smallest pair."""
     output = tmp_path / 'run'
