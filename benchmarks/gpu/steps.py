@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -213,8 +214,9 @@ def measure(row: Row, device: torch.device, tiny: bool, ceiling: float) -> dict[
         found |= _profile(step, ms)
     except torch.OutOfMemoryError as error:
         found['failed'] = f'out of memory: {str(error).splitlines()[0][:200]}'
-    except RuntimeError as error:
+    except Exception as error:
         # A table with a hole is better than none.
+        traceback.print_exc()
         found['failed'] = f'{type(error).__name__}: {str(error)[:300]}'
     finally:
         del step

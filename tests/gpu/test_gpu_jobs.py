@@ -179,7 +179,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(argv: list[str], tmp_path: Path) 
         sys.executable, str(Path(__file__).with_name('run_job.py')), *argv, '--epochs', '6', '--checkpoint-steps', '2',
         '--checkpoint-hist', '3', '--baselines', 'kd', '--model-ema', '--drop', '0.1',
     ]  # fmt: skip
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
+    environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}
 
     def start(name: str, *more: str) -> subprocess.Popen[bytes]:
         with open(tmp_path / f'{name}.log', 'ab') as log:

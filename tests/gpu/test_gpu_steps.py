@@ -219,9 +219,10 @@ def test_memory_stays_level(method: str, device: torch.device) -> None:
 @pytest.mark.parametrize('method', ['dfpt', 'dfpt+'])
 def test_two_processes_take_the_step_of_one(method: str, device: torch.device, tmp_path: Path) -> None:
     """With gloo on one device, with NCCL where there are two GPUs; half a batch each."""
+    path = os.pathsep.join(filter(None, (str(ROOT), str(Path(__file__).parent), os.environ.get('PYTHONPATH'))))
     processes = []
     for rank in range(2):
-        variables = {'RANK': str(rank), 'WORLD_SIZE': '2', 'PYTHONPATH': f'{ROOT}{os.pathsep}{Path(__file__).parent}'}
+        variables = {'RANK': str(rank), 'PYTHONPATH': path}
         script = [sys.executable, str(Path(__file__).with_name('two_ranks.py')), str(tmp_path), device.type, method]
         processes.append(subprocess.Popen(script, env={**os.environ, **variables}, cwd=ROOT))
     assert [process.wait(timeout=240) for process in processes] == [0, 0]
