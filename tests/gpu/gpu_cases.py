@@ -12,7 +12,7 @@ from timm.task import TrainingTask
 from torch import nn
 
 import timm_dfpt
-from timm_dfpt.tasks.baselines import AdaptedTeacher, CTKDTask, LogitLossTask
+from timm_dfpt.tasks import METHODS
 
 CLASSES = 10
 FAMILIES = ('resnet', 'vit', 'convnext', 'swin')
@@ -91,28 +91,22 @@ def stir(teacher: timm_dfpt.DualForwardPathTeacher, seed: int = 3) -> None:
 
 
 def make_task(method: str, device: torch.device, family: str = 'resnet', size: int | None = None) -> TrainingTask:
-    """Make the task of a method on the device, in training mode: a logit loss by name, `ctkd`, `dfpt` or `dfpt+`."""
+    """Make the task of a method that has a teacher on the device, in training mode."""
     cpu = torch.device('cpu')
     size = size or image_size(device)
     teacher = make_model(family, cpu, size=size) if device.type == 'cpu' else make_model(family, device, size=size)
     student = make_student(device)
     config = {'input_size': (3, size, size), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
     common: dict[str, Any] = {'device': device, 'verbose': False}
-    task: TrainingTask
-    if method in ('dfpt', 'dfpt+'):
-        wrapped = timm_dfpt.wrap(teacher, variant=method)
-        stir(wrapped)
-        task = timm_dfpt.DFPTDistillationTask(
-            student, wrapped, input_config=config, teacher_input_config=config, **common
-        )
-    else:
-        adapted: Any = AdaptedTeacher(teacher, config, config)
-        if method == 'ctkd':
-            task = CTKDTask(student, adapted, **common)
-        else:
-            task = LogitLossTask(student, adapted, loss=method, temperature=4.0, **common)
+    common |= {'input_config': config, 'teacher_input_config': config}
+    row = METHODS[method]
+    if row.variant is not None:
+        teacher = timm_dfpt.wrap(teacher, variant=row.variant)
+        stir(teacher)
+    elif row.kd_loss is not None:
+        common |= {'kd_loss': row.kd_loss, 'temperature': 4.0}
+    task = row.task(student, teacher, **common)
     task.to(device)
-    # Not task.train(): timm's tasks would put nothing else into training, but this is what a loop does.
     task.get_trainable_module().train()
     return task
 
