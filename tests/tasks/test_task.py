@@ -221,8 +221,6 @@ def test_state_dict_is_the_students_and_task_state_the_prompt_paths():
     fresh.load_checkpoint_state(state['state_dict'], state['task_state'])
     images, target = make_batch()
     assert torch.equal(fresh(images, target)['loss'], task(images, target)['loss'])
-    with pytest.raises(KeyError, match='prompt_path'):
-        fresh.load_checkpoint_state(state['state_dict'], {})
 
 
 def test_ema_averages_the_student_alone():

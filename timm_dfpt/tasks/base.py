@@ -1,19 +1,51 @@
 """What the trainer asks a task: timm's questions, and those that distillation adds to them."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.models import group_parameters
+from timm.optim import auto_group_layers
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..teacher.teacher import DualForwardPathTeacher
 
-__all__ = ['StudentTask', 'TeacherLogits', 'check_kd_loss']
+__all__ = ['StudentModule', 'StudentTask', 'TeacherLogits', 'check_kd_loss']
 
 TeacherLogits = dict[nn.Module, torch.Tensor]
 """Logits `[B, K]` of one batch by the frozen teacher that gave them: computed once for all students that need them."""
+
+
+class StudentModule(nn.Module):
+    """A student and what is trained with it, as timm's parameter groups ask for it.
+
+    Args:
+        student_model: The student.
+    """
+
+    def __init__(self, student_model: nn.Module) -> None:
+        super().__init__()
+        self.student = student_model
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the student's parameters that timm's optimizers must not decay."""
+        student: Any = unwrap_model(self.student)
+        names = student.no_weight_decay() if hasattr(student, 'no_weight_decay') else ()
+        return {f'student.{name}' for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Return timm's layer number by parameter name: the student's own, and for all else that of its head."""
+        student: Any = unwrap_model(self.student)
+        if hasattr(student, 'group_matcher'):
+            layers = group_parameters(student, student.group_matcher(coarse=coarse), reverse=True)
+        else:
+            # As timm does where a model itself is trained.
+            layers = auto_group_layers(student)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix('student.'), last) if name.startswith('student.') else last
 
 
 class StudentTask(TrainingTask):
@@ -23,6 +55,13 @@ class StudentTask(TrainingTask):
         """Return the student itself, or its moving average, without wrappers of distributed training or compilation."""
         student: nn.Module = unwrap_model(self.get_eval_model(ema=ema))
         return student
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Return what gradient clipping is for; `exclude_head` leaves out the last layer of the student."""
+        student = list(self.get_student().parameters())
+        own = {id(parameter) for parameter in student}
+        others = [p for p in unwrap_model(self.get_trainable_module()).parameters() if id(p) not in own]
+        return [*(student[:-2] if exclude_head else student), *others]
 
     def get_teacher(self) -> nn.Module | None:
         """Return the frozen model that the student learns from, if there is one."""

@@ -13,7 +13,7 @@ from torch import nn
 from ..losses import KDLoss, kd_loss
 from ..losses.checks import upcast
 from ..teacher.prompt_path import match_dtype
-from .base import StudentTask, check_kd_loss
+from .base import StudentModule, StudentTask, check_kd_loss
 from .inputs import create_input_adapter, input_config_of
 
 __all__ = ['CTKDTask', 'GlobalTemperature', 'LogitLossTask', 'SupervisedTask']
@@ -171,10 +171,9 @@ class _ReverseGradient(torch.autograd.Function):
         return -ctx.strength * grad_outputs[0], None
 
 
-class _StudentWithTemperature(nn.Module):
+class _StudentWithTemperature(StudentModule):
     def __init__(self, student: nn.Module, temperature: GlobalTemperature) -> None:
-        super().__init__()
-        self.student = student
+        super().__init__(student)
         self.temperature = temperature
 
     def forward(self, x: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,6 +205,17 @@ class CTKDTask(LogitLossTask):
         """Return the student without its temperature."""
         found = super().get_eval_model(module, ema)
         return getattr(unwrap_model(found), 'student', found) if found is not None else None
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return the temperature, which is no part of the student's `state_dict`."""
+        return {} if ema else {'temperature': unwrap_model(self.trainable_module).temperature.state_dict()}
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        """Load the temperature; without one, as in the checkpoint of a plain student, it stays as it is."""
+        if not ema and state and 'temperature' in state:
+            unwrap_model(self.trainable_module).temperature.load_state_dict(state['temperature'], strict=strict)
 
     def extra_param_groups(self) -> list[dict[str, Any]]:
         """Return the temperature, which is not decayed."""

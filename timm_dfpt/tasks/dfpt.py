@@ -16,7 +16,7 @@ from ..losses import DFPTWeights, KDLoss, dfpt_losses
 from ..losses.checks import check_temperature
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
-from .base import StudentTask, check_kd_loss
+from .base import StudentModule, StudentTask, check_kd_loss
 from .inputs import create_input_adapter, input_config_of
 
 __all__ = ['DFPTDistillationTask', 'DFPTTrainableModule']
@@ -24,7 +24,7 @@ __all__ = ['DFPTDistillationTask', 'DFPTTrainableModule']
 _logger = logging.getLogger(__name__)
 
 
-class DFPTTrainableModule(nn.Module):
+class DFPTTrainableModule(StudentModule):
     """Everything DFPT-KD trains, in one module with one forward: the student and the prompt path.
 
     The frozen teacher takes part in the forward but is no submodule, so DistributedDataParallel neither broadcasts it
@@ -36,8 +36,7 @@ class DFPTTrainableModule(nn.Module):
     """
 
     def __init__(self, student_model: nn.Module, teacher: DualForwardPathTeacher) -> None:
-        super().__init__()
-        self.student = student_model
+        super().__init__(student_model)
         self.prompt_path = teacher.prompt_path
         self._teacher = (teacher,)
 
@@ -47,12 +46,6 @@ class DFPTTrainableModule(nn.Module):
         if not any(p.requires_grad for p in self.prompt_path.parameters()):
             self.prompt_path.eval()
         return self
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the student's parameters that timm's optimizers must not decay."""
-        student: Any = unwrap_model(self.student)
-        names = student.no_weight_decay() if hasattr(student, 'no_weight_decay') else ()
-        return {f'student.{name}' for name in names}
 
     def forward(
         self, student_input: torch.Tensor, teacher_input: torch.Tensor, teacher_logits: torch.Tensor | None = None
@@ -190,17 +183,13 @@ class DFPTDistillationTask(StudentTask):
     def load_task_state(
         self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
-        """Load the prompt path's weights.
-
-        Raises:
-            KeyError: `strict` and the state holds no prompt path.
-        """
+        """Load the prompt path's weights; without any, as in the checkpoint of a plain student, it stays as it is."""
         if ema:
             return
         if state and 'prompt_path' in state:
             self._trainable().prompt_path.load_state_dict(state['prompt_path'], strict=strict)
-        elif strict:
-            raise KeyError("The task state holds no 'prompt_path'; it was not written by a DFPTDistillationTask.")
+        elif self.verbose:
+            _logger.info('The checkpoint has no prompt path: it stays as it is.')
 
     def get_teacher(self) -> nn.Module:
         """Return the original path: the frozen model itself."""
