@@ -3,7 +3,7 @@ import functools
 
 import pytest
 import torch
-from learner_steps import BATCH, CLASSES, assert_bfloat16_follows_float32, make_student
+from learner_steps import BATCH, CLASSES, assert_bfloat16_follows_float32, make_student, steps_on
 
 from timm_dfpt.training.build import create_task
 from timm_dfpt.training.learner import Learner
@@ -76,3 +76,20 @@ def test_the_term_itself_is_computed_in_float32(make_learner, method):
     p, q = ((logits / temperature).bfloat16().log_softmax(1).double() for logits in (teacher, student))
     rounded = float(temperature**2 * (p.exp() * (p - q)).sum(1).mean())
     assert rounded != pytest.approx(expected, abs=10 * off)
+
+
+@pytest.mark.parametrize('method', ['kd', 'ctkd'])
+def test_an_evaluation_changes_no_step_in_bfloat16(make_learner, method):
+    """Else a run that is resumed after one would become another student."""
+    first, second = list(batches())[:2]
+    students = []
+    for evaluated in (False, True):
+        learner = make_learner(method, 'bf16')
+        steps_on(learner, [first])
+        if evaluated:
+            learner.eval()
+            with torch.no_grad(), learner.accelerator.autocast():
+                learner.outputs_with_teacher(first[0], {})
+        steps_on(learner, [second])
+        students.append(learner.student.state_dict())
+    assert all(torch.equal(students[0][key], students[1][key]) for key in students[0])
