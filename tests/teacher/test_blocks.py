@@ -16,8 +16,8 @@ from timm_dfpt import PromptConfig
 from timm_dfpt.backbone.layouts import TokenOrder, from_patches, to_patches
 from timm_dfpt.backbone.types import Feature, Stage
 from timm_dfpt.teacher.blocks import FusionBlock, PartialConv, PromptBlock
+from timm_dfpt.teacher.calls import Call, Calls
 from timm_dfpt.teacher.hooks import Injection
-from timm_dfpt.teacher.prefix import PathState
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -140,8 +140,9 @@ def inject(h: Any, *features: Feature, order: nn.Module | None = None, size: tup
     blocks = [randomized(PromptBlock(f.channels, PromptConfig()), seed=3) for f in features]
     fusions = [randomized(FusionBlock(f.channels), seed=4) for f in features]
     orders = [order or nn.Identity() for _ in features]
-    state = PathState(image_size=size)
-    return Injection(0, Stage('stage', 16, features), blocks, fusions, orders, state)(nn.Identity(), (), h)
+    calls = Calls()
+    calls.here.call = Call(image_size=size)
+    return Injection(0, Stage('stage', 16, features), blocks, fusions, orders, calls)(nn.Identity(), (), h)
 
 
 @settings(max_examples=25, deadline=None)

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from ..backbone.layouts import TokenOrder, from_patches, to_patches, token_grid
 from ..backbone.types import Feature, Stage
+from .calls import Call, Calls
 from .frozen_layers import autocasts
-from .prefix import PathState
 
 __all__ = ['CastInput', 'Injection']
 
@@ -20,7 +20,7 @@ __all__ = ['CastInput', 'Injection']
 class Injection:
     """Forward hook on the module of a stage: replaces its features `h` by `F(h + P(h))`.
 
-    A class, not a closure, so that deepcopy and pickle take blocks and state along.
+    A class, not a closure, so that deepcopy and pickle take the blocks along.
 
     Args:
         index: Number of the stage.
@@ -28,7 +28,7 @@ class Injection:
         blocks: Prompt block `P` of each feature.
         fusions: Fusion block `F` of each feature.
         orders: For tokens in an order of their own, how to undo it; else `nn.Identity`.
-        state: Of the prompt path.
+        calls: Of the prompt path.
     """
 
     def __init__(
@@ -38,23 +38,32 @@ class Injection:
         blocks: Sequence[nn.Module],
         fusions: Sequence[nn.Module],
         orders: Sequence[nn.Module],
-        state: PathState,
+        calls: Calls,
     ) -> None:
-        self.index, self.stage, self.state = index, stage, state
+        self.index, self.stage, self.calls = index, stage, calls
         self.parts = list(zip(stage.features, blocks, fusions, orders, strict=True))
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return `output` with its features replaced."""
-        self.state.fired.append(self.index)
+        here = self.calls.here
+        if here.call is not None:
+            here.call.fired.append(self.index)
+        call = here.call or here.recomputed
         leaves, spec = pytree.tree_flatten(output)
         for feature, block, fusion, order in self.parts:
             h = leaves[feature.index]
             x = _match_precision(h, block, fusion)
-            leaves[feature.index] = self._inject(x, feature, block, fusion, order).to(h.dtype)
+            leaves[feature.index] = self._inject(x, feature, block, fusion, order, call).to(h.dtype)
         return pytree.tree_unflatten(leaves, spec)
 
     def _inject(
-        self, h: torch.Tensor, feature: Feature, block: nn.Module, fusion: nn.Module, order: nn.Module
+        self,
+        h: torch.Tensor,
+        feature: Feature,
+        block: nn.Module,
+        fusion: nn.Module,
+        order: nn.Module,
+        call: Call | None,
     ) -> torch.Tensor:
         if feature.layout == 'NCHW':
             return fusion(h + block(h))
@@ -62,16 +71,22 @@ class Injection:
             # A permuted view has channels_last strides, which convolutions take as they are: nothing is copied.
             x = h.permute(0, 3, 1, 2)
             return fusion(x + block(x)).permute(0, 2, 3, 1)
+        if call is None:
+            raise RuntimeError(
+                f'The block behind {self.stage.module!r} runs outside a call of the prompt path, so that nothing says '
+                'how its tokens lie. Call teacher.prompt(x); for gradient checkpointing, '
+                'teacher.set_grad_checkpointing().'
+            )
         prefix = feature.prefix_tokens
         tokens = h[:, prefix:] if prefix else h
-        if self.state.patch_coord is not None:
-            x, mask, index = to_patches(tokens, self.state.patch_coord, self.state.patch_valid)
+        if call.patch_coord is not None:
+            x, mask, index = to_patches(tokens, call.patch_coord, call.patch_valid)
             x = from_patches(fusion(x + block(x, mask)), index, tokens)
         else:
             if isinstance(order, TokenOrder):
                 tokens = tokens[:, order.to_raster]
             count = tokens.shape[1]
-            grid = token_grid(count, self.state.image_size, self.stage.reduction) or (count, 1)
+            grid = token_grid(count, call.image_size, self.stage.reduction) or (count, 1)
             x = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
             x = fusion(x + block(x)).permute(0, 2, 3, 1).flatten(1, 2)
             if isinstance(order, TokenOrder):

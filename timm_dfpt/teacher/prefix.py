@@ -8,73 +8,37 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-__all__ = ['PathState', 'PrefixRecorder', 'PrefixReplay', 'plan_prefix']
+from .calls import Calls
 
-
-@dataclasses.dataclass
-class PathState:
-    """What the hooks of one teacher share during a forward pass.
-
-    Args:
-        image_size: Height and width of the input, for the grid in which tokens stand.
-        fired: Injection points that fired in the current prompt pass, in order.
-        recording: The original pass that is running records its prefix.
-        replaying: The prompt pass that is running takes its prefix from the record.
-        outputs: For each module of the prefix what its calls returned.
-        patch_coord: Row and column of each patch `[B, L, 2]` where the input is patches (NaFlex), not an image.
-        patch_valid: Which patches are not padding `[B, L]`.
-    """
-
-    image_size: tuple[int, int] = (0, 0)
-    patch_coord: torch.Tensor | None = None
-    patch_valid: torch.Tensor | None = None
-    fired: list[int] = dataclasses.field(default_factory=list)
-    recording: bool = False
-    replaying: bool = False
-    outputs: list[list[Any]] = dataclasses.field(default_factory=list)
-
-    def describe(self, x: Any) -> None:
-        """Note how the image tokens of the input `x` lie: `[B, C, H, W]`, or a NaFlex batch (dict of patches)."""
-        self.patch_coord = self.patch_valid = None
-        if isinstance(x, torch.Tensor):
-            self.image_size = (x.shape[-2], x.shape[-1])
-        elif isinstance(x, Mapping):
-            self.patch_coord, self.patch_valid = x.get('patch_coord'), x.get('patch_valid')
-
-    def clear(self) -> None:
-        """Forget the record."""
-        self.recording = self.replaying = False
-        for calls in self.outputs:
-            calls.clear()
+__all__ = ['PrefixRecorder', 'PrefixReplay', 'plan_prefix']
 
 
 class PrefixRecorder:
     """Forward hook on a module of the original path: keeps what its first calls return.
 
-    A class, not a closure, so that deepcopy and pickle take the state along.
+    A class, not a closure, so that deepcopy and pickle take it along.
 
     Args:
-        state: Shared with the prompt path.
+        calls: Shared with the prompt path.
         slot: Which module of the prefix this is.
-        calls: How often the module runs before the tap.
+        count: How often the module runs before the tap.
     """
 
-    def __init__(self, state: PathState, slot: int, calls: int) -> None:
-        self.state, self.slot, self.calls = state, slot, calls
+    def __init__(self, calls: Calls, slot: int, count: int) -> None:
+        self.calls, self.slot, self.count = calls, slot, count
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Append `output` to the record while the pass is recorded."""
-        outputs = self.state.outputs[self.slot]
-        if self.state.recording and len(outputs) < self.calls:
+        record = self.calls.here.record
+        if record is not None and len(record[self.slot]) < self.count:
             # A container of its own: some models write into the list that a stage returned.
-            outputs.append(pytree.tree_map(_same, output))
+            record[self.slot].append(pytree.tree_map(_same, output))
 
 
 class PrefixReplay:
@@ -84,18 +48,18 @@ class PrefixReplay:
 
     Args:
         module: The module whose `forward` this is.
-        state: Shared with the original path.
+        calls: Shared with the original path.
         slot: Which module of the prefix this is.
     """
 
-    def __init__(self, module: nn.Module, state: PathState, slot: int) -> None:
-        self.module, self.state, self.slot = module, state, slot
+    def __init__(self, module: nn.Module, calls: Calls, slot: int) -> None:
+        self.module, self.calls, self.slot = module, calls, slot
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the recorded output of this call, or compute it."""
-        outputs = self.state.outputs[self.slot]
-        if self.state.replaying and outputs:
-            return outputs.pop(0)
+        call = self.calls.here.call
+        if call is not None and call.record is not None and call.record[self.slot]:
+            return call.record[self.slot].pop(0)
         return type(self.module).forward(self.module, *args, **kwargs)
 
 

@@ -1,6 +1,7 @@
 """The second forward path of a teacher: its stages with trainable blocks between them, and a head of its own."""
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -8,15 +9,17 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from timm.layers import use_reentrant_ckpt
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..backbone.layouts import TokenOrder
 from ..backbone.rules import rule_for
 from ..backbone.types import Stage, name_of
 from .blocks import FusionBlock, PromptBlock, PromptConfig
+from .calls import Call, Calls, Record, remembered
 from .frozen_layers import save_fewer_activations
 from .hooks import CastInput, Injection
-from .prefix import PathState
 
 __all__ = ['PromptPath', 'VARIANTS', 'Variant']
 
@@ -25,6 +28,8 @@ Variant = Literal['dfpt', 'dfpt+']
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+# The switches of gradient checkpointing in timm, transformers, torchvision and others.
+_RECOMPUTES = ('grad_checkpointing', 'gradient_checkpointing', 'use_checkpoint', 'memory_efficient', 'with_cp')
 
 
 class PromptPath(nn.Module):
@@ -61,7 +66,7 @@ class PromptPath(nn.Module):
         self.stages = tuple(stages)
         self.train_bn = train_bn
         self.classifier = tuple(classifier)
-        self.state = PathState()
+        self.calls = Calls()
         # Copy first, hook second: a copy of a hooked tree would copy hooks and state.
         shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())} if variant == 'dfpt' else {}
         tree = copy.deepcopy(model, shared).eval()
@@ -99,6 +104,7 @@ class PromptPath(nn.Module):
             for name in self.classifier:
                 tree.get_submodule(name).requires_grad_(config.new_head)
         self._hook_blocks()
+        self._switches = [(module, name) for module in tree.modules() for name in _RECOMPUTES if hasattr(module, name)]
         self.train(self.training)
 
     def _hook_blocks(self) -> None:
@@ -106,7 +112,7 @@ class PromptPath(nn.Module):
         for index, stage in enumerate(self.stages):
             part = slice(done, done + len(stage.features))
             blocks, fusions, orders = (list(modules[part]) for modules in (self.blocks, self.fusions, self.orders))
-            hook = Injection(index, stage, blocks, fusions, orders, self.state)
+            hook = Injection(index, stage, blocks, fusions, orders, self.calls)
             self.model.get_submodule(stage.module).register_forward_hook(hook)
             done = part.stop
 
@@ -119,6 +125,11 @@ class PromptPath(nn.Module):
     def shares_backbone(self) -> bool:
         """Whether the backbone's weights are those of the original path, and not a copy."""
         return self.variant == 'dfpt'
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes activations again (gradient checkpointing)."""
+        return any(getattr(module, name) is True for module, name in self._switches)
 
     def share_weights_with(self, model: nn.Module) -> None:
         """Take every frozen tensor from `model` again, after a conversion or load that has replaced tensors."""
@@ -139,7 +150,7 @@ class PromptPath(nn.Module):
             mine._buffers.update(theirs._buffers)
 
     def _replicate_for_data_parallel(self) -> PromptPath:
-        # Its threads would share what the paths hand over to each other, and a frozen teacher on one device.
+        # The hooks of its copies would still be those of the one device where the blocks are.
         raise RuntimeError(
             'A prompt path cannot be trained with torch.nn.DataParallel. Use DistributedDataParallel with one process '
             'per GPU: task.prepare_distributed(), or `accelerate launch`.'
@@ -156,25 +167,35 @@ class PromptPath(nn.Module):
                         module.train()
         return self
 
-    def forward(self, x: Any) -> torch.Tensor:
-        """Return the prompt path's logits `z_p` `[B, K]` for the input `x` `[B, C, H, W]`.
+    def forward(self, x: Any, record: Record | None = None) -> torch.Tensor:
+        """Return the prompt path's logits `z_p` `[B, K]`.
+
+        Args:
+            x: Input `[B, C, H, W]`.
+            record: What the prefix returned for this input in the original path; is used up.
 
         Raises:
             RuntimeError: If a block did not run exactly once.
         """
-        state = self.state
-        state.fired.clear()
-        state.describe(x)
+        call = Call.of(x, record)
+        here = self.calls.here
+        outer, here.call = here.call, call
+        recomputes = self.recomputes and torch.is_grad_enabled()
+        x = match_dtype(x, self.model)
+        if recomputes and use_reentrant_ckpt():
+            # A layer none of whose inputs asks for a gradient then gives none to its weights either.
+            x = pytree.tree_map(_asking_for_gradient, x)
         try:
-            logits = self.model(match_dtype(x, self.model))
+            with remembered(self.calls, call) if recomputes else contextlib.nullcontext():
+                logits = self.model(x)
         finally:
-            state.clear()
-        if len(state.fired) != len(self.stages):
-            raise RuntimeError(self._explain_fired())
+            here.call = outer
+        if sorted(call.fired) != list(range(len(self.stages))):
+            raise RuntimeError(self._explain_fired(call))
         return logits
 
-    def _explain_fired(self) -> str:
-        counts = {stage.module: self.state.fired.count(i) for i, stage in enumerate(self.stages)}
+    def _explain_fired(self, call: Call) -> str:
+        counts = {stage.module: call.fired.count(i) for i, stage in enumerate(self.stages)}
         wrong = {name: count for name, count in counts.items() if count != 1}
         return (
             f'The prompt blocks of {name_of(self.model)} must run exactly once per forward; call counts: {wrong}. '
@@ -197,6 +218,11 @@ def match_dtype(x: Any, model: nn.Module) -> Any:
     if param is None or not isinstance(x, torch.Tensor) or not x.is_floating_point() or not param.is_floating_point():
         return x
     return x.to(param.dtype)
+
+
+def _asking_for_gradient(leaf: Any) -> Any:
+    plain = isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.requires_grad
+    return leaf.detach().requires_grad_() if plain else leaf
 
 
 def _token_order(model: Any, name: str) -> nn.Module:

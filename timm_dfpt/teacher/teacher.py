@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..backbone.modes import ModelState
 from ..backbone.types import Stage, name_of
 from .blocks import PromptConfig
+from .calls import Record, needs_gradient
 from .prefix import PrefixRecorder, PrefixReplay
 from .prompt_path import PromptPath, Variant, match_dtype
 
@@ -74,16 +75,13 @@ class DualForwardPathTeacher(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.prompt_path = prompt_path
         self.bypassed = tuple(bypassed)
-        self.grad_checkpointing = any(getattr(module, 'grad_checkpointing', False) for module in model.modules())
         self._handles: list[RemovableHandle] = []
         self.prefix = tuple(prefix)
-        state = prompt_path.state
-        state.outputs = [[] for _ in self.prefix]
-        for slot, (name, calls) in enumerate(self.prefix):
-            recorder = PrefixRecorder(state, slot, calls)
+        for slot, (name, count) in enumerate(self.prefix):
+            recorder = PrefixRecorder(prompt_path.calls, slot, count)
             self._handles.append(model.get_submodule(name).register_forward_hook(recorder))
             twin: Any = prompt_path.model.get_submodule(name)
-            twin.forward = PrefixReplay(twin, state, slot)
+            twin.forward = PrefixReplay(twin, prompt_path.calls, slot)
         self.register_load_state_dict_post_hook(_share_after_load)
 
     @property
@@ -105,7 +103,7 @@ class DualForwardPathTeacher(nn.Module):
     def shares_prefix(self) -> bool:
         """Whether `teacher(x)` computes what lies before the first block once for both paths."""
         # Recomputation in the backward pass would find the record gone.
-        return bool(self.prefix) and not self.grad_checkpointing
+        return bool(self.prefix) and not self.prompt_path.recomputes
 
     def train(self, mode: bool = True) -> DualForwardPathTeacher:
         """Set the mode of the prompt path's own modules; the original path always stays in evaluation."""
@@ -122,15 +120,15 @@ class DualForwardPathTeacher(nn.Module):
         Returns:
             `out.original` and `out.prompt`, logits `[B, K]`. The original's carry no gradient.
         """
-        state = self.prompt_path.state
-        state.clear()
-        state.recording = self.shares_prefix
+        # What the original path computes carries no gradient to the input.
+        record: Record | None = [[] for _ in self.prefix] if self.shares_prefix and not needs_gradient(x) else None
+        here = self.prompt_path.calls.here
+        outer, here.record = here.record, record
         try:
             original = self.original(x)
-            state.recording, state.replaying = False, state.recording
-            return DualForwardOutput(original, self.prompt_path(x))
         finally:
-            state.clear()
+            here.record = outer
+        return DualForwardOutput(original, self.prompt_path(x, record))
 
     def original(self, x: Any) -> torch.Tensor:
         """Return the pre-trained teacher's logits `z_t` `[B, K]`, bit for bit those of the model before wrapping."""
@@ -176,7 +174,6 @@ class DualForwardPathTeacher(nn.Module):
             model.set_grad_checkpointing(enable)
         except (AssertionError, AttributeError) as error:
             raise ValueError(f'{name_of(self.model)} does not support gradient checkpointing.') from error
-        self.grad_checkpointing = enable
 
     def stop_sharing_prefix(self) -> None:
         """Run both paths in full from now on."""
