@@ -25,7 +25,7 @@ from PIL import Image
 
 from timm_dfpt.training.cli import parse_config
 from timm_dfpt.training.options import TrainConfig
-from timm_dfpt.training.setup import RunSetup
+from timm_dfpt.training.run import set_up
 
 from .measure import spread
 from .ways import RESULTS, ROOT
@@ -98,8 +98,8 @@ def _endless(loader: Any) -> Iterator[Any]:
 def measure(case: Case, rounds: int) -> str:
     """Measure one run, and return its row of the table."""
     config = case.config
-    setup = RunSetup(config, str(config.output))
-    learner = setup.create_learner(config.method, config)
+    setup = set_up(config)
+    (learner,) = setup.create_learners({config.method: config})
     learner.train()
     learner.set_progress(0, 0)
     batches = _endless(setup.loaders['train'])
@@ -138,7 +138,7 @@ def measure(case: Case, rounds: int) -> str:
             kinds[i]()
             clock[i].append(time.perf_counter() - start[0])
             cpu[i].append(time.process_time() - start[1])
-    samples = case.steps * setup.batch_size
+    samples = case.steps * int(setup.config.batch_size or 0)
 
     def rates(seconds: list[float]) -> str:
         middle, low, high = spread([samples / s for s in seconds])
@@ -148,7 +148,7 @@ def measure(case: Case, rounds: int) -> str:
         middle, low, high = spread([100 * memory / loader for memory, loader in zip(*seconds[:2], strict=True)])
         return f'{middle:.0f}% ({low:.0f}-{high:.0f})'
 
-    cells = (config.workers, setup.batch_size, *map(rates, clock[:2]), share(clock), share(cpu))
+    cells = (config.workers, int(setup.config.batch_size or 0), *map(rates, clock[:2]), share(clock), share(cpu))
     return f'| {case.name} | {" | ".join(map(str, cells))} | {samples / spread(clock[2])[0]:.0f} |'
 
 

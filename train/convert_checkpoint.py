@@ -1,4 +1,4 @@
-"""Converts a public CIFAR checkpoint of RepDistiller or MDistiller to a model folder that timm loads.
+"""Convert a public CIFAR checkpoint of RepDistiller or MDistiller to a model folder that timm loads.
 
     python train/convert_checkpoint.py ckpt_epoch_240.pth --model cifar_resnet56 --output teachers/resnet56
 
@@ -22,7 +22,7 @@ from timm_dfpt.models import convert_state_dict
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a PyTorch checkpoint without running code from it.
+    """Read a PyTorch checkpoint without running code from it.
 
     Args:
         path: Checkpoint file.
@@ -31,7 +31,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         Its contents, tensors on the CPU.
 
     Raises:
-        ValueError: If the file is no PyTorch checkpoint of a dict, or holds more than tensors and plain values.
+        ValueError: If the file is not a PyTorch checkpoint of a dict, or holds more than tensors and plain values.
     """
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -46,7 +46,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def convert(checkpoint: Path, model_name: str, output: Path) -> None:
-    """Writes the checkpoint's network in timm's layout.
+    """Write the checkpoint's network in timm's layout.
 
     Args:
         checkpoint: RepDistiller or MDistiller checkpoint.
@@ -69,7 +69,7 @@ def convert(checkpoint: Path, model_name: str, output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line and converts."""
+    """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description='Convert a RepDistiller or MDistiller CIFAR checkpoint for timm.')
     parser.add_argument('checkpoint', type=Path, help='checkpoint file (.pth)')
     parser.add_argument('--model', required=True, help='registered name, such as cifar_resnet56')

@@ -199,7 +199,7 @@ CASES = {
         lambda f: [*recipe(f, 'reprob: 0.1'), '--crop-padding', '0', '--no-aug'], 'no_aug and reprob=0.1 contradict'
     ),
     'pairs of an odd batch': (
-        ['--batch-size', '31', '--cutmix', '1'], 'batch_size=31 is 31 images a process, .*let that be an even number'
+        ['--batch-size', '31', '--cutmix', '1'], 'batch_size=31 is 31 images per process, .*choose an even number'
     ),
     'one image for BatchNorm': (
         ['--batch-size', '1'], 'batch_size=1 is one image per process, and BatchNorm needs more.*of at least 2'

@@ -12,7 +12,7 @@ from timm_dfpt.training.cli import build_parser, resolve_config
 from timm_dfpt.training.compare import Arm, compare, main, parse_arm
 from timm_dfpt.training.report import summarise, t_quantile
 from timm_dfpt.training.run import main as distill
-from timm_dfpt.training.setup import RunSetup
+from timm_dfpt.training.run import set_up
 from timm_dfpt.training.trainer import Trainer
 
 # One for each kind of task, and an arm with options of its own.
@@ -123,8 +123,9 @@ def test_what_is_left_to_be_read(compared):
 
 def test_the_teacher_looks_at_a_batch_once(tiny, tmp_path):
     config = config_of(argv(tiny, tmp_path, '--method', 'dfpt', *teacher(tiny)))
-    setup = RunSetup(config, str(tmp_path))
-    learners = [setup.create_learner(m, config.for_method(m)) for m in ('dfpt', 'dfpt+', 'kd', 'dkd', 'supervised')]
+    setup = set_up(config)
+    methods = ('dfpt', 'dfpt+', 'kd', 'dkd', 'supervised')
+    learners = setup.create_learners({method: config.for_method(method) for method in methods})
     teachers = {learner.teacher for learner in learners[:4]}
     assert len(teachers) == 1
     calls = []

@@ -7,8 +7,7 @@ import pytest
 from timm_dfpt.tasks.methods import METHODS
 from timm_dfpt.training.cli import build_parser, load_recipe, resolve_config
 from timm_dfpt.training.options import TrainConfig
-from timm_dfpt.training.run import main, run
-from timm_dfpt.training.setup import RunSetup
+from timm_dfpt.training.run import main, run, set_up
 
 STUDENT = ['--student', 'resnet18', '--student-kwargs', 'layers=[1, 1, 1, 1]', 'channels=[8, 8, 16, 16]']
 
@@ -82,7 +81,7 @@ def test_weight_of_the_teacher_grows(tiny, tmp_path):
     config = config_of(
         argv(tiny, tmp_path, '--method', 'dkd', *teacher(tiny), '--distill-warmup-epochs', '4', '--epochs', '6')
     )
-    learner = RunSetup(config, str(tmp_path)).create_learner('dkd', config)
+    (learner,) = set_up(config).create_learners({'dkd': config})
     weight = []
     for epoch in range(6):
         learner.set_progress(epoch, 0)

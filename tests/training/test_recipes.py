@@ -15,8 +15,7 @@ import timm_dfpt
 from timm_dfpt.hub.student import save_student
 from timm_dfpt.tasks.methods import METHODS
 from timm_dfpt.training.cli import build_parser, load_recipe, resolve_config
-from timm_dfpt.training.run import main
-from timm_dfpt.training.setup import RunSetup
+from timm_dfpt.training.run import main, set_up
 
 RECIPES = Path(__file__).parents[2] / 'train' / 'recipes'
 # RepDistiller's and MDistiller's tables: teacher, student, learning rate, and DKD's beta.
@@ -206,9 +205,9 @@ def dry_run(recipe, stand_ins, teacher_of, tmp_path, side, batch_size, *more):
     if recipe in PAIRS:
         arguments += ['--teacher', teacher_of(PAIRS[recipe][0], family)]
     config = dataclasses.replace(config_of(recipe, *arguments), output=str(tmp_path))
-    setup = RunSetup(config, str(tmp_path))
+    setup = set_up(config)
     assert setup.data.num_classes == CLASSES[family]
-    learner = setup.create_learner(config.method, config)
+    (learner,) = setup.create_learners({config.method: config})
     check_optimizer(learner.optimizers[0].optimizer, config)
     if family == 'cifar100':
         # Named by the recipe, not by chance: the data set has 20 coarse labels too, and no column called image.

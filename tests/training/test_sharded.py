@@ -17,7 +17,7 @@ from training_jobs import Job, free_port
 
 from tests.forked import CONTEXT
 from timm_dfpt.training.checkpoint import restore_checkpoint, save_checkpoint
-from timm_dfpt.training.sharding import ShardedRoot, set_up_sharding, whole_weights
+from timm_dfpt.training.devices import ShardedRoot, set_up_sharding, whole_weights
 
 # What accelerate's launcher makes of train/accelerate/fsdp2.yaml.
 FSDP = {

@@ -1,4 +1,5 @@
 """The cache of the teacher's logits: a student trained with it is the student trained without it."""
+import dataclasses
 import hashlib
 
 import pytest
@@ -9,11 +10,11 @@ from torch import nn
 from timm_dfpt.data.augment import AugmentConfig
 from timm_dfpt.data.datasets import load_splits
 from timm_dfpt.data.loader import create_loader
-from timm_dfpt.training import teacher_cache
+from timm_dfpt.hub import teacher_cache
+from timm_dfpt.hub.teacher_cache import TeacherCache, cache_key, check_exact
 from timm_dfpt.training.cli import parse_config
 from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run import run
-from timm_dfpt.training.teacher_cache import TeacherCache, cache_key, check_exact
 
 DATA_CONFIG = {'input_size': (3, 16, 16), 'mean': (0.5,) * 3, 'std': (0.25,) * 3, 'crop_pct': 1.0}
 KEY = {'teacher': 'a'}
@@ -85,8 +86,8 @@ def test_cycle_repeats_the_augmentation_in_another_order(tiny):
 def test_key_tells_seeds_teachers_and_data_apart():
     def key(seed=1, teacher=0, data='x'):
         torch.manual_seed(teacher)
-        config = TrainConfig(student='a', teacher='b', dataset='c', seed=seed)
-        return cache_key(config, nn.Linear(2, 2), data, {'input_size': (3, 2, 2)}, torch.device('cpu'))
+        options = dataclasses.asdict(TrainConfig(student='a', teacher='b', dataset='c', seed=seed))
+        return cache_key(options, nn.Linear(2, 2), data, {'input_size': (3, 2, 2)}, torch.device('cpu'))
 
     assert key() == key()
     assert key() != key(seed=2)

@@ -1,4 +1,4 @@
-"""From the name of a data set to checked splits: which split is what, which column, which class has which number."""
+"""From the name of a dataset to checked splits: which split is what, which column, which class has which number."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _MAX_NAME = 1000  # what a published student may call a class
 
 @dataclasses.dataclass(frozen=True)
 class DataSplits:
-    """A data set ready for training.
+    """A dataset ready for training.
 
     Args:
         train: Images to learn from.
         val: Images to make choices on.
-        test: Images for the last number only, if the data set has labelled ones.
+        test: Images for the last number only, if the dataset has labelled ones.
         class_names: Name of each class number.
         val_from: Where `val` comes from, in words.
     """
@@ -67,9 +67,9 @@ def load_splits(
     on_bad_image: str = 'stop',
     background: str | None = None,
 ) -> DataSplits:
-    """Load a data set for image classification and check it before any work starts.
+    """Load a dataset for image classification and check it before any work starts.
 
-    A data set without a validation split gets one: `val_fraction` of each class of the training split, the choice
+    A dataset without a validation split gets one: `val_fraction` of each class of the training split, the choice
     being a function of `seed`. The test split is never taken for it. Classes are matched between splits by name
     (unicode NFC).
 
@@ -80,8 +80,8 @@ def load_splits(
 
     Args:
         dataset: What `open_dataset` takes: a local folder of images, parquet, what `save_to_disk` has written, or the
-            id of a data set on the Hub.
-        dataset_config: Configuration, for data sets that have several.
+            id of a dataset on the Hub.
+        dataset_config: Configuration, for datasets that have several.
         dataset_revision: Revision on the Hub.
         train_split: Name of the training split, found if not given; of a folder, a path in it.
         val_split: Name of the validation split, found if not given.
@@ -97,7 +97,7 @@ def load_splits(
         The splits. Rows of a split are numbered without what was left out.
 
     Raises:
-        FileNotFoundError: If the data set is not found.
+        FileNotFoundError: If the dataset is not found.
         ValueError: If it is not fit for training, or an argument does not fit it; the message names the remedy.
     """
     if not 0 < val_fraction < 1:
@@ -158,7 +158,7 @@ def _find_image_column(dataset: Dataset, named: str | None) -> str:
     if named is not None:
         if named not in dataset.column_names:
             raise ValueError(
-                f'input_key={named!r} is unknown; the data set has the columns {dataset.column_names}: name one of '
+                f'input_key={named!r} is unknown; the dataset has the columns {dataset.column_names}: name one of '
                 'them with --input-key'
             )
         return named
@@ -179,7 +179,7 @@ def _find_label_column(dataset: Dataset, named: str | None, image_column: str) -
     if named is not None:
         if named not in dataset.column_names:
             raise ValueError(
-                f'target_key={named!r} is unknown; the data set has the columns {dataset.column_names}: name one of '
+                f'target_key={named!r} is unknown; the dataset has the columns {dataset.column_names}: name one of '
                 'them with --target-key'
             )
         return named

@@ -43,7 +43,7 @@ def dataset_fingerprint(split: ImageSplit) -> str:
 
 
 def describe_data(data: DataSplits) -> dict[str, str]:
-    """Describe a data set so that another one is described otherwise, wherever its files lie.
+    """Describe a dataset so that another one is described otherwise, wherever its files lie.
 
     Labels, names and sizes of all files count, and the content of some: a million images would take minutes to read,
     and those of some formats all have one size.

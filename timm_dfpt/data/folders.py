@@ -93,7 +93,7 @@ def open_folder(path: Path, named: Mapping[str, str | None], target_key: str | N
         target_key: Column of the labels, if the user named one: then they are in the metadata file.
 
     Returns:
-        Split name to data set. Images are referred to by path, class names are those of all splits.
+        Split name to dataset. Images are referred to by path, class names are those of all splits.
 
     Raises:
         ValueError: If there are no classes, a class folder is empty, or it is not clear what is a split.

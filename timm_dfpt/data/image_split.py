@@ -1,4 +1,4 @@
-"""One split of a data set: images as they are stored, and their class numbers."""
+"""One split of a dataset: images as they are stored, and their class numbers."""
 
 from __future__ import annotations
 

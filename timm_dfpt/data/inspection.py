@@ -1,4 +1,4 @@
-"""What is looked for in the images of a data set before training: damage, what would mislead, and copies."""
+"""What is looked for in the images of a dataset before training: damage, what would mislead, and copies."""
 
 from __future__ import annotations
 

@@ -133,13 +133,13 @@ class ImageDataset(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Rows of a data set as `(epoch, row)`, in an order that is a function of seed and epoch only.
+    """Rows of a dataset as `(epoch, row)`, in an order that is a function of seed and epoch only.
 
-    The epoch is the data set's: accelerate sets it on the sampler or on the data set, depending on how many processes
+    The epoch is the dataset's: accelerate sets it on the sampler or on the dataset, depending on how many processes
     and skipped batches there are, and either must do.
 
     Args:
-        dataset: The data set.
+        dataset: The dataset.
         shuffle: Draw a new order for each epoch, else the order of the rows.
         seed: Seed of the orders.
     """
@@ -153,7 +153,7 @@ class EpochSampler(Sampler):
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch on the data set."""
+        """Set the epoch on the dataset."""
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -207,7 +207,7 @@ def create_loader(
         The loader. accelerate's `prepare` and `skip_first_batches` work on it.
 
     Raises:
-        ValueError: If an argument is out of its range, does not fit another or the data set.
+        ValueError: If an argument is out of its range, does not fit another or the dataset.
     """
     _check_data_config(data_config)
     if batch_size < 1:

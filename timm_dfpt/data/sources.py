@@ -31,24 +31,24 @@ def open_dataset(
     named_splits: Mapping[str, str | None],
     target_key: str | None = None,
 ) -> dict[str, Dataset]:
-    """Open a data set, whatever it is, as one `datasets.Dataset` per split.
+    """Open a dataset, whatever it is, as one `datasets.Dataset` per split.
 
     Args:
         dataset: A local folder of images (see `open_folder`); a folder that `save_to_disk` has written, or of such
             folders by split; a local parquet file, or a folder of them in the layout of `datasets`; else the id of a
-            data set on the Hub.
-        dataset_config: Configuration of a Hub or parquet data set that has several.
+            dataset on the Hub.
+        dataset_config: Configuration of a Hub or parquet dataset that has several.
         dataset_revision: Revision on the Hub.
         named_splits: For `train`, `val` and `test` the split that the user named, or `None`.
         target_key: Column of the labels, if the user named one.
 
     Returns:
-        Split name to data set. Images of a folder are referred to by path (see `unpack_path`).
+        Split name to dataset. Images of a folder are referred to by path (see `unpack_path`).
 
     Raises:
         FileNotFoundError: If `dataset` neither exists here nor on the Hub.
         PermissionError: If `datasets` has no folder to write to.
-        ValueError: If a folder holds no classes, a class folder is empty, or the data set cannot be read.
+        ValueError: If a folder holds no classes, a class folder is empty, or the dataset cannot be read.
     """
     path = Path(dataset).expanduser()
     if not path.exists():
@@ -62,7 +62,7 @@ def open_dataset(
         )
     if dataset_revision is not None:
         raise ValueError(
-            f'dataset_revision={dataset_revision!r} is for a data set on the Hub, and {dataset!r} is a local one: '
+            f'dataset_revision={dataset_revision!r} is for a dataset on the Hub, and {dataset!r} is a local one: '
             'leave --dataset-revision out'
         )
     if path.is_file():
@@ -140,7 +140,7 @@ def _parquet_files(path: Path) -> Iterator[Path]:
 
 
 def _has_configs(path: Path) -> bool:
-    """Say whether the card of a data set names its files."""
+    """Say whether the card of a dataset names its files."""
     card = path / 'README.md'
     return card.is_file() and re.search(r'^configs:', card.read_text(errors='replace'), re.MULTILINE) is not None
 

@@ -62,7 +62,7 @@ def assign_roles(available: Sequence[str], named: Mapping[str, str | None]) -> d
     for role, name in named.items():
         if name is not None and name not in available:
             raise ValueError(
-                f'{role}_split={name!r} is unknown; the data set has the splits {list(available)}: name one of them '
+                f'{role}_split={name!r} is unknown; the dataset has the splits {list(available)}: name one of them '
                 f'with --{role}-split'
             )
     roles = {role: name for role, name in named.items() if name is not None}

@@ -2,10 +2,15 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from .base import safe_weights_name
@@ -14,7 +19,9 @@ from .files import MAX_JSON_BYTES, read_json
 from .repo import open_source
 from .student import require_weights
 
-__all__ = ['LOCAL_DIR', 'ModelSource', 'local_folder']
+__all__ = ['LOCAL_DIR', 'ModelSource', 'check_class_order', 'check_takes', 'load_weights_file', 'local_folder']
+
+_logger = logging.getLogger(__name__)
 
 LOCAL_DIR = 'local-dir:'
 """What the source of a local folder begins with."""
@@ -94,3 +101,89 @@ class ModelSource:
             files.get(filename)
         except (OSError, ValueError) as error:
             raise ValueError(f'{self._label} cannot be loaded: {error}') from error
+
+
+def load_weights_file(model: nn.Module, path: str, option: str) -> None:
+    """Load a safetensors file into `model`, strictly.
+
+    Args:
+        model: The model.
+        path: The file.
+        option: The option that names it, for messages.
+
+    Raises:
+        ValueError: If the file is missing, not safetensors, or does not fit the model.
+    """
+    if not path.endswith('.safetensors') or not Path(path).is_file():
+        raise ValueError(
+            f'{option} must be an existing .safetensors file, got {path!r}. Pickled checkpoints are never loaded; '
+            'convert them once with torch.load(weights_only=True) and safetensors.torch.save_file.'
+        )
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except Exception as error:
+        raise ValueError(f'{option} {path!r} does not fit {type(model).__name__}: {error}') from error
+
+
+def check_class_order(teacher: str, known: Sequence[str], class_names: Sequence[str]) -> None:
+    """Refuse a teacher that has other names for the classes than the data, or the same in another order.
+
+    Args:
+        teacher: Its source, for messages.
+        known: Its names, empty if it has none.
+        class_names: Those of the data.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    # Those of the data are NFC; a decomposed é of the teacher's is the same letter.
+    known = [unicodedata.normalize('NFC', name) for name in known]
+    if not known or known == list(class_names):
+        return
+    if len(known) != len(class_names):
+        raise ValueError(
+            f'teacher {teacher!r} has {len(known)} names for {len(class_names)} classes: repair label_names in its '
+            'config.json.'
+        )
+    where = next(i for i, (a, b) in enumerate(zip(known, class_names, strict=True)) if a != b)
+    if _are_numbers(known) != _are_numbers(class_names):
+        _logger.warning(
+            f'Either the teacher {teacher!r} or the data have numbers for names of the classes (class {where} is '
+            f'{known[where]!r} for the teacher and {class_names[where]!r} in the data): that their order is the same '
+            'is taken on trust.'
+        )
+        return
+    raise ValueError(
+        f'teacher {teacher!r} and the data name their classes differently: class {where} is {known[where]!r} for the '
+        f'teacher and {class_names[where]!r} in the data. Use the data (or the class order) that the teacher was '
+        'trained on.'
+    )
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    # What integer labels are called, here and in a student that was trained on them, and what `save_student` writes
+    # where it is given none: no names of their own.
+    return all(name.removeprefix('LABEL_').removeprefix('-').isdecimal() for name in names)
+
+
+def check_takes(model: nn.Module, size: Sequence[int], label: str) -> None:
+    """Run a model in evaluation on an empty image; it is in training afterwards.
+
+    Args:
+        model: The model.
+        size: `(C, H, W)` of the image.
+        label: The option that names the model, for messages.
+
+    Raises:
+        ValueError: If it cannot take images of this size.
+    """
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *size))
+    except Exception as error:
+        raise ValueError(
+            f'{label} cannot take images of input_size={size}: {str(error) or type(error).__name__}. Give another '
+            '--input-size, or the arguments of the architecture that fit it.'
+        ) from error
+    model.train()

@@ -1,41 +1,177 @@
-"""From the options of a run to its student, its teacher and its task."""
+"""From the options of a run to what is trained on what: data and loaders, students, teachers and tasks."""
 from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
+import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from accelerate.utils import set_seed
 from timm.data import Mixup, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from ..hub.timm_models import ModelSource
+from ..data.augment import AugmentConfig
+from ..data.datasets import DataSplits, load_splits
+from ..data.loader import create_loader
+from ..hub.timm_models import ModelSource, check_class_order, check_takes, load_weights_file
 from ..losses import DFPTWeights, KDLoss
 from ..tasks.base import StudentTask
 from ..tasks.methods import DEFAULT_LOSS, KD_LOSSES, METHODS
 from ..teacher.blocks import PromptConfig
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
+from .learner import Learner
 from .options import TrainConfig
 
 __all__ = [
-    'create_criterion', 'create_mixup', 'create_student', 'create_task', 'create_teacher', 'load_prompt_path',
-    'resolve_input_config', 'wrap_teacher',
+    'create_criterion', 'create_learners', 'create_loaders', 'create_mixup', 'create_student', 'create_task',
+    'create_teacher', 'load_data', 'load_prompt_path', 'resolve_input_config', 'wrap_teacher',
 ]  # fmt: skip
-
-_logger = logging.getLogger(__name__)
 
 _NORM_LAYERS: dict[str, Literal['batchnorm2d', 'layernorm2d'] | None] = {
     'batch': 'batchnorm2d', 'layer': 'layernorm2d', 'none': None
 }  # fmt: skip
+
+
+def create_learners(
+    arms: Mapping[str, TrainConfig],
+    class_names: Sequence[str],
+    input_config: Mapping[str, Any],
+    accelerator: Accelerator,
+    steps_per_epoch: int,
+) -> list[Learner]:
+    """Create students, their tasks and optimizers; those with the same teacher share it.
+
+    Args:
+        arms: Options by name of the learner.
+        class_names: The classes.
+        input_config: What the loader gives.
+        accelerator: Devices and processes.
+        steps_per_epoch: Batches per epoch.
+
+    Raises:
+        ValueError: If an option does not fit the data or the models.
+    """
+    teachers: dict[str, nn.Module] = {}
+    learners = []
+    for name, config in arms.items():
+        teacher = _shared_teacher(config, class_names, teachers)
+        # Seeded for each part, so that every method starts from the same student whatever was built before it.
+        set_seed(config.seed)
+        if teacher is not None and METHODS[config.method].variant:
+            teacher = wrap_teacher(config, teacher)
+        set_seed(config.seed)
+        student = create_student(config, class_names, input_config)
+        task = create_task(config, student, teacher, input_config, accelerator)
+        updates_per_epoch = -(-steps_per_epoch // config.grad_accum_steps)
+        learner = Learner(name, config, task, accelerator, updates_per_epoch)
+        if config.batch_size == accelerator.num_processes:
+            _refuse_batch_norm(learner)
+        learners.append(learner)
+    return learners
+
+
+def _shared_teacher(
+    config: TrainConfig, class_names: Sequence[str], teachers: dict[str, nn.Module]
+) -> nn.Module | None:
+    """Return the teacher that the options name, one of those that are there already if possible."""
+    if not METHODS[config.method].needs_teacher:
+        return None
+    source = [config.teacher or config.prompt_path, config.teacher_checkpoint, config.teacher_kwargs]
+    key = json.dumps([*source, config.teacher_dtype], default=str)
+    if key not in teachers:
+        if config.teacher is None:
+            # The prompt path knows its teacher.
+            teachers[key] = load_prompt_path(str(config.prompt_path)).unwrap()
+        else:
+            teacher = create_teacher(config, class_names)
+            # Blocks, heads and students stay in float32: only what is frozen is converted.
+            teachers[key] = teacher.to(getattr(torch, config.teacher_dtype))
+    return teachers[key]
+
+
+def _refuse_batch_norm(learner: Learner) -> None:
+    """Refuse BatchNorm in training: of one image per process it has no statistics."""
+    learner.train()
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in learner.module.modules()):
+        raise ValueError(
+            f'batch_size={learner.config.batch_size} is one image per process, and BatchNorm needs more: choose a '
+            '--batch-size of at least 2 images per process.'
+        )
+
+
+def load_data(config: TrainConfig) -> DataSplits:
+    """Load and check the dataset.
+
+    Raises:
+        ValueError: If it is not fit for training, or an option does not fit it.
+    """
+    return load_splits(
+        str(config.dataset),
+        dataset_config=config.dataset_config,
+        dataset_revision=config.dataset_revision,
+        train_split=config.train_split,
+        val_split=config.val_split,
+        test_split=config.test_split,
+        input_key=config.input_key,
+        target_key=config.target_key,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        on_bad_image=config.on_bad_image,
+        background=config.background,
+    )
+
+
+def create_loaders(
+    config: TrainConfig, data: DataSplits, input_config: Mapping[str, Any], accelerator: Accelerator
+) -> dict[str, Any]:
+    """Create loaders of `train`, `val`, and `test` where there are test images, prepared by `accelerator`."""
+    batch_size = config.batch_size
+    assert batch_size is not None
+    augmentation = AugmentConfig(
+        no_aug=config.no_aug,
+        train_crop_mode=config.train_crop_mode,
+        scale=tuple(config.scale) or None,
+        ratio=tuple(config.ratio) or None,
+        hflip=config.hflip,
+        vflip=config.vflip,
+        color_jitter=config.color_jitter,
+        aa=config.aa,
+        reprob=config.reprob,
+        crop_padding=config.crop_padding,
+    )
+    common: dict[str, Any] = {
+        'data_config': input_config,
+        'seed': config.seed,
+        'workers': config.workers,
+        'cache_images': config.cache_images,
+        'pin_memory': accelerator.device.type == 'cuda',
+    }
+    evaluation = {
+        **common,
+        'batch_size': config.validation_batch_size or batch_size,
+        'is_training': False,
+        'cache_images': 'auto',
+    }
+    loaders = {
+        'train': create_loader(
+            data.train,
+            batch_size=batch_size,
+            is_training=True,
+            augmentation=augmentation,
+            aug_cycle=config.aug_cycle,
+            **common,
+        ),
+        'val': create_loader(data.val, **evaluation),
+    }
+    if data.test:
+        loaders['test'] = create_loader(data.test, **evaluation)
+    return {name: accelerator.prepare(loader) for name, loader in loaders.items()}
 
 
 def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
@@ -64,17 +200,15 @@ def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
     return resolved
 
 
-def create_student(
-    config: TrainConfig, num_classes: int, class_names: Sequence[str], input_config: Mapping[str, Any]
-) -> nn.Module:
+def create_student(config: TrainConfig, class_names: Sequence[str], input_config: Mapping[str, Any]) -> nn.Module:
     """Create the student for these classes and inputs, its `pretrained_cfg` saying what it is trained on.
 
     Raises:
-        ValueError: The model is unknown or cannot be built so; the message says why.
+        ValueError: If the model is unknown or cannot be built so; the message says why.
     """
     source = ModelSource(str(config.student), 'student')
     cfg, size = source.pretrained_cfg(), tuple(input_config['input_size'])
-    kwargs: dict[str, Any] = {'num_classes': num_classes, 'in_chans': size[0]}
+    kwargs: dict[str, Any] = {'num_classes': len(class_names), 'in_chans': size[0]}
     if cfg.get('fixed_input_size') and tuple(cfg['input_size'][1:]) != size[1:]:
         kwargs['img_size'] = size[1:]
     kwargs |= config.student_kwargs
@@ -83,12 +217,12 @@ def create_student(
     if config.drop_path is not None:
         kwargs['drop_path_rate'] = config.drop_path
     student: Any = source.create(config.student_pretrained, **kwargs)
-    _check_takes(config, student, size)
+    check_takes(student, size, f'student={config.student!r}')
     recorded = {key: input_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     student.pretrained_cfg = {
         **student.pretrained_cfg,
         **recorded,
-        'num_classes': num_classes,
+        'num_classes': len(class_names),
         'label_names': list(class_names),
     }
     return student
@@ -98,7 +232,7 @@ def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module
     """Load the teacher with its weights, and hold its classes against those of the data.
 
     Raises:
-        ValueError: The teacher is unknown, its weights cannot be loaded, or its classes are others.
+        ValueError: If the teacher is unknown, its weights cannot be loaded, or it has other classes.
     """
     source = ModelSource(str(config.teacher), 'teacher')
     teacher: Any
@@ -107,71 +241,22 @@ def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module
     else:
         # Without pretrained weights a head of the right size says nothing: the file must bring every tensor.
         teacher = source.create(False, **{**config.teacher_kwargs, 'num_classes': len(class_names)})
-        load_checkpoint(teacher, config.teacher_checkpoint)
+        load_weights_file(teacher, config.teacher_checkpoint, 'teacher_checkpoint')
     if teacher.num_classes != len(class_names):
         raise ValueError(
             f'teacher {config.teacher!r} knows {teacher.num_classes} classes, the data have {len(class_names)}. '
             'Fine-tune it on these data first (--method supervised --student TEACHER --student-pretrained) and give '
             'the result as --teacher local-dir:RUN/student.'
         )
-    _check_class_order(config.teacher, teacher.pretrained_cfg.get('label_names') or [], class_names)
+    check_class_order(str(config.teacher), teacher.pretrained_cfg.get('label_names') or [], class_names)
     return teacher
-
-
-def _check_class_order(teacher: str | None, known: Sequence[str], class_names: Sequence[str]) -> None:
-    """Refuse a teacher that has other names for the classes, or the same in another order."""
-    # Those of the data are NFC; a decomposed é of the teacher's is the same letter.
-    known = [unicodedata.normalize('NFC', name) for name in known]
-    if not known or known == list(class_names):
-        return
-    if len(known) != len(class_names):
-        raise ValueError(
-            f'teacher {teacher!r} has {len(known)} names for {len(class_names)} classes: repair label_names in its '
-            'config.json.'
-        )
-    where = next(i for i, (a, b) in enumerate(zip(known, class_names, strict=True)) if a != b)
-    if _are_numbers(known) != _are_numbers(class_names):
-        _logger.warning(
-            f'Either the teacher {teacher!r} or the data have numbers for names of the classes (class {where} is '
-            f'{known[where]!r} for the teacher and {class_names[where]!r} in the data): that their order is the same '
-            'is taken on trust.'
-        )
-        return
-    raise ValueError(
-        f'teacher {teacher!r} and the data name their classes differently: class {where} is {known[where]!r} for the '
-        f'teacher and {class_names[where]!r} in the data. Use the data (or the class order) that the teacher was '
-        'trained on.'
-    )
-
-
-def _are_numbers(names: Sequence[str]) -> bool:
-    # What integer labels are called, here and in a student that was trained on them, and what `save_student` writes
-    # where it is given none: no names of their own.
-    return all(name.removeprefix('LABEL_').removeprefix('-').isdecimal() for name in names)
-
-
-def load_checkpoint(model: nn.Module, path: str) -> None:
-    """Load a safetensors file into `model`, strictly.
-
-    Raises:
-        ValueError: The file is missing, no safetensors, or does not fit the model.
-    """
-    if not path.endswith('.safetensors') or not Path(path).is_file():
-        raise ValueError(
-            f'teacher_checkpoint must be an existing .safetensors file, got {path!r}. Pickled checkpoints are never '
-            'loaded; convert them once with torch.load(weights_only=True) and safetensors.torch.save_file.'
-        )
-    try:
-        model.load_state_dict(load_file(path), strict=True)
-    except Exception as error:
-        raise ValueError(f'teacher_checkpoint {path!r} does not fit {type(model).__name__}: {error}') from error
 
 
 def load_prompt_path(path: str, model: nn.Module | None = None) -> DualForwardPathTeacher:
     """Load a tuned prompt path, around `model` or the teacher that it names.
 
     Raises:
-        ValueError: It is not there, damaged, or of another teacher.
+        ValueError: If it is missing, damaged, or of another teacher.
     """
     try:
         return DualForwardPathTeacher.from_pretrained(path, model=model)
@@ -301,17 +386,3 @@ def _kd_loss(config: TrainConfig) -> KDLoss | None:
     except (TypeError, ValueError) as error:
         raise ValueError(f'kd_loss_kwargs={kwargs} do not fit {name}: {error}') from error
     return loss
-
-
-def _check_takes(config: TrainConfig, student: nn.Module, size: Sequence[int]) -> None:
-    """Run the student on an empty image of the size of this run, before anything is written."""
-    student.eval()
-    try:
-        with torch.no_grad():
-            student(torch.zeros(1, *size))
-    except Exception as error:
-        raise ValueError(
-            f'student={config.student!r} cannot take images of input_size={size}: {str(error) or type(error).__name__}.'
-            ' Give another --input-size, or the arguments of the architecture that fit it.'
-        ) from error
-    student.train()

@@ -18,13 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
 from .cli import build_parser, resolve_config
-from .export import export
 from .learner import Learner
 from .options import TrainConfig
 from .report import comparison_text, plot_comparison, summarise
-from .run import exit_code, train_side_by_side
-from .run_folder import ComparisonFolder, RunFolder
-from .setup import RunSetup
+from .run import Setup, close, describe, example_batch, exit_code, measure, set_up, train_side_by_side
+from .run_folder import ComparisonFolder, RunFolder, export
 from .trainer import NonFiniteLossError, Preempted
 
 __all__ = ['Arm', 'compare', 'main', 'parse_arm']
@@ -87,7 +85,7 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
 
     Args:
         argv: Arguments; `None` for those of the process.
-        default_recipe: Recipe that counts when neither `--config` nor `--dataset` is given.
+        default_recipe: Recipe to use when neither `--config` nor `--dataset` is given.
 
     Returns:
         The exit code, as of `timm_dfpt.training.run.main`.
@@ -102,7 +100,7 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
         '--arm', action='append', default=[], metavar='NAME=METHOD,OPTION=VALUE,...', help='a method with own options'
     )
     group.add_argument('--seeds', nargs='+', type=int, required=True, metavar='SEED', help='seeds, one run each')
-    group.add_argument('--reference', metavar='ARM', help='arm that the others are held against (default: kd)')
+    group.add_argument('--reference', metavar='ARM', help='arm that the others are compared with (default: kd)')
     values = vars(parser.parse_args(argv))
     methods, texts, seeds = values.pop('methods'), values.pop('arm'), values.pop('seeds')
     reference, recipe = values.pop('reference'), values.pop('config')
@@ -130,7 +128,7 @@ def compare(
             seeds are left as they are, and new ones may be added.
         arms: What to compare.
         seeds: Seeds; each is a run in `output/seed-<n>`.
-        reference: Name of the arm that the others are held against; `kd` if there is one of that name, else the first.
+        reference: Name of the arm that the others are compared with; `kd` if there is one of that name, else the first.
         command: How the comparison was started, for the record.
 
     Returns:
@@ -192,12 +190,12 @@ def _run_seed(config: TrainConfig, arms: Sequence[Arm], command: str) -> None:
         arm.name: config.for_method(arm.method, **arm.changes, output=str(folder.arm(arm.name)))
         for arm in sorted(arms, key=_in_training_order)
     }
-    setup = RunSetup(config, str(folder))
+    setup = set_up(config)
     learners, seconds = train_side_by_side(setup, options, folder, command)
-    results = setup.measure(learners)
+    results = measure(setup, learners)
     if setup.accelerator.is_main_process:
-        facts = setup.facts(command)
-        models = export(learners, results, facts, setup.example())
+        facts = describe(setup, command)
+        models = export(learners, results, facts, example_batch(setup))
     costs = _step_costs(setup, learners)
     if setup.accelerator.is_main_process:
         folder.write_summary(
@@ -210,10 +208,10 @@ def _run_seed(config: TrainConfig, arms: Sequence[Arm], command: str) -> None:
                 'arms': {name: {'models': models[name], 'step': costs[name]} for name in models},
             },
         )
-    setup.close()
+    close(setup)
 
 
-def _step_costs(setup: RunSetup, learners: Sequence[Learner]) -> dict[str, dict[str, float]]:
+def _step_costs(setup: Setup, learners: Sequence[Learner]) -> dict[str, dict[str, float]]:
     """Measure a training step of each learner alone, teacher included; their weights are of no use afterwards.
 
     Returns:

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..tasks.base import StudentTask, TeacherLogits
+from .devices import ShardedRoot, clip_shards, is_sharding, whole_weights
 from .optim import create_optimizer, create_scheduler
 from .options import TrainConfig
-from .sharding import ShardedRoot, clip_shards, is_sharding, whole_weights
 
 __all__ = ['Learner']
 

@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 from ..data.checks import checked, default_of
 from ..data.images import parse_color
-from ..hub.privacy import public
 from ..hub.timm_models import LOCAL_DIR
 from ..tasks.methods import DEFAULT_LOSS, DEFAULT_METHOD, KD_LOSSES, METHODS
 from .optim import SCHEDULE_OPTIONS, SCHEDULES, check_optimizer, check_schedule, check_used
 
-__all__ = ['TrainConfig', 'public_options', 'resolve_paths']
+__all__ = ['PATH_OPTIONS', 'TrainConfig', 'resolve_paths']
 
 # What the student of a method with a prompt path learns from; of no use to others, as is all that is called prompt_*.
 _DUAL_STUDENT_WEIGHTS = ('student_task_weight', 'student_teacher_weight', 'student_prompt_weight')
@@ -21,7 +20,7 @@ _DUAL_STUDENT_WEIGHTS = ('student_task_weight', 'student_teacher_weight', 'stude
 _AUGMENTATIONS = (
     'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob'
 )  # fmt: skip
-_PATH_OPTIONS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path', 'output')
+PATH_OPTIONS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path', 'output')
 _Interpolation = Literal['', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
 
 
@@ -202,7 +201,7 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             setattr(self, field.name, checked(TrainConfig, field, getattr(self, field.name)))
         # As in a recipe, so that the saved options mean the same wherever they are read.
-        vars(self).update(resolve_paths({key: getattr(self, key) for key in _PATH_OPTIONS}, Path()))
+        vars(self).update(resolve_paths({key: getattr(self, key) for key in PATH_OPTIONS}, Path()))
         if self.background is not None:
             # One way of writing it, for resuming and for the code of model cards.
             self.background = '#{:02x}{:02x}{:02x}'.format(*parse_color(self.background))
@@ -372,7 +371,7 @@ def _refuse_augmentation(options: Mapping[str, Any]) -> None:
 def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return options in which relative paths, those with dots, count from the working directory instead of `folder`."""
     resolved = dict(values)
-    for key in _PATH_OPTIONS:
+    for key in PATH_OPTIONS:
         value = values.get(key)
         if not isinstance(value, str):
             continue
@@ -389,12 +388,3 @@ def _from_here(path: Path) -> str:
     # Relative where that is shorter: the record of a run should not reveal where somebody's home is.
     full = path.resolve()
     return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
-
-
-def public_options(config: TrainConfig) -> dict[str, Any]:
-    """Return the options as they may be published: only the last part of local paths is kept."""
-    options = dataclasses.asdict(config)
-    for key in _PATH_OPTIONS:
-        options[key] = public(options[key], local=True)
-    options['output'] = None
-    return options

@@ -3,29 +3,44 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 
+from ..data.datasets import DataSplits
+from ..data.fingerprint import dataset_fingerprint, describe_data
+from ..data.loader import default_batch_size
+from ..hub.config import check_data_config, check_label_names
 from ..hub.repo import check_repo_id
-from ..tasks.evaluation import evaluate
-from .build import create_mixup
+from ..hub.teacher_cache import TeacherCache, cache_key, check_exact
+from ..tasks.evaluation import evaluate, evaluate_together
+from ..version import __version__
+from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config
+from .checkpoint import describe_teachers
 from .cli import parse_config
-from .export import export, export_student
+from .devices import create_accelerator, on_sigterm
 from .learner import Learner
+from .optim import describe_decay
 from .options import TrainConfig
 from .publish import publish_run
 from .report import closing_table, plot_curves, verdicts
-from .run_folder import RunFolder
-from .setup import RunSetup
-from .sigterm import on_sigterm
+from .run_folder import RunFolder, export, export_student
 from .trainer import NonFiniteLossError, Preempted, Trainer
 
-__all__ = ['EXIT_PREEMPTED', 'exit_code', 'main', 'run', 'train_side_by_side']
+__all__ = [
+    'EXIT_PREEMPTED', 'Setup', 'close', 'describe', 'example_batch', 'exit_code', 'main', 'measure', 'run', 'set_up',
+    'train_side_by_side',
+]  # fmt: skip
+
+_logger = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = 143
 """Exit code after SIGTERM and a checkpoint: 128 + 15, as the shell would say."""
@@ -36,15 +51,15 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
 
     Args:
         argv: Arguments; `None` for those of the process.
-        default_recipe: Recipe that counts when neither `--config` nor `--dataset` is given.
+        default_recipe: Recipe to use when neither `--config` nor `--dataset` is given.
 
     Returns:
-        The exit code: 0, 1 after an error that was told in one line, or `EXIT_PREEMPTED`.
+        The exit code: 0, 1 after an error reported in one line, or `EXIT_PREEMPTED`.
     """
     about = 'Distill a student from a dual-forward path teacher (DFPT-KD), or a baseline.'
     if default_recipe is not None:
         recipe = Path(default_recipe).name
-        about += f' Without --config and --dataset the recipe {recipe} counts instead of the defaults below.'
+        about += f' Without --config and --dataset it uses the recipe {recipe} as defaults.'
     config = parse_config(argv, default_recipe, about)
     command = shlex.join(['train/distill.py', *(sys.argv[1:] if argv is None else argv)])
     return exit_code(lambda: run(config, command))
@@ -104,6 +119,82 @@ def _stop() -> None:
     raise Preempted('Stopped by SIGTERM; the same command with --resume goes on.')
 
 
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all students of a run share.
+
+    Args:
+        config: The options, with the batch size that was chosen if none was given.
+        accelerator: Devices and processes.
+        input_config: timm's data config, see `resolve_input_config`.
+        data: The splits.
+        loaders: Loaders of `train`, `val`, and `test` where there are test images.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    input_config: dict[str, Any]
+    data: DataSplits
+    loaders: dict[str, Any]
+
+    @property
+    def eval_split(self) -> str:
+        """The split that is evaluated at the end."""
+        return 'test' if 'test' in self.loaders else 'val'
+
+    def create_learners(self, arms: Mapping[str, TrainConfig]) -> list[Learner]:
+        """Create learners from options by name; see `create_learners`."""
+        steps = len(self.loaders['train'])
+        arms = {name: dataclasses.replace(arm, batch_size=self.config.batch_size) for name, arm in arms.items()}
+        return create_learners(arms, self.data.class_names, self.input_config, self.accelerator, steps)
+
+
+def set_up(config: TrainConfig) -> Setup:
+    """Open devices and data.
+
+    Raises:
+        ValueError: If an option does not fit the devices, the data or the student.
+    """
+    accelerator = create_accelerator(config)
+    set_seed(config.seed)
+    input_config = resolve_input_config(config)
+    data = load_data(config)
+    tested = f', {len(data.test):,} to test on' if data.test else ''
+    accelerator.print(
+        f'data: {config.dataset}: {data.num_classes} classes, {len(data.train):,} images to train on, '
+        f'{len(data.val):,} to validate on ({data.val_from}){tested}'
+    )
+    config = _with_batch_size(config, len(data.train), accelerator)
+    loaders = create_loaders(config, data, input_config, accelerator)
+    # What no student could be exported with is refused before it is trained.
+    check_data_config({key: list(value) if isinstance(value, tuple) else value for key, value in input_config.items()})
+    check_label_names(data.class_names, data.num_classes)
+    decay = describe_decay(-(-len(loaders['train']) // config.grad_accum_steps), config.lr, **config.schedule)
+    if decay is not None and accelerator.is_main_process:
+        _logger.warning(decay)
+    return Setup(config, accelerator, input_config, data, loaders)
+
+
+def _with_batch_size(config: TrainConfig, images: int, accelerator: Accelerator) -> TrainConfig:
+    """Choose a batch size for the number of images if none is given, and print what an epoch is."""
+    processes = accelerator.num_processes
+    size = config.batch_size or default_batch_size(images, processes)
+    if (config.mixup or config.cutmix) and size // processes % 2:
+        raise ValueError(
+            f'batch_size={size} is {size // processes} images per process, of which mixup and cutmix make pairs: '
+            'choose an even number, or set both to 0.'
+        )
+    if config.batch_size is None and size < 128:
+        accelerator.print(
+            f'few images: batch size {size} instead of 128, as no --batch-size was given; the learning rate stays '
+            f'{config.lr:g}'
+        )
+    accelerator.print(
+        f'an epoch: {images // size:,} steps of {size} images; {images % size} images are left out of each epoch'
+    )
+    return dataclasses.replace(config, batch_size=size)
+
+
 def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
     """Train a student as `config` says, and leave a run folder.
 
@@ -115,7 +206,7 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
         What `summary.json` holds.
 
     Raises:
-        ValueError: An option does not fit the data or the models; nothing has been trained then.
+        ValueError: If an option does not fit the data or the models; nothing has been trained then.
     """
     for repo_id in filter(None, (config.push_to_hub, config.push_prompt_path)):
         check_repo_id(repo_id)
@@ -124,36 +215,37 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
     arms = {config.method: dataclasses.replace(config, baselines=[])}
     for method in config.baselines:
         arms[method] = config.for_method(method, output=str(folder.baseline(method)))
-    setup = RunSetup(config, str(folder))
-    say = setup.accelerator.print
+    setup = set_up(config)
     learners, seconds = train_side_by_side(setup, arms, folder, command)
-    results = setup.measure(learners)
+    results = measure(setup, learners)
     summary: dict[str, Any] = {}
     if setup.accelerator.is_main_process:
-        facts = setup.facts(command)
-        summary = {**facts, 'eval_split': setup.eval_split, 'train_seconds': seconds}
-        exported = export(learners, results, facts, setup.example())
-        summary['models'] = exported.pop(config.method)
-        summary['baselines'] = {name: models['student'] for name, models in exported.items()}
+        facts = describe(setup, command)
+        models = export(learners, results, facts, example_batch(setup))
+        summary = {
+            **facts,
+            'eval_split': setup.eval_split,
+            'train_seconds': seconds,
+            'models': models.pop(config.method),
+            'baselines': {name: each['student'] for name, each in models.items()},
+        }
         plot_curves(folder.read_metrics(), folder.curves, f'{config.method}: {config.student}')
         folder.write_summary(summary)
-        say(closing_table(summary))
-        for line in verdicts(summary):
-            say(line)
-        source = f'local-dir:{folder.student}'
-        say(f'student: timm.create_model({source!r}, pretrained=True)')
+        for line in (closing_table(summary), *verdicts(summary)):
+            print(line)
+        print(f'student: timm.create_model({f"local-dir:{folder.student}"!r}, pretrained=True)')
         _publish(config, folder)
-    setup.close()
+    close(setup)
     return summary
 
 
 def train_side_by_side(
-    setup: RunSetup, arms: Mapping[str, TrainConfig], folder: RunFolder, command: str
+    setup: Setup, arms: Mapping[str, TrainConfig], folder: RunFolder, command: str
 ) -> tuple[list[Learner], float]:
     """Train one or several students on the same batches, from the newest checkpoint if there is one.
 
     Args:
-        setup: Devices, data and teachers.
+        setup: Devices and data.
         arms: Options by name of the learner, the folder of each in `output`. Those with a prompt path come first, if
             there is a choice: they compute the teacher's logits, which the others take over, on the way.
         folder: The run folder, claimed but not yet opened.
@@ -162,43 +254,132 @@ def train_side_by_side(
     Returns:
         The learners in the order of `arms`, and the seconds that training took.
     """
-    config, accelerator = setup.config, setup.accelerator
-    learners = [setup.create_learner(name, arm) for name, arm in arms.items()]
-    first = learners[0]
-    dual_teacher = first.task.get_dual_teacher()
-    if dual_teacher is not None:
-        accelerator.print(dual_teacher.summary())
-    if first.teacher is not None:
-        before = evaluate(lambda x: {'teacher': first.task.teacher_logits(x)}, setup.loaders['val'], accelerator)
-        top1 = before['teacher']['top1']
-        accelerator.print(f'teacher {first.config.teacher}: {top1:.2f}% top-1 on the validation data')
-    teacher_cache = setup.open_teacher_cache(first)
+    config, accelerator, loaders = setup.config, setup.accelerator, setup.loaders
+    learners = setup.create_learners(arms)
+    _report_teacher(setup, learners[0])
+    teacher_cache = open_teacher_cache(setup, learners[0])
     folder.open(config, accelerator)
     accelerator.print(f'run folder: {folder}')
     if config.log_with:
         accelerator.init_trackers('timm_dfpt', config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-    mixup = create_mixup(config, setup.data.num_classes)
+    origin: dict[str, str] = {}
+    if accelerator.is_main_process:
+        origin = describe_data(setup.data) | describe_teachers({each.name: each.teacher for each in learners})
 
     def keep_students(line: Mapping[str, Any]) -> None:
         for learner in learners:
             if line['epoch'] in learner.config.export_epochs and accelerator.is_main_process:
                 path = RunFolder(str(learner.config.output)).student_of_epoch(line['epoch'])
                 metrics = {'val': line[learner.name]['val']['student']}
-                export_student(learner, metrics, path, setup.facts(command), epoch=line['epoch'])
+                export_student(learner, metrics, path, describe(setup, command), epoch=line['epoch'])
 
     trainer = Trainer(
         config=config,
         accelerator=accelerator,
         learners=learners,
-        train_loader=setup.loaders['train'],
-        val_loader=setup.loaders['val'],
+        train_loader=loaders['train'],
+        val_loader=loaders['val'],
         folder=folder,
-        mixup=mixup,
+        mixup=create_mixup(config, setup.data.num_classes),
         after_epoch=keep_students,
         teacher_cache=teacher_cache,
-        origin=setup.origin(learners),
+        origin=origin,
     )
     return learners, trainer.fit()
+
+
+def _report_teacher(setup: Setup, learner: Learner) -> None:
+    """Print what the teacher is and how accurate."""
+    say = setup.accelerator.print
+    dual_teacher = learner.task.get_dual_teacher()
+    if dual_teacher is not None:
+        say(dual_teacher.summary())
+    if learner.teacher is not None:
+        forward = learner.task.teacher_logits
+        before = evaluate(lambda x: {'teacher': forward(x)}, setup.loaders['val'], setup.accelerator)
+        top1 = before['teacher']['top1']
+        say(f'teacher {learner.config.teacher}: {top1:.2f}% top-1 on the validation data')
+
+
+def open_teacher_cache(setup: Setup, learner: Learner) -> TeacherCache | None:
+    """Open the logits that are kept of the learner's teacher, if the options ask for that.
+
+    Raises:
+        ValueError: If they would not be those that the teacher gives in training.
+    """
+    config, accelerator = setup.config, setup.accelerator
+    if not config.cache_teacher:
+        return None
+    if accelerator.num_processes > 1:
+        raise ValueError('cache_teacher works in one process only: leave it out, or start a single one.')
+    if learner.teacher is None:
+        raise ValueError(f'cache_teacher needs a teacher, and {learner.name} has none: name another method first.')
+    size, seed = tuple(setup.input_config['input_size']), torch.Generator().manual_seed(config.seed)
+    assert config.batch_size is not None
+    images = torch.randn(config.batch_size, *size, generator=seed).to(accelerator.device)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with accelerator.autocast():
+        check_exact(learner.task.teacher_logits, images)
+    data = dataset_fingerprint(setup.data.train)
+    key = cache_key(dataclasses.asdict(config), learner.teacher, data, setup.input_config, accelerator.device)
+    folder, rows, classes = Path(config.teacher_cache_dir), len(setup.data.train), setup.data.num_classes
+    return TeacherCache(folder, key, rows, classes, config.aug_cycle or 1)
+
+
+def measure(setup: Setup, learners: Sequence[Learner]) -> list[dict[str, dict[str, dict[str, float]]]]:
+    """Evaluate learners at the end of their training, with one pass of each teacher for all that learn from it.
+
+    Returns:
+        For each learner metrics by split (`val`, and `test` where there is one) and model; see `evaluate`.
+    """
+    for learner in learners:
+        learner.eval()
+    results: list[dict[str, dict[str, dict[str, float]]]] = [{} for _ in learners]
+    for split in dict.fromkeys(('val', setup.eval_split)):
+        forwards = [learner.outputs_with_teacher for learner in learners]
+        measured = evaluate_together(forwards, setup.loaders[split], setup.accelerator)
+        for result, metrics in zip(results, measured, strict=True):
+            if 'student_ema' in metrics:
+                metrics['student_raw'] = metrics.pop('student')
+                metrics['student'] = metrics.pop('student_ema')
+            result[split] = metrics
+    return results
+
+
+def describe(setup: Setup, command: str) -> dict[str, Any]:
+    """Return what the run was, for `summary.json` and the records beside student and prompt path."""
+    config, data = setup.config, setup.data
+    return {
+        'method': config.method,
+        'seed': config.seed,
+        'command': command,
+        'dataset': config.dataset,
+        'dataset_sizes': {'train': len(data.train), 'val': len(data.val), 'test': len(data.test or ())},
+        'class_names': data.class_names,
+        'epochs': config.epochs,
+        'input_config': {k: list(v) if isinstance(v, tuple) else v for k, v in setup.input_config.items()},
+        'versions': {
+            'timm_dfpt': __version__,
+            'timm': timm.__version__,
+            'torch': torch.__version__,
+            'python': platform.python_version(),
+        },
+        'processes': setup.accelerator.num_processes,
+    }
+
+
+def example_batch(setup: Setup) -> torch.Tensor:
+    """Return a batch `[B, C, H, W]` of the split that is evaluated last, to measure costs with."""
+    return next(iter(setup.loaders[setup.eval_split]))[0]
+
+
+def close(setup: Setup) -> None:
+    """Finish the trackers; the processes stay together, since another run may follow in them."""
+    setup.accelerator.wait_for_everyone()
+    for tracker in setup.accelerator.trackers:
+        tracker.finish()
+    setup.accelerator.free_memory()
 
 
 def _publish(config: TrainConfig, folder: RunFolder) -> None:

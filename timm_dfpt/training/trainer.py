@@ -22,15 +22,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.seeding import derive_seed
+from ..hub.teacher_cache import TeacherCache
 from ..tasks.base import TeacherLogits
 from ..tasks.evaluation import evaluate
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
+from .devices import StopRequest, on_sigterm
 from .learner import Learner
 from .options import TrainConfig
 from .report import epoch_line
 from .run_folder import ComparisonFolder, RunFolder
-from .sigterm import StopRequest, on_sigterm
-from .teacher_cache import TeacherCache
 
 __all__ = ['NonFiniteLossError', 'Preempted', 'Trainer']
 

@@ -1,4 +1,4 @@
-"""Make the quickstart data set: a stratified subset of Fashion-MNIST as parquet, in the layout of `datasets`.
+"""Make the quickstart dataset: a stratified subset of Fashion-MNIST as parquet, in the layout of `datasets`.
 
 The source is the four idx files of the official distribution, for instance from Debian's package:
 

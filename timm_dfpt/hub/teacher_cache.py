@@ -1,7 +1,7 @@
 """Logits of the frozen teacher, computed once and kept on disk: exact, or refused.
 
 A row's logits are asked for again in a batch of other rows. On the machines tried they have the same bits there, as
-long as the batch has the same size; `check_exact` holds the teacher at hand to it before the cache is used.
+long as the batch has the same size; `check_exact` makes sure of it before the cache is used.
 """
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,13 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..hub.base import fingerprint
-from ..hub.files import atomic
-from .options import TrainConfig
+from .base import fingerprint
+from .files import atomic
 
 __all__ = ['TeacherCache', 'cache_key', 'check_exact']
-
-_logger = logging.getLogger(__name__)
 
 _FORMAT = '1'
 _DTYPES = {torch.float32: 'F32', torch.float64: 'F64', torch.bfloat16: 'BF16', torch.float16: 'F16'}
@@ -38,18 +34,17 @@ _OPTIONS = (
 
 
 def cache_key(
-    config: TrainConfig, teacher: nn.Module, data: str, input_config: Mapping[str, Any], device: torch.device
+    options: Mapping[str, Any], teacher: nn.Module, data: str, input_config: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """Return everything that may change a bit of the teacher's logits, as plain JSON types.
 
     Args:
-        config: Options of the run.
+        options: Options of the run by name.
         teacher: The frozen model.
         data: `dataset_fingerprint` of the training split.
         input_config: What the loader makes of images.
         device: Where the teacher runs.
     """
-    options = dataclasses.asdict(config)
     cpu = (torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()) if device.type == 'cpu' else None
     key = {
         'format': _FORMAT,
@@ -73,7 +68,7 @@ def check_exact(forward: Callable[[torch.Tensor], torch.Tensor], input: torch.Te
         input: Images of the size of a training batch.
 
     Raises:
-        ValueError: They do; cached logits would not be those of a run without cache.
+        ValueError: If they do; cached logits would not be those of a run without cache.
     """
     logits = forward(input)
     order = torch.arange(len(input), device=input.device).roll(1)
@@ -129,8 +124,8 @@ class TeacherCache:
         """Keep the logits `[B, K]` of a batch of the size that training batches have.
 
         Raises:
-            OSError: There is no room for the file.
-            RuntimeError: Some are known already, and were others.
+            OSError: If there is no room for the file.
+            RuntimeError: If some are known already, and were others.
         """
         variant, rows, logits = epoch % self.shape[0], rows.cpu(), logits.detach().cpu()
         if self.logits is None:
@@ -185,7 +180,7 @@ class TeacherCache:
         except (SafetensorError, OSError) as error:
             raise ValueError(f'cache_teacher: {str(self.path)!r} is damaged ({error}); delete it.') from error
         if key != self.text or shape != self.shape:
-            raise ValueError(f'cache_teacher: {str(self.path)!r} is of another teacher or data set; delete it.')
+            raise ValueError(f'cache_teacher: {str(self.path)!r} is of another teacher or dataset; delete it.')
         kind = next(each for each, name in _DTYPES.items() if name == dtype)
         # safetensors itself gives copies or read-only views; the same bytes mapped can be written, too.
         data = torch.from_file(str(self.path), shared=True, size=self.path.stat().st_size, dtype=torch.uint8)

@@ -1,15 +1,25 @@
-"""Weights that are spread over the processes (FSDP2): what is shared out, and how it is seen whole for a while."""
+"""Devices and processes: the accelerator of a run, the signal to stop, and the one door to FSDP2."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    gather_object,
+)
 from safetensors.torch import load_file, load_model
 from timm.utils import unwrap_model
 from torch import nn
@@ -19,9 +29,98 @@ from torch.distributed.tensor import DTensor
 from .options import TrainConfig
 
 __all__ = [
-    'ShardedRoot', 'clip_shards', 'is_sharding', 'load_optimizer_state', 'load_weights', 'optimizer_state',
-    'refuse_deepspeed', 'set_up_sharding', 'whole_weights',
+    'ShardedRoot', 'StopRequest', 'clip_shards', 'create_accelerator', 'is_sharding', 'load_optimizer_state',
+    'load_weights', 'on_sigterm', 'optimizer_state', 'set_up_sharding', 'whole_weights',
 ]  # fmt: skip
+
+_logger = logging.getLogger(__name__)
+
+# Steps between two looks of several processes at whether one of them was asked to stop; each look waits for all.
+_INTERVAL = 8
+
+
+def create_accelerator(config: TrainConfig) -> Accelerator:
+    """Create the accelerator of a run from its options and the launcher's variables.
+
+    Raises:
+        ValueError: If an option or the launcher asks for something that does not work here.
+    """
+    if config.log_with is not None and config.log_with not in map(str, get_available_trackers()):
+        # accelerate would train on and log nowhere.
+        raise ValueError(f'log_with={config.log_with} needs a package: pip install {config.log_with}.')
+    # accelerate warns about the pinned memory of machines without an accelerator.
+    warnings.filterwarnings('ignore', message='.*pin_memory.*')
+    _refuse_deepspeed()
+    accelerator = Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.grad_accum_steps,
+        log_with=config.log_with,
+        project_dir=config.output if config.log_with else None,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+        # Learners share their batch statistics after each update, evaluation and EMA included.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    set_up_sharding(accelerator, config)
+    if config.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
+        # accelerate would compute in float32 and say nothing.
+        raise ValueError('mixed_precision=fp16 needs a GPU, and this runs on the CPU: use bf16 or no.')
+    if accelerator.num_processes == 1 and 'MASTER_PORT' in os.environ:
+        # accelerate sets a port for several processes, and leaves it to MPI to start them where there is no GPU.
+        _logger.warning(
+            'This is the only process, though MASTER_PORT is set. `accelerate launch --cpu --num_processes N` starts '
+            'one process only: use --config_file train/accelerate/multi_cpu.yaml, or torchrun.'
+        )
+    return accelerator
+
+
+@contextlib.contextmanager
+def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
+    """Within the context call `act` when SIGTERM arrives; restore the previous handler at its end.
+
+    Outside the main thread nothing changes: Python lets only that one, which a notebook server may need itself, handle
+    signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class StopRequest:
+    """Whether a run was asked to stop; of several processes, all learn of it in the same step.
+
+    Args:
+        accelerator: Knows the processes.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.requested = False
+        self._looks = 0
+
+    def request(self) -> None:
+        """Ask this process to stop."""
+        self.requested = True
+
+    def arrived(self, at_once: bool = False) -> bool:
+        """Say whether this process was asked to stop or, looked at now and then, one of the others.
+
+        Args:
+            at_once: Look now.
+        """
+        if self.accelerator.num_processes == 1:
+            return self.requested
+        self._looks += 1
+        if self._looks % _INTERVAL and not at_once:
+            return False
+        if self.requested:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
 
 
 class ShardedRoot(nn.Module):
@@ -48,12 +147,8 @@ def is_sharding(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def refuse_deepspeed() -> None:
-    """Say that DeepSpeed cannot be used, before accelerate asks for it to be installed.
-
-    Raises:
-        ValueError: The launcher asks for DeepSpeed.
-    """
+def _refuse_deepspeed() -> None:
+    # Before accelerate asks for it to be installed.
     if os.environ.get('ACCELERATE_USE_DEEPSPEED', 'false').lower() == 'true':
         raise ValueError(
             'DeepSpeed is not supported: its engine has a single optimizer, and student and prompt path have one each. '
@@ -69,7 +164,7 @@ def set_up_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         config: The options of the run.
 
     Raises:
-        ValueError: The launcher or an option asks for what does not go together with it; see docs/TRAINING.md.
+        ValueError: If the launcher or an option asks for something that FSDP2 excludes; see docs/TRAINING.md.
     """
     asked = os.environ.get('ACCELERATE_USE_FSDP', 'false').lower() == 'true'
     if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
@@ -141,7 +236,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         path: A safetensors file.
 
     Raises:
-        RuntimeError: They are of another module.
+        RuntimeError: If they are of another module.
     """
     plain = unwrap_model(module)
     shards = {name: param for name, param in plain.named_parameters() if isinstance(param, DTensor)}
