@@ -10,6 +10,7 @@ from PIL import Image
 from timm_dfpt.training import compare as compare_module
 from timm_dfpt.training.cli import build_parser, resolve_config
 from timm_dfpt.training.compare import Arm, compare, main, parse_arm
+from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.report import summarise, t_quantile
 from timm_dfpt.training.run import main as distill
 from timm_dfpt.training.run import set_up
@@ -145,16 +146,17 @@ class Killed(BaseException):
 def test_resumes_after_a_kill(tiny, compared, tmp_path, monkeypatch):
     folder = tmp_path / 'killed'
     arguments = [*argv(tiny, folder, *teacher(tiny)), '--methods', 'dfpt', 'kd', '--seeds', '5']
-    steps, step = [], Trainer._step
+    steps, step = [], Learner.step
     with monkeypatch.context() as patch:
 
         def killed(self, *args):
             steps.append(1)
-            if len(steps) == 9:
+            # The second of two students in the ninth batch.
+            if len(steps) == 18:
                 raise Killed
             return step(self, *args)
 
-        patch.setattr(Trainer, '_step', killed)
+        patch.setattr(Learner, 'step', killed)
         with pytest.raises(Killed):
             main(arguments)
     assert not (folder / 'seed-5' / 'summary.json').exists()
