@@ -18,6 +18,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
+# Else assertions in it would fail without the values.
+pytest.register_assert_rewrite('tests.training.learner_steps')
+
+from tests.tiny import default_job, make_accelerator, tiny  # noqa: E402, F401
+
 torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 if os.environ.get('TEST_WITHOUT_ONEDNN'):
     # torch has no variable of its own for it; see .ci/kernels.

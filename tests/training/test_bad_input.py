@@ -14,9 +14,9 @@ import pytest
 import timm
 from PIL import Image
 from safetensors.torch import save_file
-from training_jobs import Job
 
 from tests.forked import CONTEXT
+from tests.jobs import Job
 from timm_dfpt.hub.student import save_student
 from timm_dfpt.training.run import main
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_jobs import Job
 
+from tests.jobs import Job
 from timm_dfpt.hub.files import write_json, write_tensors
 from timm_dfpt.hub.teacher_cache import TeacherCache
 from timm_dfpt.training.report import plot_comparison, plot_curves

@@ -10,7 +10,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from learner_steps import (
+from torch import nn
+
+import timm_dfpt
+from tests.training.learner_steps import (
     BATCH,
     CLASSES,
     KWARGS,
@@ -21,9 +24,6 @@ from learner_steps import (
     make_student,
     steps,
 )
-from torch import nn
-
-import timm_dfpt
 from timm_dfpt.losses import DFPTWeights
 from timm_dfpt.tasks.baselines import SupervisedTask
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask

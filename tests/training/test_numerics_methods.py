@@ -3,8 +3,8 @@ import functools
 
 import pytest
 import torch
-from learner_steps import BATCH, CLASSES, assert_bfloat16_follows_float32, make_student, steps_on
 
+from tests.training.learner_steps import BATCH, CLASSES, assert_bfloat16_follows_float32, make_student, steps_on
 from timm_dfpt.training.build import create_task
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.options import TrainConfig

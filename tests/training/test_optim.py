@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 import yaml
-from learner_steps import make_student, steps
 from timm.optim import get_optimizer_info, list_optimizers
 from timm.task import ClassificationTask
 
+from tests.training.learner_steps import make_student, steps
 from timm_dfpt.data.checks import kind_of
 from timm_dfpt.training.checkpoint import restore_checkpoint, save_checkpoint
 from timm_dfpt.training.cli import load_recipe

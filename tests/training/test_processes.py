@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_jobs import Job
 
+from tests.jobs import Job
 from timm_dfpt.training.run import exit_code
 
 ROOT = Path(__file__).parents[2]

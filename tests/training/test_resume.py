@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_jobs import Job
+
+from tests.jobs import Job
 
 ROOT = Path(__file__).parents[2]
 # Equal to the last byte, whatever happened on the way.

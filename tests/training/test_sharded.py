@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_processes import RELATIVE, WEIGHTS, lines
 from torch import nn
-from training_jobs import Job, free_port
 
 from tests.forked import CONTEXT
+from tests.jobs import Job, free_port
 from timm_dfpt.training.checkpoint import restore_checkpoint, save_checkpoint
 from timm_dfpt.training.devices import ShardedRoot, set_up_sharding, whole_weights
 
