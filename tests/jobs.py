@@ -18,9 +18,9 @@ from tests.forked import CONTEXT
 # evaluated before the trainer's `fit`.
 PHASES = {
     'save': {'checkpoint.py:save_checkpoint'},
-    'evaluation': {'trainer.py:fit', 'evaluate.py:evaluate'},
+    'evaluation': {'trainer.py:fit', 'evaluation.py:evaluate'},
     'step': {'learner.py:step'},
-    'export': {'export.py:export'},
+    'export': {'run_folder.py:export'},
 }
 
 
