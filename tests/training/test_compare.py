@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 import statistics
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def test_finished_seeds_are_left_alone(tiny, compared, capsys):
 
 def test_sigterm_says_how_to_continue(tiny, tmp_path, monkeypatch, capsys):
     def stopped(self):
-        raise compare_module.Preempted('stopped')
+        raise compare_module.Preempted(signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, 'fit', stopped)
     arguments = [*argv(tiny, tmp_path / 'out', *teacher(tiny)), '--methods', 'kd', '--seeds', '5']

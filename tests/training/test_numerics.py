@@ -32,7 +32,8 @@ from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run import main
 from timm_dfpt.training.run_folder import RunFolder
-from timm_dfpt.training.trainer import NonFiniteLossError, Trainer
+from timm_dfpt.training.stopping import NonFiniteLossError
+from timm_dfpt.training.trainer import Trainer
 
 LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-3
 # All equal, so that the reference need not know about schedules.

@@ -245,7 +245,7 @@ def create_loader(
         pin_memory=pin_memory,
         drop_last=is_training,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_sigterm_to_main_process,
+        worker_init_fn=_leave_signals_to_main_process,
         # A generator of its own: else each epoch would draw from the global one, and evaluation change training.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -271,11 +271,15 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _leave_sigterm_to_main_process(worker: int) -> None:
-    """Make a worker end by SIGTERM only if that comes from the main process.
+def _leave_signals_to_main_process(worker: int) -> None:
+    """Make a worker end by SIGTERM only if that comes from the main process, and not at all by other such signals.
 
-    Job queues send it to a whole process group, and the main process can save only if its workers outlive it.
+    Terminals and job queues send them to a whole process group, and the main process can save only if its workers
+    outlive it.
     """
+    for name in ('SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if not hasattr(signal, 'sigwaitinfo'):
         return
     main = os.getppid()

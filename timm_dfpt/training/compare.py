@@ -21,9 +21,9 @@ from .cli import build_parser, resolve_config
 from .learner import Learner
 from .options import TrainConfig
 from .report import comparison_text, plot_comparison, summarise
-from .run import Setup, close, describe, example_batch, exit_code, measure, set_up, train_side_by_side
+from .run import Setup, close, describe, example_batch, measure, set_up, train_side_by_side
 from .run_folder import ComparisonFolder, RunFolder, export
-from .trainer import NonFiniteLossError, Preempted
+from .stopping import NonFiniteLossError, Preempted, exit_code
 
 __all__ = ['Arm', 'compare', 'main', 'parse_arm']
 
@@ -101,12 +101,12 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
     )
     group.add_argument('--seeds', nargs='+', type=int, required=True, metavar='SEED', help='seeds, one run each')
     group.add_argument('--reference', metavar='ARM', help='arm that the others are compared with (default: kd)')
-    values = vars(parser.parse_args(argv))
-    methods, texts, seeds = values.pop('methods'), values.pop('arm'), values.pop('seeds')
-    reference, recipe = values.pop('reference'), values.pop('config')
     command = shlex.join(['train/compare.py', *(sys.argv[1:] if argv is None else argv)])
 
     def job() -> None:
+        values = vars(parser.parse_args(argv))
+        methods, texts, seeds = values.pop('methods'), values.pop('arm'), values.pop('seeds')
+        reference, recipe = values.pop('reference'), values.pop('config')
         config = resolve_config(values, recipe, default_recipe)
         arms = [parse_arm(text) for text in (*methods, *texts)]
         config.check_given(values, [arm.method for arm in arms])
@@ -166,7 +166,7 @@ def compare(
             try:
                 _run_seed(common, arms, command)
             except Preempted as stop:
-                raise Preempted(f'stopped by SIGTERM; continue with --output {folder} --resume') from stop
+                raise Preempted(stop.signum, f'continue with --output {shlex.quote(str(folder))} --resume') from stop
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(error.found, folder) from error
         result = _collect(folder, names, seeds[:number], reference, command)

@@ -1,13 +1,11 @@
-"""Devices and processes: the accelerator of a run, the signal to stop, and the one door to FSDP2."""
+"""Devices and processes: the accelerator of a run, and the one door to FSDP2."""
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +27,11 @@ from torch.distributed.tensor import DTensor
 from .options import TrainConfig
 
 __all__ = [
-    'ShardedRoot', 'StopRequest', 'clip_shards', 'create_accelerator', 'is_sharding', 'load_optimizer_state',
-    'load_weights', 'on_sigterm', 'optimizer_state', 'set_up_sharding', 'whole_weights',
+    'ShardedRoot', 'clip_shards', 'create_accelerator', 'is_sharding', 'load_optimizer_state', 'load_weights',
+    'optimizer_state', 'set_up_sharding', 'whole_weights',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
-
-# Steps between two looks of several processes at whether one of them was asked to stop; each look waits for all.
-_INTERVAL = 8
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
@@ -72,55 +67,6 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
             'one process only: use --config_file train/accelerate/multi_cpu.yaml, or torchrun.'
         )
     return accelerator
-
-
-@contextlib.contextmanager
-def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
-    """Within the context call `act` when SIGTERM arrives; restore the previous handler at its end.
-
-    Outside the main thread nothing changes: Python lets only that one, which a notebook server may need itself, handle
-    signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, lambda signum, frame: act())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-class StopRequest:
-    """Whether a run was asked to stop; of several processes, all learn of it in the same step.
-
-    Args:
-        accelerator: Knows the processes.
-    """
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.requested = False
-        self._looks = 0
-
-    def request(self) -> None:
-        """Ask this process to stop."""
-        self.requested = True
-
-    def arrived(self, at_once: bool = False) -> bool:
-        """Say whether this process was asked to stop or, looked at now and then, one of the others.
-
-        Args:
-            at_once: Look now.
-        """
-        if self.accelerator.num_processes == 1:
-            return self.requested
-        self._looks += 1
-        if self._looks % _INTERVAL and not at_once:
-            return False
-        if self.requested:
-            self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()
 
 
 class ShardedRoot(nn.Module):

@@ -5,7 +5,6 @@ import argparse
 import dataclasses
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..hub.student import DISTILLATION
 from ..hub.timm_models import local_folder
 from .options import TrainConfig
 from .run_folder import RunFolder
+from .stopping import exit_code
 
 __all__ = ['main', 'publish_run']
 
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Publish from the command line.
 
     Returns:
-        The exit code: 0, or 1 after an error that was told in one line.
+        The exit code: 0, 1 after an error told in one line, or 128 and the number of a signal to stop.
     """
     parser = argparse.ArgumentParser(
         description='Publish the student and the prompt path of a finished run on the Hugging Face Hub.',
@@ -204,12 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('--create-pr', action='store_true', help='open pull requests instead of committing')
     add('--force', action='store_true', help='replace files of the same name in a repository with other content')
     add('--dry-run', metavar='DIR', help='write the exact repositories to this folder and push nothing')
-    args = vars(parser.parse_args(argv))
-    args['private'] = args['private'] or None
-    try:
+
+    def job() -> None:
+        args = vars(parser.parse_args(argv))
+        args['private'] = args['private'] or None
         for kind, where in publish_run(**args).items():
             print(f'{kind}: {where}')
-    except (ValueError, TypeError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code(job, 'the run folder is as it was, and the same command tries again')

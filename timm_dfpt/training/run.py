@@ -6,7 +6,7 @@ import logging
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,21 @@ from ..version import __version__
 from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config
 from .checkpoint import describe_teachers
 from .cli import parse_config
-from .devices import create_accelerator, on_sigterm
+from .devices import create_accelerator
 from .learner import Learner
 from .optim import describe_decay
 from .options import TrainConfig
 from .publish import publish_run
 from .report import closing_table, plot_curves, verdicts
 from .run_folder import RunFolder, export, export_student
-from .trainer import NonFiniteLossError, Preempted, Trainer
+from .stopping import exit_code
+from .trainer import Trainer
 
 __all__ = [
-    'EXIT_PREEMPTED', 'Setup', 'close', 'describe', 'example_batch', 'exit_code', 'main', 'measure', 'run', 'set_up',
-    'train_side_by_side',
+    'Setup', 'close', 'describe', 'example_batch', 'main', 'measure', 'run', 'set_up', 'train_side_by_side',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
-
-EXIT_PREEMPTED = 143
-"""Exit code after SIGTERM and a checkpoint: 128 + 15, as the shell would say."""
-
 
 def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = None) -> int:
     """Run the main job from the command line.
@@ -54,69 +50,14 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
         default_recipe: Recipe to use when neither `--config` nor `--dataset` is given.
 
     Returns:
-        The exit code: 0, 1 after an error reported in one line, or `EXIT_PREEMPTED`.
+        The exit code: 0, 1 after an error reported in one line, or 128 and the number of a signal to stop.
     """
     about = 'Distill a student from a dual-forward path teacher (DFPT-KD), or a baseline.'
     if default_recipe is not None:
         recipe = Path(default_recipe).name
         about += f' Without --config and --dataset it uses the recipe {recipe} as defaults.'
-    config = parse_config(argv, default_recipe, about)
     command = shlex.join(['train/distill.py', *(sys.argv[1:] if argv is None else argv)])
-    return exit_code(lambda: run(config, command))
-
-
-def exit_code(job: Callable[[], Any]) -> int:
-    """Do a job and turn the errors that a user can do something about into one line; see `main`."""
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    try:
-        # Before and after training; while training, the loop saves first.
-        with on_sigterm(_stop):
-            job()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    except Preempted as stop:
-        print(stop, file=sys.stderr)
-        return EXIT_PREEMPTED
-    except (ValueError, TypeError, NonFiniteLossError, OSError) as error:
-        print(f'error: {_without_traceback(error)}', file=sys.stderr)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        remedy = _remedy(error)
-        if remedy is None:
-            raise
-        print(f'error: {" ".join(str(error).split())} {remedy}', file=sys.stderr)
-        return 1
-    return 0
-
-
-def _without_traceback(error: Exception) -> str:
-    """Return the message; torch hands on an error of a process that prepares images as the text of its traceback."""
-    text = str(error)
-    if 'in DataLoader worker process' not in text:
-        return text
-    return text.strip().splitlines()[-1].partition(': ')[2]
-
-
-def _remedy(error: RuntimeError | MemoryError) -> str | None:
-    """Say what to do about an error of the machine; `None` if it may be a mistake in the program."""
-    text = str(error)
-    # torch has a class for the memory of accelerators only.
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in text:
-        return (
-            'Continue with --resume when there is more memory, or start with another --output and a smaller '
-            '--batch-size (and --grad-accum-steps) or --validation-batch-size.'
-        )
-    # With its number: it has died, and did not just pass an exception on.
-    if 'DataLoader worker (pid' in text:
-        return (
-            'A process that prepares images was ended from outside, mostly for want of memory (in a container also '
-            'of /dev/shm): continue with --resume and fewer --workers.'
-        )
-    return None
-
-
-def _stop() -> None:
-    raise Preempted('Stopped by SIGTERM; the same command with --resume goes on.')
+    return exit_code(lambda: run(parse_config(argv, default_recipe, about), command))
 
 
 @dataclasses.dataclass(frozen=True)

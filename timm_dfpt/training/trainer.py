@@ -7,6 +7,8 @@ import logging
 import math
 import random
 import shlex
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,13 +28,13 @@ from ..hub.teacher_cache import TeacherCache
 from ..tasks.base import TeacherLogits
 from ..tasks.evaluation import evaluate
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
-from .devices import StopRequest, on_sigterm
 from .learner import Learner
 from .options import TrainConfig
 from .report import epoch_line
-from .run_folder import ComparisonFolder, RunFolder
+from .run_folder import RunFolder
+from .stopping import NonFiniteLossError, Preempted, StopRequest, on_stop, stop_signal
 
-__all__ = ['NonFiniteLossError', 'Preempted', 'Trainer']
+__all__ = ['Trainer']
 
 _logger = logging.getLogger(__name__)
 
@@ -40,27 +42,6 @@ _MIXUP_STREAM = 3
 _STEP_STREAM = 4
 # Updates in a row that a gradient scaler leaves out, after which there is nothing to wait for any more.
 _MAX_OVERFLOWS = 20
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss, gradient or metric is NaN or infinite; the message says which, where, how to replay it, what to try.
-
-    Args:
-        found: What is not finite, and where.
-        folder: Folder to resume in.
-    """
-
-    def __init__(self, found: str, folder: RunFolder | ComparisonFolder) -> None:
-        # Seed, step and rows determine a step: on the same machine it is the same one to the last bit.
-        super().__init__(
-            f'{found}. To replay it, add --output {shlex.quote(str(folder))} --resume --log-interval 1 to the command. '
-            'Else try a lower --lr or --prompt-lr, --clip-grad 1.0, --warmup-epochs 1, or a higher --temperature.'
-        )
-        self.found = found
-
-
-class Preempted(RuntimeError):
-    """The process was asked to stop (SIGTERM) and has saved a checkpoint."""
 
 
 @dataclasses.dataclass
@@ -158,7 +139,7 @@ class Trainer:
         Raises:
             NonFiniteLossError: A loss or gradient is NaN or infinite.
             OSError: A checkpoint cannot be written.
-            Preempted: SIGTERM arrived; a checkpoint was saved.
+            Preempted: A signal asked to stop, see `on_stop`; a checkpoint was saved.
             ValueError: The checkpoint is of another run, of other data or another teacher, or all are damaged.
         """
         self._restore()
@@ -168,19 +149,24 @@ class Trainer:
             unit='step',
             initial=progress.epoch * self.steps + progress.step_in_epoch,
             total=self.config.epochs * self.steps,
-            disable=not self.accelerator.is_main_process,
+            disable=not self.accelerator.is_main_process or sys.stderr is None,
             dynamic_ncols=True,
             mininterval=1.0,
         )
-        with bar, on_sigterm(self.stop.request):
+        # What was asked for is seen between two updates, where there is nothing but weights to save.
+        with bar, on_stop(lambda signum: None):
             while progress.epoch < self.config.epochs:
                 if progress.step_in_epoch < self.steps:
                     self._train_epoch(bar)
                 self._finish_epoch()
+        if stop_signal() is not None and self.accelerator.num_processes == 1:
+            raise self._preempted()
         return progress.seconds
 
     def _preempted(self) -> Preempted:
-        return Preempted(f'Stopped by SIGTERM; continue with --output {self.folder} --resume.')
+        # Where another process was asked, it is that one which knows the signal.
+        signum = stop_signal() or signal.SIGTERM
+        return Preempted(signum, f'continue with --output {shlex.quote(str(self.folder))} --resume')
 
     def _train_epoch(self, bar: Any) -> None:
         config, progress, accelerator = self.config, self.progress, self.accelerator
