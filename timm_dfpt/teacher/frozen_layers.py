@@ -160,8 +160,8 @@ class _EvalBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         mean, var, weight = ctx.saved_tensors
         # In evaluation the gradient does not depend on the input, for which the gradient stands in here.
-        # Batch statistics, empty as in torch's own evaluation: CUDA does not take None for them.
-        none = grad.new_empty(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+        # CUDA's kernel takes no None for the batch statistics, which evaluation does not have.
+        none = grad.new_empty(0, dtype=torch.promote_types(grad.dtype, torch.float32)) if grad.is_cuda else None
         dx, _, _ = torch.ops.aten.native_batch_norm_backward(
             grad, grad, weight, mean, var, none, none, False, ctx.eps, (True, False, False)
         )
