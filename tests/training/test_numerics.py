@@ -90,6 +90,31 @@ def test_stops_at_what_is_not_finite(make_accelerator, tmp_path, value, term):
     assert not list((tmp_path / 'run' / 'checkpoints').glob('*'))
 
 
+def broken_weight(student):
+    """A weight that nothing uses, so that no loss tells."""
+    student.unused = nn.Parameter(torch.tensor([1.0, float('nan')]))
+    return student
+
+
+def tiny_std(student):
+    student.bn1 = nn.Sequential(nn.Upsample(scale_factor=1), nn.BatchNorm2d(8))
+    # Squares of these are too large for single precision, the normalised values are not.
+    student.bn1[0].forward = lambda x: x * 1e25
+    return student
+
+
+@pytest.mark.parametrize(
+    ('change', 'found'),
+    [(tiny_std, r'bn1\.1\.running_var .*--mean and --std'), (broken_weight, r'unused is not finite after step 2')],
+)
+def test_weights_and_buffers_are_looked_at_with_the_losses(make_accelerator, tmp_path, change, found):
+    data = Batches(2 * BATCH)
+    trainer = make_trainer(make_accelerator(), tmp_path / 'run', data, student=change(make_student()))
+    with pytest.raises(NonFiniteLossError, match=rf'learner0: {found}'):
+        trainer.fit()
+    assert not list((tmp_path / 'run').glob('checkpoints/*'))
+
+
 class Root(nn.Module):
     """A finite loss whose gradient is not, for a batch with an image that begins with a zero: the root of another."""
 
@@ -194,6 +219,32 @@ def test_accumulated_gradients_of_several_learners(make_accelerator, tmp_path):
     for learner in trainer.learners:
         assert_equal(learner.student, reference)
     assert json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())['updates'] == 3
+
+
+@pytest.mark.parametrize('micro_batches', [7, 3], ids=['three left', 'no whole group'])
+def test_what_is_left_of_an_epoch_is_an_update_as_large_as_one_batch(make_accelerator, tmp_path, micro_batches):
+    """In double precision, its norm too."""
+    data = Batches(micro_batches * BATCH)
+    data.images = data.images.double()
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    accelerator, norms = make_accelerator(gradient_accumulation_steps=4), []
+    options = {'epochs': 1, 'grad_accum_steps': 4, 'clip_grad': 0.5}
+    trainer = make_trainer(accelerator, tmp_path / 'run', data, student=student, **options)
+    (learner,), reference = trainer.learners, copy.deepcopy(student)
+    settings = {'lr': LR, 'momentum': MOMENTUM, 'weight_decay': DECAY, 'nesterov': True}
+    clip, optimizer = learner._clip_gradients, torch.optim.SGD(reference.parameters(), **settings)
+    learner._clip_gradients = lambda: norms.append(clip()) or norms[-1]
+    trainer.fit()
+    for images, labels in zip(data.images.split(4 * BATCH), data.labels.split(4 * BATCH), strict=True):
+        optimizer.zero_grad()
+        F.cross_entropy(reference(images), labels).backward()
+        norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        assert norms.pop(0)['grad_norm'].item() == pytest.approx(norm.item(), rel=1e-12)
+        optimizer.step()
+    assert not norms
+    for mine, expected in zip(learner.student.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-14)
 
 
 def make_dual_task(seed=1):

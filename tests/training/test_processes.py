@@ -35,10 +35,13 @@ def lines(run):
 
 @pytest.fixture(scope='module')
 def pair(tiny, tmp_path_factory):
-    """The same job, without batch statistics, dropout and mixup, in one process and in two."""
+    """The same job, without batch statistics, dropout and mixup, in one process and in two.
+
+    Of the six steps of an epoch, two are left for its last update.
+    """
     root = tmp_path_factory.mktemp('pair')
     for processes in (1, 2):
-        job = Job(tiny.vit_argv(root / str(processes)), root / f'{processes}.log', processes)
+        job = Job(tiny.vit_argv(root / str(processes), '--grad-accum-steps', '4'), root / f'{processes}.log', processes)
         assert job.wait() == [0] * processes, job.output()
     return root / '1', root / '2'
 

@@ -28,7 +28,7 @@ from .options import TrainConfig
 
 __all__ = [
     'ShardedRoot', 'clip_shards', 'create_accelerator', 'is_sharding', 'load_optimizer_state', 'load_weights',
-    'optimizer_state', 'set_up_sharding', 'whole_weights',
+    'local_part', 'optimizer_state', 'set_up_sharding', 'whole_weights',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
@@ -214,8 +214,7 @@ def clip_shards(accelerator: Accelerator, parameters: Sequence[nn.Parameter], li
         The norm of all of them together, before.
     """
     # torch's functions, but with one message in all instead of one for each parameter.
-    grads = [p.grad for p in parameters if p.grad is not None]
-    parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    parts = [local_part(p.grad) for p in parameters if p.grad is not None]
     squares: Any = accelerator.reduce(nn.utils.get_total_norm(parts).square())
     norm = squares.sqrt()
     if limit:
@@ -223,6 +222,11 @@ def clip_shards(accelerator: Accelerator, parameters: Sequence[nn.Parameter], li
         for part in parts:
             part.mul_(scale)
     return norm
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _spread(value: torch.Tensor, like: DTensor) -> DTensor:

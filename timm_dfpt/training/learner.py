@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.utils import unwrap_model
 from torch import nn
 
 from ..tasks.base import StudentTask, TeacherLogits
-from .devices import ShardedRoot, clip_shards, is_sharding, whole_weights
+from .devices import ShardedRoot, clip_shards, is_sharding, local_part, whole_weights
 from .optim import create_optimizer, create_scheduler
 from .options import TrainConfig
 
@@ -110,7 +112,12 @@ class Learner:
         self.task.set_progress(epoch, update, self.total_updates)
 
     def step(
-        self, input: torch.Tensor, target: torch.Tensor, seed: int, known: TeacherLogits | None = None
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        seed: int,
+        known: TeacherLogits | None = None,
+        weight: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """Do one step: forward, backward, and (when enough gradients are added up) an update.
 
@@ -121,13 +128,14 @@ class Learner:
             target: Class indices `[B]` or probabilities `[B, K]`.
             seed: Seed of dropout and the like: a learner that is resumed, or trained alone, draws the same numbers.
             known: Teachers' logits for this batch; read, and written where they are computed.
+            weight: Weight of the loss in the update: how many times fewer micro-batches than usual it is made from.
 
         Returns:
             The scalars of the task's result, with the norm of each optimizer's gradient where there is an update.
         """
         torch.manual_seed(seed)
         result = self._forward(input, target, {} if known is None else known)
-        self.accelerator.backward(result['loss'])
+        self.accelerator.backward(result['loss'] if weight == 1 else weight * result['loss'])
         terms = {key: value.detach().reshape(()) for key, value in result.items() if key not in _OUTPUTS}
         if not self.accelerator.sync_gradients:
             return terms
@@ -192,6 +200,17 @@ class Learner:
         if self.task.has_ema():
             with whole_weights(self.module):
                 self.task.update_ema(step=update)
+
+    def find_non_finite(self) -> str | None:
+        """Return the name of a weight or buffer that is NaN or infinite; `None` if there is none."""
+        module = unwrap_model(self.module)
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        tensors = {name: local_part(value.detach()) for name, value in named.items() if value.is_floating_point()}
+        tensors = {name: value for name, value in tensors.items() if value.numel()}
+        # A single number from the device, unless there is something to be found.
+        if not tensors or nn.utils.get_total_norm(list(tensors.values()), math.inf).isfinite():
+            return None
+        return next((name for name, value in tensors.items() if not value.isfinite().all()), None)
 
     def outputs_with_teacher(self, input: torch.Tensor, known: TeacherLogits) -> dict[str, torch.Tensor]:
         """Return what the task evaluates, and the teacher's logits whatever the method.

@@ -215,7 +215,7 @@ class Trainer:
         cached = bool(known)
         for learner in self.learners:
             learner.set_progress(progress.epoch, progress.updates)
-            terms = learner.step(input, target, self._seeds[progress.step_in_epoch], known)
+            terms = learner.step(input, target, self._seeds[progress.step_in_epoch], known, self._weight())
             self._notes.append(_Note(step, learner.name, terms, index))
             if self.accelerator.sync_gradients:
                 self._count_overflows(learner, step)
@@ -225,6 +225,11 @@ class Trainer:
             self.teacher_cache.put(progress.epoch, index, known[teacher])
         if self.accelerator.sync_gradients:
             progress.updates += 1
+
+    def _weight(self) -> float:
+        """Return the weight of a micro-batch in its update: the last of an epoch may be made from fewer."""
+        usual, rest = self.config.grad_accum_steps, self.steps % self.config.grad_accum_steps
+        return usual / rest if rest and self.progress.step_in_epoch >= self.steps - rest else 1.0
 
     def _cached_logits(self, index: torch.Tensor) -> TeacherLogits:
         teacher = self.learners[0].teacher
@@ -260,8 +265,20 @@ class Trainer:
             if note.learner == self.learners[0].name:
                 terms = zip(note.terms, values, strict=True)
                 shown = {key.removesuffix('_loss'): f'{value:.3f}' for key, value in terms if 'loss' in key}
+        if self._notes:
+            self._look_at_weights()
         self._notes.clear()
         return shown
+
+    def _look_at_weights(self) -> None:
+        for learner in self.learners:
+            name = learner.find_non_finite()
+            if name is None:
+                continue
+            found = f'{learner.name}: {name} is not finite after step {self._notes[-1].step + 1}'
+            if 'running_' in name:
+                found += ' (statistics of the images: are --mean and --std right for them?)'
+            raise NonFiniteLossError(found, self.folder)
 
     def _means(self) -> dict[str, float]:
         """Return the means of the epoch over steps and processes."""
