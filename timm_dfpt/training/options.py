@@ -119,7 +119,7 @@ class TrainConfig:
     )
     input_size: list[int] = _opt([], 'C H W of the images', 'data', low=1, unset="the student's")
     mean: list[float] = _opt([], 'mean of the images per channel', 'data', low=0, high=1, unset="the student's")
-    std: list[float] = _opt([], 'their standard deviation', 'data', low=1e-4, high=1, unset="the student's")
+    std: list[float] = _opt([], 'their standard deviation', 'data', above=0, high=1, unset="the student's")
     interpolation: _Interpolation = _opt('', 'resize interpolation', 'data', unset="the student's")
     crop_pct: float | None = _opt(
         None, 'share of the image that is evaluated', 'data', above=0, high=1, unset="the student's"
