@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .calibration import calibrate, calibration_input
+from .modes import look_through
 from .rules import StageRule, apply_rename, rule_for
 from .types import Stage, Tap, name_of
 
@@ -35,6 +36,7 @@ def find_stages(
     Raises:
         ValueError: If the stages cannot be found; the message names the model, the reason and the remedy.
     """
+    model = look_through(model)
     return list(calibrate(model, find_taps(model, stages), calibration_input(model, input_size)).stages)
 
 

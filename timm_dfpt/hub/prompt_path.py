@@ -80,7 +80,7 @@ def _record_of(teacher: DualForwardPathTeacher, options: PromptPathOptions) -> P
     cfg = getattr(base, 'pretrained_cfg', None) or {}
     base_model = options.get('base_model')
     known_model, known_revision = origin_of(base) if base_model is None else (base_model or None, None)
-    num_classes = _num_classes(teacher)
+    num_classes = teacher.prompt_path.num_classes
     label_names = options.get('label_names')
     if label_names is None and len(cfg.get('label_names') or ()) == num_classes:
         label_names = cfg['label_names']
@@ -110,13 +110,6 @@ def _record_of(teacher: DualForwardPathTeacher, options: PromptPathOptions) -> P
         timm_version=timm.__version__,
     )
     return record.validated()
-
-
-def _num_classes(teacher: DualForwardPathTeacher) -> int:
-    head = teacher.prompt_path.model.get_submodule(teacher.prompt_path.classifier[0])
-    base: Any = teacher.prompt_path.model
-    classes = getattr(base, 'num_classes', None) or getattr(head, 'out_features', None)
-    return int(classes or 0)
 
 
 def build_teacher(source: Source, model: nn.Module | None = None) -> DualForwardPathTeacher:

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..backbone.layouts import TokenOrder
+from ..backbone.modes import keep_frozen
 from ..backbone.rules import rule_for
 from ..backbone.types import Stage, name_of
 from .blocks import FusionBlock, PromptBlock, PromptConfig
@@ -47,7 +49,12 @@ class PromptPath(nn.Module):
         num_classes: Number of classes `K` of a head with new weights; `None` starts from the teacher's head.
         train_bn: `'dfpt+'` only: the backbone copy's BatchNorm layers use and update batch statistics in training.
         save_memory: `'dfpt'` only: do not save inputs of frozen layers for the backward pass; the results are the same.
+
+    Attributes:
+        num_classes: Number of its logits, as `wrap` saw them.
     """
+
+    num_classes: int
 
     def __init__(
         self,
@@ -104,6 +111,8 @@ class PromptPath(nn.Module):
             for name in self.classifier:
                 tree.get_submodule(name).requires_grad_(config.new_head)
         self._hook_blocks()
+        # Modules of the original path, and those that share their weights.
+        self._twins = self._pair_with(model) if variant == 'dfpt' else []
         self._switches = [(module, name) for module in tree.modules() for name in _RECOMPUTES if hasattr(module, name)]
         self.train(self.training)
 
@@ -133,10 +142,14 @@ class PromptPath(nn.Module):
 
     def share_weights_with(self, model: nn.Module) -> None:
         """Take every frozen tensor from `model` again, after a conversion or load that has replaced tensors."""
-        if self.variant != 'dfpt':
-            return
+        if self.shares_backbone:
+            self._twins = self._pair_with(model)
+            self.keep_frozen()
+
+    def _pair_with(self, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         own = self.classifier if self.head else ()
         modules = dict(model.named_modules(remove_duplicate=False))
+        twins = []
         for name, mine in self.model.named_modules():
             if any(name == head or name.startswith(f'{head}.') for head in own):
                 continue
@@ -146,8 +159,37 @@ class PromptPath(nn.Module):
                     f'{name_of(model)} was changed after wrapping: its module {name!r} is another one now, as after '
                     'fuse() or reparameterize(). Change the model first and wrap it then.'
                 )
-            mine._parameters.update(theirs._parameters)
-            mine._buffers.update(theirs._buffers)
+            twins.append((theirs, mine))
+        return twins
+
+    def keep_frozen(self) -> None:
+        """Freeze the backbone again, whatever was called on it; costs little where nothing was."""
+        if not self.shares_backbone:
+            for module in self.backbone.modules():
+                if module.training and not (self.train_bn and self.training and isinstance(module, _BATCH_NORMS)):
+                    module.training = False
+            if not self.config.new_head:
+                keep_frozen(part for name in self.classifier for part in self.backbone.get_submodule(name).modules())
+            return
+        keep_frozen(itertools.chain.from_iterable(self._twins))
+        if torch.compiler.is_compiling():
+            return
+        for theirs, mine in self._twins:
+            # A conversion or load of the model alone puts other tensors into it.
+            if not all(map(operator.is_, theirs._parameters.values(), mine._parameters.values())):
+                mine._parameters.update(theirs._parameters)
+            if not all(map(operator.is_, theirs._buffers.values(), mine._buffers.values())):
+                mine._buffers.update(theirs._buffers)
+
+    def release(self) -> None:
+        """Leave the original path's weights to themselves."""
+        self._twins = []
+
+    def requires_grad_(self, requires_grad: bool = True) -> PromptPath:
+        """Switch gradients of what is trained on or off: never those of the original path, or of a head it keeps."""
+        super().requires_grad_(requires_grad)
+        self.keep_frozen()
+        return self
 
     def _replicate_for_data_parallel(self) -> PromptPath:
         # The hooks of its copies would still be those of the one device where the blocks are.
@@ -177,6 +219,7 @@ class PromptPath(nn.Module):
         Raises:
             RuntimeError: If a block did not run exactly once.
         """
+        self.keep_frozen()
         call = Call.of(x, record)
         here = self.calls.here
         outer, here.call = here.call, call

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -11,14 +12,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..backbone.modes import ModelState
+from ..backbone.modes import ModelState, freeze, keep_frozen
 from ..backbone.types import Stage, name_of
 from .blocks import PromptConfig
 from .calls import Record, needs_gradient
 from .prefix import PrefixRecorder, PrefixReplay
 from .prompt_path import PromptPath, Variant, match_dtype
 
-__all__ = ['DualForwardOutput', 'DualForwardPathTeacher', 'HubFunctions']
+__all__ = ['DualForwardOutput', 'DualForwardPathTeacher', 'HubFunctions', 'remove_hooks', 'teacher_of']
 
 
 class DualForwardOutput(NamedTuple):
@@ -59,9 +60,13 @@ class DualForwardPathTeacher(nn.Module):
         prompt_path: The second path.
         prefix: Modules before the first block and their number of calls, computed once for both paths.
         bypassed: Stages around which the model passes features on to later layers; for `summary`.
+
+    Attributes:
+        num_classes: Number of logits of the original path, as `wrap` saw them.
     """
 
     hub: ClassVar[HubFunctions]
+    num_classes: int
 
     def __init__(
         self,
@@ -72,8 +77,10 @@ class DualForwardPathTeacher(nn.Module):
     ) -> None:
         super().__init__()
         self._model_state = ModelState(model)
-        self.model = model.eval().requires_grad_(False)
+        freeze(model)
+        self.model = model
         self.prompt_path = prompt_path
+        self.unwrapped = False
         self.bypassed = tuple(bypassed)
         self._handles: list[RemovableHandle] = []
         self.prefix = tuple(prefix)
@@ -82,6 +89,7 @@ class DualForwardPathTeacher(nn.Module):
             self._handles.append(model.get_submodule(name).register_forward_hook(recorder))
             twin: Any = prompt_path.model.get_submodule(name)
             twin.forward = PrefixReplay(twin, prompt_path.calls, slot)
+        self._guard()
         self.register_load_state_dict_post_hook(_share_after_load)
 
     @property
@@ -105,11 +113,43 @@ class DualForwardPathTeacher(nn.Module):
         # Recomputation in the backward pass would find the record gone.
         return bool(self.prefix) and not self.prompt_path.recomputes
 
+    def _guard(self) -> None:
+        """Keep the model frozen, whoever calls it, and know it again if it is to be wrapped once more."""
+        self._frozen_modules = list(self.model.modules())
+        for module in self._frozen_modules:
+            if module is self.model or module._parameters or module._buffers:
+                _TEACHERS[module] = weakref.ref(self)
+        if _freeze_before_call not in self.model._forward_pre_hooks.values():
+            self.model.register_forward_pre_hook(_freeze_before_call)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self.unwrapped:
+            # A copy, whose model is another one.
+            self._guard()
+
     def train(self, mode: bool = True) -> DualForwardPathTeacher:
         """Set the mode of the prompt path's own modules; the original path always stays in evaluation."""
         super().train(mode)
-        self.model.eval()
+        self._keep_frozen()
         return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> DualForwardPathTeacher:
+        """Switch gradients of the prompt path on or off; the original path stays frozen."""
+        self.prompt_path.requires_grad_(requires_grad)
+        return self
+
+    def _keep_frozen(self) -> None:
+        """Freeze the original path again, whatever was called on the model; costs little where nothing was."""
+        if not self.unwrapped:
+            keep_frozen(self._frozen_modules)
+
+    def _check_in_use(self) -> None:
+        if self.unwrapped:
+            raise RuntimeError(
+                f'This teacher gave its model back by unwrap() and can no longer be used. Wrap {name_of(self.model)} '
+                'again.'
+            )
 
     def forward(self, x: Any) -> DualForwardOutput:
         """Run both paths on the same input.
@@ -120,6 +160,7 @@ class DualForwardPathTeacher(nn.Module):
         Returns:
             `out.original` and `out.prompt`, logits `[B, K]`. The original's carry no gradient.
         """
+        self._check_in_use()
         # What the original path computes carries no gradient to the input.
         record: Record | None = [[] for _ in self.prefix] if self.shares_prefix and not needs_gradient(x) else None
         here = self.prompt_path.calls.here
@@ -132,14 +173,16 @@ class DualForwardPathTeacher(nn.Module):
 
     def original(self, x: Any) -> torch.Tensor:
         """Return the pre-trained teacher's logits `z_t` `[B, K]`, bit for bit those of the model before wrapping."""
-        if any(module.training for module in self.model.modules()):
-            # Somebody called .train() on the model itself, which would move its BatchNorm statistics.
-            self.model.eval()
+        self._check_in_use()
+        if torch.compiler.is_compiling() or self.model._compiled_call_impl is not None:
+            # Else its hook does it.
+            self._keep_frozen()
         with torch.no_grad():
             return self.model(match_dtype(x, self.model))
 
     def prompt(self, x: Any) -> torch.Tensor:
         """Return the prompt path's logits `z_p` `[B, K]`."""
+        self._check_in_use()
         return self.prompt_path(x)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -186,12 +229,19 @@ class DualForwardPathTeacher(nn.Module):
         self.prefix = ()
 
     def unwrap(self) -> nn.Module:
-        """Give the wrapped model back as it was: no hooks, modes and `requires_grad` as before.
+        """Give the wrapped model back as it was: no hooks; modes, `requires_grad` and gradients as before.
 
         The teacher must not be used afterwards.
         """
+        if self.unwrapped:
+            return self.model
         self.stop_sharing_prefix()
+        self.prompt_path.release()
+        for module in self._frozen_modules:
+            _TEACHERS.pop(module, None)
+        remove_hooks(self.model)
         self._model_state.restore(self.model)
+        self.unwrapped = True
         return self.model
 
     def summary(self) -> str:
@@ -246,11 +296,38 @@ class DualForwardPathTeacher(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DualForwardPathTeacher:
         super()._apply(fn, recurse)
-        self.prompt_path.share_weights_with(self.model)
+        if not self.unwrapped:
+            self.prompt_path.share_weights_with(self.model)
         return self
 
 
 def _share_after_load(teacher: DualForwardPathTeacher, incompatible_keys: object) -> None:
     # load_state_dict(assign=True) puts new tensors into the original path.
-    teacher.model.requires_grad_(False)
+    teacher._keep_frozen()
     teacher.prompt_path.share_weights_with(teacher.model)
+
+
+# The teacher to which a module belongs. Copies of a model alone are not here, and so as free as any model.
+_TEACHERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DualForwardPathTeacher]] = weakref.WeakKeyDictionary()
+
+
+def teacher_of(model: nn.Module) -> DualForwardPathTeacher | None:
+    """Return the teacher that has wrapped a model, a part of it, or a model of which it is a part."""
+    found = (_TEACHERS[module]() for module in model.modules() if module in _TEACHERS)
+    return next((teacher for teacher in found if teacher is not None), None)
+
+
+def _freeze_before_call(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling() and module in _TEACHERS:
+        teacher = _TEACHERS[module]()
+        if teacher is not None:
+            teacher._keep_frozen()
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Remove from a model what a teacher has left there: its own, or one whose model this is a copy of."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            ours = [key for key, hook in hooks.items() if hook is _freeze_before_call or type(hook) is PrefixRecorder]
+            for key in ours:
+                del hooks[key]

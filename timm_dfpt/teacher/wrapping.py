@@ -3,16 +3,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..backbone.calibration import Calibration, calibrate, calibration_input
-from ..backbone.modes import evaluating
+from ..backbone.modes import evaluating, look_through
 from ..backbone.stages import find_taps
 from ..backbone.types import Stage, name_of
 from .blocks import PromptConfig
+from .checks import check_finite, check_model, find_classifier
 from .prefix import plan_prefix
 from .prompt_path import VARIANTS, PromptPath, Variant
 from .teacher import DualForwardPathTeacher
@@ -101,10 +101,8 @@ def open_stages(
 
     Blocks go between stages, so that `wrap` leaves the last one closed. A saved prompt path names those that are open.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f'model must be a torch.nn.Module such as timm.create_model(...), got {type(model).__name__}.')
-    if isinstance(model, DualForwardPathTeacher):
-        raise ValueError('model is a DualForwardPathTeacher already; wrap what its unwrap() returns.')
+    model = look_through(model)
+    check_model(model)
     if variant not in VARIANTS:
         raise ValueError(f'variant must be one of {VARIANTS}, got {variant!r}.')
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
@@ -113,7 +111,7 @@ def open_stages(
         raise ValueError("train_bn=True needs variant='dfpt+': the backbone of 'dfpt' is frozen.")
     if not isinstance(prompt, PromptConfig):
         raise TypeError(f'prompt must be a PromptConfig, got {type(prompt).__name__}.')
-    names = _classifier_names(model, classifier)
+    names = find_classifier(model, classifier)
     taps = find_taps(model, stages)
     x = calibration_input(model, input_size)
     found = calibrate(model, taps, x)
@@ -163,33 +161,6 @@ def _stages_to_open(model: nn.Module, found: Calibration, closed: set[str], name
     return stages
 
 
-def _classifier_names(model: nn.Module, classifier: str | Sequence[str] | None) -> tuple[str, ...]:
-    kind = name_of(model)
-    if getattr(model, 'num_classes', None) == 0:
-        remedy = (
-            'Create it with its classes, e.g. timm.create_model(name, pretrained=True, num_classes=1000).'
-            if hasattr(model, 'get_classifier')
-            else 'It is an encoder without a classifier: wrap a classifier of the same family instead, or a module of '
-            'your own with this encoder and a head, with stages=[...] and classifier=....'
-        )
-        raise ValueError(f'{kind} has num_classes=0, so it has no logits to teach with. {remedy}')
-    names = classifier
-    if names is None:
-        names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
-    get_classifier: Any = getattr(model, 'get_classifier', None)
-    if names is None and get_classifier is not None:
-        found = get_classifier()
-        names = next((name for name, module in model.named_modules() if module is found), None)
-    if not names:
-        raise ValueError(f'{kind} does not say which module is its classifier; name it, e.g. classifier="fc".')
-    names = (names,) if isinstance(names, str) else tuple(names)
-    modules = dict(model.named_modules())
-    missing = [name for name in names if name not in modules]
-    if missing:
-        raise ValueError(f'{kind} has no module {missing[0]!r}; name its classifier, e.g. classifier="fc".')
-    return names
-
-
 def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int | None) -> None:
     """Prove the teacher on one batch, with the blocks in evaluation so that no statistic moves."""
     kind = name_of(teacher.model)
@@ -197,6 +168,8 @@ def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int |
         (original, shared), prompt = teacher(x), teacher.prompt(x)
         if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2:
             raise ValueError(f'{kind} must return logits [B, K], got {_describe(prompt)}.')
+        check_finite(teacher.model, original)
+        teacher.num_classes, teacher.prompt_path.num_classes = original.shape[1], prompt.shape[1]
         if num_classes is None and not _close(original, prompt):
             difference = (original - prompt).abs().max().item()
             raise ValueError(

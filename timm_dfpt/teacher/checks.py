@@ -1,0 +1,103 @@
+"""What is refused before a model is wrapped, and where its classifier is."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbone.types import name_of
+from .hooks import Injection
+from .teacher import DualForwardPathTeacher, remove_hooks, teacher_of
+
+__all__ = ['check_finite', 'check_model', 'find_classifier']
+
+
+def check_model(model: Any) -> None:
+    """Refuse what cannot be wrapped, and clear what a former teacher has left on what can.
+
+    Raises:
+        TypeError: If it is no module.
+        ValueError: If it is wrapped already, or cannot be opened whatever its stages are.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a torch.nn.Module such as timm.create_model(...), got {type(model).__name__}.')
+    kind = name_of(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f'{kind} is compiled by torch.jit: nothing can be put between its stages. Wrap its source.')
+    if any(isinstance(module, DualForwardPathTeacher) for module in model.modules()):
+        raise ValueError('model is a DualForwardPathTeacher already, or contains one; wrap what its unwrap() returns.')
+    if any(type(hook) is Injection for module in model.modules() for hook in module._forward_hooks.values()):
+        raise ValueError(f'{kind} has prompt blocks already, as the prompt path of a teacher; wrap teacher.unwrap().')
+    if teacher_of(model) is not None:
+        raise ValueError(
+            f'{kind} is wrapped already, or shares modules with a model that is; call unwrap() of its teacher first.'
+        )
+    if any(t.is_inference() for t in itertools.chain(model.parameters(), model.buffers())):
+        raise ValueError(f'{kind} was made under torch.inference_mode(): nothing trains through it. Make it outside.')
+    remove_hooks(model)
+
+
+def check_finite(model: nn.Module, logits: torch.Tensor) -> None:
+    """Refuse a model that computes NaN or Inf, or has them in its weights.
+
+    Args:
+        model: The model.
+        logits: What it returned for a calibration input `[B, K]`.
+
+    Raises:
+        ValueError: If something is not finite; the message names a tensor.
+    """
+    weights = [name for name, param in model.named_parameters() if not _is_finite(param)]
+    if not weights and _is_finite(logits):
+        return
+    # Of buffers, masks of attention may well be infinite.
+    bad = weights or [name for name, buffer in model.named_buffers() if not _is_finite(buffer)]
+    found = f', and neither are {len(bad)} of its tensors, such as {bad[0]}' if bad else ''
+    raise ValueError(
+        f'The outputs of {name_of(model)} are not finite (NaN or Inf){found}: it cannot teach. Load other weights; if '
+        'these are right, wrap the model in float32, or with the input_size=(channels, height, width) that it takes.'
+    )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == 'meta' or not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def find_classifier(model: nn.Module, classifier: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the classifier modules.
+
+    Raises:
+        ValueError: If there is none, or it cannot be found.
+    """
+    kind = name_of(model)
+    names = classifier
+    if names is None:
+        names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
+    get_classifier: Any = getattr(model, 'get_classifier', None)
+    if names is None and get_classifier is not None:
+        found = get_classifier()
+        names = next((name for name, module in model.named_modules() if module is found), None)
+    modules = dict(model.named_modules())
+    if getattr(model, 'num_classes', None) == 0 and not _has_weights(modules, names or ()):
+        remedy = (
+            'Create it with its classes, e.g. timm.create_model(name, pretrained=True, num_classes=1000).'
+            if get_classifier is not None
+            else 'It is an encoder without a classifier: wrap a classifier of the same family instead, or a module of '
+            'your own with this encoder and a head, with stages=[...] and classifier=....'
+        )
+        raise ValueError(f'{kind} has num_classes=0, so it has no logits to teach with. {remedy}')
+    if not names:
+        raise ValueError(f'{kind} does not say which module is its classifier; name it, e.g. classifier="fc".')
+    names = (names,) if isinstance(names, str) else tuple(names)
+    missing = [name for name in names if name not in modules]
+    if missing:
+        raise ValueError(f'{kind} has no module {missing[0]!r}; name its classifier, e.g. classifier="fc".')
+    return names
+
+
+def _has_weights(modules: dict[str, nn.Module], names: str | Sequence[str]) -> bool:
+    names = [names] if isinstance(names, str) else names
+    return any(next(modules[name].parameters(), None) is not None for name in names if name in modules)
