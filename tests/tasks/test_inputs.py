@@ -1,9 +1,13 @@
 """The input contract, against torchvision's own normalisation and a plain resize."""
+import contextlib
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import normalize
 
+from timm_dfpt.tasks import DFPTDistillationTask, LogitLossTask
 from timm_dfpt.tasks.inputs import InputAdapter
 
 IMAGENET = {'input_size': (3, 32, 32), 'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
@@ -56,5 +60,53 @@ def test_channels_that_cannot_be_converted_are_refused(target_channels):
 
 
 def test_a_mean_of_the_wrong_length_is_refused():
-    with pytest.raises(ValueError, match=r'mean=\(0.5, 0.5\) must have one value or 3'):
+    with pytest.raises(ValueError, match=r'mean=\(0.5, 0.5\) of the images must have one value or 3.*input_config'):
         InputAdapter({**IMAGENET, 'mean': (0.5, 0.5)}, IMAGENET)
+
+
+def network(channels, **cfg):
+    model = timm.create_model('test_resnet', in_chans=channels, num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
+    return model
+
+
+THREE, FOUR = {'mean': (0.1, 0.2, 0.3)}, {'mean': (0.1, 0.2, 0.3, 0.4), 'std': (0.5, 0.5, 0.5, 0.5)}
+
+
+@pytest.mark.parametrize('task', [DFPTDistillationTask, LogitLossTask])
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'message'),
+    [
+        ((4, {}), (4, {}), None),  # nothing to convert: both see the images as they are
+        ((4, FOUR), (4, {'mean': (0.5,), 'std': (0.5,)}), None),
+        ((4, THREE), (4, {}), r'mean=\(0.1, 0.2, 0.3\) of the images must have one value or 4'),
+        ((4, FOUR), (4, THREE), r'of the teacher must have one value or 4.*teacher_input_config'),
+        ((1, {}), (1, THREE), None),
+        ((1, {}), (3, THREE), None),
+        ((3, {}), (1, {}), 'loaded with 3 channels, but the teacher takes 1'),
+        ((1, {}), (4, {}), 'loaded with 1 channels, but the teacher takes 4'),
+        ((3, {}), (4, {}), 'loaded with 3 channels, but the teacher takes 4'),
+        ((4, {}), (3, {}), 'loaded with 4 channels, but the teacher takes 3'),
+    ],
+)
+def test_channels_and_means_fit_or_are_refused_when_the_task_is_built(task, student, teacher, message):
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        built = task(network(student[0], **student[1]), network(teacher[0], **teacher[1]), verbose=False)
+    if not message:
+        x = torch.randn(2, student[0], 32, 32)
+        assert built(x, torch.tensor([0, 1]))['loss'].isfinite()
+        source, target = ({'mean': (0.5,), 'std': (0.5,), **config} for _, config in (student, teacher))
+        mean, std = ([torch.tensor(c[key]).view(-1, 1, 1) for c in (source, target)] for key in ('mean', 'std'))
+        if student[0] == 1:
+            mean[1] = mean[1].mean() if teacher[0] == 1 else mean[1]
+        expected = (x * std[0] + mean[0] - mean[1]) / std[1]
+        assert built.adapter(x).shape[1] == teacher[0]
+        torch.testing.assert_close(built.adapter(x), expected)
+
+
+@pytest.mark.parametrize('task', [DFPTDistillationTask, LogitLossTask])
+def test_a_configuration_of_other_channels_than_the_model_takes_is_refused(task):
+    for key, name in (('input_config', 'student'), ('teacher_input_config', 'teacher')):
+        config = {'input_size': (1, 32, 32), 'mean': (0.5,), 'std': (0.5,)}
+        with pytest.raises(ValueError, match=rf'^{key} has 1 channels.*but the {name} takes 3'):
+            task(network(3), network(3), **{key: config}, verbose=False)

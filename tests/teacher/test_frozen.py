@@ -94,7 +94,7 @@ def test_the_original_path_never_moves(variant: str) -> None:
         for key, value in model.state_dict().items():
             assert torch.equal(value, state[key]), f'{name}: {key}'
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters()), name
-        if 'load_state_dict' != name:  # whose new tensors the optimizer does not know
+        if name != 'load_state_dict':  # whose new tensors the optimizer does not know
             moved = [not torch.equal(a, b) for a, b in zip(start, teacher.prompt_path.parameters(), strict=True)]
             assert any(moved), name
         # And both paths still run on one set of weights.

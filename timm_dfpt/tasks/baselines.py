@@ -10,17 +10,33 @@ from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..backbone.modes import keep_frozen, look_through
 from ..losses import KDLoss, kd_loss
 from ..losses.checks import upcast
 from ..teacher.prompt_path import match_dtype
+from ..teacher.teacher import DualForwardPathTeacher
 from .base import StudentModule, StudentTask, check_kd_loss
-from .inputs import create_input_adapter, input_config_of
+from .inputs import adapt_inputs
+from .pair import check_classes, check_learns, check_student
 
 __all__ = ['CTKDTask', 'GlobalTemperature', 'LogitLossTask', 'SupervisedTask']
 
 
 class SupervisedTask(StudentTask, ClassificationTask):
-    """timm's `ClassificationTask`: a student that learns from the labels alone."""
+    """timm's `ClassificationTask`: a student that learns from the labels alone.
+
+    Args:
+        model: Student model to train.
+        *args: Further arguments of timm's task.
+        **kwargs: Further arguments of timm's task.
+
+    Raises:
+        ValueError: If the student has nothing to train.
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_learns(model)
+        super().__init__(model, *args, **kwargs)
 
     def forward(
         self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
@@ -44,6 +60,11 @@ class LogitLossTask(StudentTask, LogitDistillationTask):
             `pretrained_cfg` says.
         teacher_input_config: What the teacher was trained with; by default what its `pretrained_cfg` says.
         **kwargs: Further arguments of timm's task.
+
+    Raises:
+        TypeError: If `kd_loss` is not a function, or the teacher has two paths.
+        ValueError: If the student shares weights with the teacher or has nothing to train, or numbers of classes or
+            channels do not fit.
     """
 
     distill_loss_weight: float
@@ -60,13 +81,16 @@ class LogitLossTask(StudentTask, LogitDistillationTask):
         teacher_input_config: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(student_model, teacher_model, criterion, **kwargs)
         check_kd_loss(kd_loss)
-        teacher = self.teacher.model.requires_grad_(False)
-        self.adapter = create_input_adapter(
-            input_config or input_config_of(unwrap_model(student_model)),
-            teacher_input_config or input_config_of(teacher),
-        ).to(self.device)
+        if isinstance(look_through(teacher_model), DualForwardPathTeacher):
+            raise TypeError(f'{type(self).__name__} takes a plain model as its teacher: give teacher.unwrap().')
+        check_student(student_model, teacher_model)
+        super().__init__(student_model, teacher_model, criterion, **kwargs)
+        teacher = self.teacher.model
+        check_classes(student_model, teacher)
+        self._frozen_modules = list(teacher.modules())
+        keep_frozen(self._frozen_modules)
+        self.adapter = adapt_inputs(student_model, teacher, input_config, teacher_input_config).to(self.device)
         self.kd_loss = kd_loss
         self.full_distill_loss_weight = self.distill_loss_weight
         self.distill_warmup_epochs = distill_warmup_epochs
@@ -78,6 +102,8 @@ class LogitLossTask(StudentTask, LogitDistillationTask):
 
     def teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
         """Return the teacher's logits `[B, K]`, without gradient; see `StudentTask.teacher_logits`."""
+        # Somebody may have called .train() on the teacher itself.
+        keep_frozen(self._frozen_modules)
         with torch.no_grad():
             return self.teacher(match_dtype(self.adapter(input), self.teacher.model))
 

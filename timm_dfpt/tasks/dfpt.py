@@ -12,12 +12,14 @@ from timm.utils import unwrap_model
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
+from ..backbone.modes import look_through
 from ..losses import DFPTWeights, KDLoss, dfpt_losses
 from ..losses.checks import check_temperature
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
 from .base import StudentModule, StudentTask, check_kd_loss
-from .inputs import create_input_adapter, input_config_of
+from .inputs import adapt_inputs
+from .pair import check_classes, check_student
 
 __all__ = ['DFPTDistillationTask', 'DFPTTrainableModule']
 
@@ -93,7 +95,8 @@ class DFPTDistillationTask(StudentTask):
 
     Raises:
         TypeError: If `kd_loss` is not a function.
-        ValueError: If numbers of classes differ, or an argument is out of range.
+        ValueError: If the student shares weights with the teacher or has nothing to train, if numbers of classes or
+            channels do not fit, or an argument is out of range.
 
     Example:
         >>> teacher = timm_dfpt.wrap(timm.create_model('resnet50', pretrained=True))
@@ -123,14 +126,13 @@ class DFPTDistillationTask(StudentTask):
         check_kd_loss(kd_loss)
         check_temperature(temperature)
         model = timm.create_model(teacher_model, pretrained=True) if isinstance(teacher_model, str) else teacher_model
+        model = look_through(model)
+        check_student(student_model, model)
         teacher = model if isinstance(model, DualForwardPathTeacher) else wrap(model)
-        _check_num_classes(student_model, teacher)
+        check_classes(student_model, teacher)
         self.teacher = teacher.to(self.device)
         self.trainable_module: nn.Module = DFPTTrainableModule(student_model, teacher)
-        self.adapter = create_input_adapter(
-            input_config or input_config_of(unwrap_model(student_model)),
-            teacher_input_config or input_config_of(teacher.model),
-        ).to(self.device)
+        self.adapter = adapt_inputs(student_model, teacher.model, input_config, teacher_input_config).to(self.device)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.temperature = temperature
         self.weights = self.first_weights = weights or DFPTWeights()
@@ -275,16 +277,3 @@ class DFPTDistillationTask(StudentTask):
 
 def _agreement(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.detach().argmax(dim=1) == b.detach().argmax(dim=1)).float().mean()
-
-
-def _check_num_classes(student_model: nn.Module, teacher: DualForwardPathTeacher) -> None:
-    counts = {
-        'student': getattr(unwrap_model(student_model), 'num_classes', None),
-        'teacher': getattr(teacher.model, 'num_classes', None),
-    }
-    known = {name: count for name, count in counts.items() if isinstance(count, int)}
-    if len(set(known.values())) > 1:
-        raise ValueError(
-            f'Teacher and student must have the same classes, but num_classes is {known}. Fine-tune the teacher on '
-            'these classes first, or create the student with num_classes of the teacher.'
-        )
