@@ -1,6 +1,8 @@
 """Where backbones are opened: rules, grids, prefix tokens and refusals."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
@@ -191,3 +193,77 @@ def test_layouts() -> None:
     assert find_layout(torch.Size((2, 8, 8, 8)), 8, 'NHWC') == 'NHWC'
     assert find_layout(torch.Size((2, 8, 8, 8)), 8, None) == 'NCHW'
     assert find_layout(torch.Size((2, 8)), 8, None) is None
+
+
+class _Lying(nn.Module):
+    """Two stages whose features lie in any way; the model takes one size, or all."""
+
+    def __init__(self, channels: int, lie: Callable[[torch.Tensor], torch.Tensor], size: int | None = None) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 16, 16)
+        self.lie, self.size = lie, size
+        self.stage1, self.stage2 = _Scaled(), _Scaled()
+        self.head = nn.Linear(1, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.size is not None and x.shape[-2:] != (self.size, self.size):
+            raise ValueError(f'takes {self.size}')
+        x = self.lie(self.stem(x))
+        x = self.stage2(self.stage1(x))
+        return self.head(x.sum().expand(1, 1))
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+LIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    'NCHW': lambda x: x,
+    'NHWC': lambda x: x.permute(0, 2, 3, 1),
+    'NLC': lambda x: x.flatten(2).transpose(1, 2),
+    'NCL': lambda x: x.flatten(2),
+    'LNC': lambda x: x.flatten(2).permute(2, 0, 1),
+    'HWNC': lambda x: x.permute(2, 3, 0, 1),
+    'pooled': lambda x: x.mean((2, 3), keepdim=True),
+    'pooled NHWC': lambda x: x.mean((2, 3), keepdim=True).permute(0, 2, 3, 1),
+}
+
+
+# Also as many channels as there are rows and columns (4), or tokens (16), in the calibration input.
+@pytest.mark.parametrize('channels', [3, 4, 16])
+@pytest.mark.parametrize('lie', LIES)
+def test_two_sizes_tell_which_axis_has_the_channels(lie: str, channels: int) -> None:
+    expected = {'pooled': 'NCHW', 'pooled NHWC': 'NHWC'}.get(lie, lie)
+    for fixed in (None, 64):
+        model = _Lying(channels, LIES[lie], fixed)
+        if fixed and (channels == 4 or lie in ('NCL', 'LNC', 'HWNC')):
+            continue  # a single size tells nothing there
+        if expected in ('NCHW', 'NHWC', 'NLC'):
+            features = [stage.features for stage in find_stages(model, ['stage1', 'stage2'])]
+            assert features == [(Feature(0, channels, expected),)] * 2  # type: ignore[arg-type]
+        else:
+            with pytest.raises(ValueError, match='holds no features'):
+                find_stages(model, ['stage1', 'stage2'])
+
+
+def test_a_vision_transformer_of_torchvision_whose_features_are_nhwc() -> None:
+    models = pytest.importorskip('torchvision.models')
+    torch.manual_seed(0)
+    model = models.SwinTransformer([4, 4], 8, [1, 1, 1, 1], [1, 1, 1, 1], [7, 7], num_classes=4).eval()
+    names = [f'features.{i}' for i in (1, 3, 5, 7)]
+    assert {f.layout for stage in find_stages(model, names) for f in stage.features} == {'NHWC'}
+    assert [stage.features[0].channels for stage in find_stages(model, names)] == [8, 16, 32, 64]
+    teacher = timm_dfpt.wrap(model, stages=names, classifier='head').eval()
+    for size in ((64, 64), (64, 96)):
+        x = torch.randn(2, 3, *size)
+        assert torch.equal(teacher(x).prompt, model(x))
+    # Blocks get maps.
+    shapes: list[torch.Size] = []
+    teacher.prompt_path.blocks[0].register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    teacher.prompt(torch.randn(2, 3, 64, 96))
+    assert shapes == [(2, 8, 16, 24)]

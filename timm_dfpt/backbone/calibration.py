@@ -3,22 +3,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .layouts import find_layout, find_prefix_tokens
+from .layouts import compare_layouts, find_layout, find_prefix_tokens, guess_layout, is_doubtful
 from .modes import evaluating
-from .types import Feature, Stage, Tap, name_of
+from .types import Feature, Layout, Stage, Tap, name_of
 
 __all__ = ['Calibration', 'calibrate', 'calibration_input']
 
 # Small enough that wrapping costs little, large enough that a reduction of 32 leaves a map, not a point.
 _SIDE = 64
 _DEFAULT_SIDE = 224
+_BATCH, _OTHER_BATCH = 2, 3
+
+_Layouts = dict[tuple[str, int], Layout | None]
+"""For the module of a tap and the number of a tensor in its output: how that tensor lies, where that is not plain."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +48,20 @@ class _Probe:
     only what goes around it is reached.
     """
 
-    def __init__(self, model: nn.Module, tap: Tap, image_size: tuple[int, int], order: list[str], cut: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tap: Tap,
+        image_size: tuple[int, int],
+        order: list[str],
+        layouts: _Layouts,
+        cut: bool,
+    ) -> None:
         self.model, self.tap, self.image_size, self.order, self.cut = model, tap, image_size, order, cut
+        self.layouts = layouts
         self.reduction = 1
         self.features: tuple[Feature, ...] = ()
+        self.doubtful: dict[int, torch.Size] = {}
         self.zeros: list[torch.Tensor] = []
         self.inputs: list[torch.Tensor] = []
 
@@ -56,9 +70,11 @@ class _Probe:
         if self.features:
             return output
         leaves, spec = pytree.tree_flatten(output)
-        self.reduction, self.features = _find_features(self.model, self.tap, leaves, self.image_size)
+        self.reduction, self.features = _find_features(self.model, self.tap, leaves, self.image_size, self.layouts)
         for feature in self.features:
             h = leaves[feature.index]
+            if is_doubtful(h.shape, self.tap.channels):
+                self.doubtful[feature.index] = h.shape
             zero = torch.zeros((), device=h.device, dtype=h.dtype, requires_grad=True)
             self.zeros.append(zero)
             self.inputs.append(h)
@@ -81,10 +97,15 @@ def calibrate(model: nn.Module, taps: Sequence[Tap], x: torch.Tensor) -> Calibra
         )
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         model.requires_grad_(False)
-        probes, _, outputs = _run(model, taps, x, cut=False)
+        layouts: _Layouts = {}
+        probes, _, outputs = _run(model, taps, x, layouts, cut=False)
+        doubtful = {(probe.tap.module, index): shape for probe in probes for index, shape in probe.doubtful.items()}
+        if doubtful:
+            layouts = _compare_sizes(model, x, doubtful)
+            probes, _, outputs = _run(model, taps, x, layouts, cut=False)
         zeros = [zero for probe in probes for zero in probe.zeros]
         reached = iter(_reached(outputs, zeros))
-        around = _bypassed(*_run(model, taps, x, cut=True))
+        around = _bypassed(*_run(model, taps, x, layouts, cut=True))
     stages, bypassed, unused = [], [], []
     for i, (tap, probe) in enumerate(zip(taps, probes, strict=True)):
         features = tuple(feature for feature in probe.features if next(reached))
@@ -98,11 +119,11 @@ def calibrate(model: nn.Module, taps: Sequence[Tap], x: torch.Tensor) -> Calibra
 
 
 def _run(
-    model: nn.Module, taps: Sequence[Tap], x: torch.Tensor, cut: bool
+    model: nn.Module, taps: Sequence[Tap], x: torch.Tensor, layouts: _Layouts, cut: bool
 ) -> tuple[list[_Probe], torch.Tensor, list[torch.Tensor]]:
     """Return the probes, the input and the tensors in the output."""
     order: list[str] = []
-    probes = [_Probe(model, tap, (x.shape[-2], x.shape[-1]), order, cut) for tap in taps]
+    probes = [_Probe(model, tap, (x.shape[-2], x.shape[-1]), order, layouts, cut) for tap in taps]
     handles = [model.get_submodule(probe.tap.module).register_forward_hook(probe) for probe in probes]
     leaf = x.detach().requires_grad_(True)
     try:
@@ -123,6 +144,48 @@ def _run(
             f'{order or "none of them"} ran. Name other modules, in the order in which they run: stages=[...].'
         )
     return probes, leaf, [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+
+
+def _compare_sizes(model: nn.Module, x: torch.Tensor, doubtful: dict[tuple[str, int], torch.Size]) -> _Layouts:
+    """Find out how features lie by a second input, of another size.
+
+    Args:
+        model: The model, in evaluation.
+        x: The calibration input `[B, C, H, W]`.
+        doubtful: For the module of a tap and the number of a tensor in its output: the shape for that input.
+    """
+    channels, height, width = x.shape[1:]
+    for size in ((channels, height, 2 * width), (channels, 2 * height, 2 * width), (channels, height, width + 32)):
+        shapes: dict[tuple[str, int], torch.Size] = {}
+        handles = [
+            model.get_submodule(name).register_forward_hook(_note_shapes(name, shapes)) for name, _ in doubtful
+        ]
+        try:
+            with torch.no_grad():
+                model(_random_input(model, size, _OTHER_BATCH))
+        except (AssertionError, IndexError, RuntimeError, ValueError):
+            continue
+        finally:
+            for handle in handles:
+                handle.remove()
+        batches = x.shape[0], _OTHER_BATCH
+        return {
+            key: compare_layouts(shape, shapes[key], batches)
+            for key, shape in doubtful.items()
+            if key in shapes and len(shapes[key]) == len(shape)
+        }
+    # A model of one size.
+    guesses = {key: guess_layout(shape) for key, shape in doubtful.items() if height == width}
+    return {key: layout for key, layout in guesses.items() if layout is not None}
+
+
+def _note_shapes(name: str, shapes: dict[tuple[str, int], torch.Size]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        for index, leaf in enumerate(pytree.tree_leaves(output)):
+            if isinstance(leaf, torch.Tensor):
+                shapes.setdefault((name, index), leaf.shape)
+
+    return hook
 
 
 def _reached(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[bool]:
@@ -150,7 +213,7 @@ def _bypassed(probes: Sequence[_Probe], leaf: torch.Tensor, outputs: list[torch.
 
 
 def _find_features(
-    model: nn.Module, tap: Tap, leaves: list[Any], image_size: tuple[int, int]
+    model: nn.Module, tap: Tap, leaves: list[Any], image_size: tuple[int, int], layouts: _Layouts
 ) -> tuple[int, tuple[Feature, ...]]:
     declared_layout = getattr(model, 'output_fmt', None)
     declared_prefix = int(getattr(model, 'num_prefix_tokens', 0) or 0)
@@ -158,7 +221,8 @@ def _find_features(
     for index, tensor in enumerate(leaves):
         if not isinstance(tensor, torch.Tensor) or (tap.leaves is not None and index not in tap.leaves):
             continue
-        layout = find_layout(tensor.shape, tap.channels, declared_layout)
+        known = (tap.module, index)
+        layout = layouts[known] if known in layouts else find_layout(tensor.shape, tap.channels, declared_layout)
         if layout is None:
             continue
         prefix = 0
@@ -227,13 +291,13 @@ def _sizes_to_try(model: nn.Module) -> list[tuple[int, ...]]:
     return [(channels, *side) for side in dict.fromkeys(sides)]
 
 
-def _random_input(model: nn.Module, size: tuple[int, ...]) -> torch.Tensor:
+def _random_input(model: nn.Module, size: tuple[int, ...], batch: int = _BATCH) -> torch.Tensor:
     param = next(model.parameters(), None)
     device = param.device if param is not None else torch.device('cpu')
     dtype = param.dtype if param is not None else torch.float32
     if device.type == 'meta':
-        return torch.empty(2, *size, device=device, dtype=dtype)
+        return torch.empty(batch, *size, device=device, dtype=dtype)
     # A generator of its own: wrapping a model must not move the user's random state.
     with torch.inference_mode(False):
-        x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
         return x.to(device=device, dtype=dtype)

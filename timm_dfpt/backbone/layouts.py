@@ -9,7 +9,10 @@ from torch import nn
 
 from .types import Layout
 
-__all__ = ['TokenOrder', 'from_patches', 'find_layout', 'find_prefix_tokens', 'to_patches', 'token_grid']
+__all__ = [
+    'TokenOrder', 'compare_layouts', 'find_layout', 'find_prefix_tokens', 'from_patches', 'guess_layout', 'is_doubtful',
+    'to_patches', 'token_grid',
+]  # fmt: skip
 
 _MAX_PREFIX_TOKENS = 16
 
@@ -29,6 +32,45 @@ def find_layout(shape: torch.Size, channels: int | None, declared: str | None) -
     axes: dict[Layout, int] = {'NCHW': 1, 'NHWC': 3}
     fits = [layout for layout, axis in axes.items() if channels in (None, shape[axis])]
     return next((layout for layout in fits if layout == declared), next(iter(fits), None))
+
+
+def is_doubtful(shape: torch.Size, channels: int | None) -> bool:
+    """Say whether the shape of features alone leaves open which axis has the `channels`, which may not be known."""
+    if len(shape) not in (3, 4):
+        return False
+    return channels is None or (shape[1] == shape[-1] == channels)
+
+
+def compare_layouts(first: torch.Size, second: torch.Size, batches: tuple[int, int]) -> Layout | None:
+    """Return the layout of features by their shapes for two inputs, of which the second is wider.
+
+    Args:
+        first: Shape for the first input.
+        second: Shape for the second input, of as many dimensions.
+        batches: Batch sizes of the inputs.
+
+    Returns:
+        The layout, or `None` where channels are not the second or the last axis, or images not the first one.
+    """
+    if (first[0], second[0]) != batches:
+        return None
+    grown = [axis for axis in range(1, len(first)) if first[axis] != second[axis]]
+    if len(first) == 3:
+        return 'NLC' if 2 not in grown else None
+    if not grown:
+        # Without a side that follows the input, such as after pooling.
+        return guess_layout(first) or 'NCHW'
+    if 1 not in grown:
+        return 'NCHW' if 3 in grown else 'NHWC'
+    return 'NHWC' if 3 not in grown else None
+
+
+def guess_layout(shape: torch.Size) -> Layout | None:
+    """Return the layout of features of a square input by which of their axes are equal, `None` if that says nothing."""
+    if len(shape) == 3:
+        return 'NLC'
+    layouts: dict[tuple[bool, bool], Layout] = {(True, False): 'NHWC', (False, True): 'NCHW'}
+    return layouts.get((shape[1] == shape[2], shape[2] == shape[3]))
 
 
 def find_prefix_tokens(tokens: int, declared: int, image_size: tuple[int, int], reduction: int | None) -> int:
