@@ -213,7 +213,7 @@ def count_floor(pair: Pair) -> Floor:
     torch.manual_seed(0)
     x = torch.randn(pair.shape)
     teacher = timm_dfpt.wrap(pair.teacher())
-    model = teacher.unwrap()
+    model = teacher.model
     total = count_flops(lambda: model(x))
     prefix = _flops_before(model, teacher.stages[0].module, x)
     blocks = count_flops(lambda: teacher.prompt(x)) - total

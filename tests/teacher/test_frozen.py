@@ -187,21 +187,15 @@ def test_a_copy_of_the_model_alone_is_free() -> None:
         again.model(images())
         assert not again.model.training
         assert not again.model.fc.weight.requires_grad
-        with pytest.raises(ValueError, match='wrapped already'):
-            timm_dfpt.wrap(again.model)
         again.unwrap()
     assert teacher.model is model
 
 
-def test_a_model_that_is_wrapped_already_is_refused() -> None:
+def test_a_part_or_a_whole_of_a_wrapped_model_is_refused() -> None:
     model = make_model()
     teacher = timm_dfpt.wrap(model)
-    head = {'stages': ['0.layer1', '0.layer2'], 'classifier': '0.fc'}
     for again, kwargs in (
-        (model, {}),
-        (teacher.model, {'variant': 'dfpt+'}),
-        (torch.compile(model), {}),
-        (nn.Sequential(model), head),
+        (nn.Sequential(model), {'stages': ['0.layer1', '0.layer2'], 'classifier': '0.fc'}),
         (model.layer1, {'stages': ['0.conv1', '0.conv2'], 'classifier': '0.conv3'}),
     ):
         with pytest.raises(ValueError, match='wrapped already'):
@@ -210,13 +204,53 @@ def test_a_model_that_is_wrapped_already_is_refused() -> None:
         timm_dfpt.wrap(teacher.prompt_path.model)
     with pytest.raises(ValueError, match='DualForwardPathTeacher already'):
         timm_dfpt.wrap(nn.Sequential(teacher))
-    assert torch.equal(teacher(images()).original, logits_of(model))
-    assert timm_dfpt.wrap(teacher.unwrap()).unwrap() is model
-    # A teacher that nobody has any more takes nothing with it.
+
+
+@pytest.mark.parametrize('variant', ['dfpt', 'dfpt+'])
+def test_teachers_of_one_model_are_counted(variant: str) -> None:
+    model = make_model().train()
+    model(images()).sum().backward()
+    grad, expected = model.fc.weight.grad, logits_of(model)
+    first = timm_dfpt.wrap(model)
+    second = timm_dfpt.wrap(torch.compile(first.model), variant=variant)
+    third = copy.deepcopy(second)
+    with torch.no_grad():
+        for param in (*first.prompt_path.parameters(), *second.prompt_path.parameters()):
+            param.add_(0.05 * torch.randn(param.shape))
+    for teacher in (first, second):
+        model.requires_grad_(True).train()
+        out = teacher.eval()(images())
+        assert torch.equal(out.original, expected)
+        assert torch.equal(out.prompt, teacher.prompt(images()))
+        out.prompt.sum().backward()
+        assert all(p.grad is not None for p in teacher.prompt_path.parameters() if p.requires_grad)
+    assert not torch.equal(first(images()).prompt, second(images()).prompt)
+    # Frozen until the last of them is unwrapped.
+    first.unwrap()
+    model.requires_grad_(True).train()
+    assert torch.equal(second(images()).original, expected)
+    assert not model.training
+    assert second.unwrap() is model
+    assert model.training
+    assert model.fc.weight.grad is grad
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    third.model.requires_grad_(True)
+    third(images())
+    assert not third.model.fc.weight.requires_grad
+
+
+def test_a_teacher_that_nobody_has_any_more_takes_nothing_with_it() -> None:
+    model = make_model().train()
     timm_dfpt.wrap(model)
     gc.collect()
     assert timm_dfpt.wrap(model).unwrap() is model
+    assert model.training
+    assert model.fc.weight.requires_grad
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    timm_dfpt.wrap(model)
+    gc.collect()
+    model.requires_grad_(True)
+    assert not timm_dfpt.wrap(model).unwrap().training
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {

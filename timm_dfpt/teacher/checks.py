@@ -10,7 +10,8 @@ from torch import nn
 
 from ..backbone.types import name_of
 from .hooks import Injection
-from .teacher import DualForwardPathTeacher, remove_hooks, teacher_of
+from .teacher import DualForwardPathTeacher
+from .wrapped import remove_hooks, teachers_of
 
 __all__ = ['check_finite', 'check_model', 'find_classifier']
 
@@ -31,13 +32,15 @@ def check_model(model: Any) -> None:
         raise ValueError('model is a DualForwardPathTeacher already, or contains one; wrap what its unwrap() returns.')
     if any(type(hook) is Injection for module in model.modules() for hook in module._forward_hooks.values()):
         raise ValueError(f'{kind} has prompt blocks already, as the prompt path of a teacher; wrap teacher.unwrap().')
-    if teacher_of(model) is not None:
+    teachers = teachers_of(model)
+    if any(teacher.model is not model for teacher in teachers):
         raise ValueError(
-            f'{kind} is wrapped already, or shares modules with a model that is; call unwrap() of its teacher first.'
+            f'{kind} is part of a model that is wrapped already, or has one in it: call unwrap() of its teacher first.'
         )
     if any(t.is_inference() for t in itertools.chain(model.parameters(), model.buffers())):
         raise ValueError(f'{kind} was made under torch.inference_mode(): nothing trains through it. Make it outside.')
-    remove_hooks(model)
+    if not teachers:
+        remove_hooks(model)
 
 
 def check_finite(model: nn.Module, logits: torch.Tensor) -> None:

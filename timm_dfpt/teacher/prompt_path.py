@@ -22,6 +22,7 @@ from .blocks import FusionBlock, PromptBlock, PromptConfig
 from .calls import Call, Calls, Record, remembered
 from .frozen_layers import save_fewer_activations
 from .hooks import CastInput, Injection
+from .wrapped import remove_hooks
 
 __all__ = ['PromptPath', 'VARIANTS', 'Variant']
 
@@ -74,9 +75,10 @@ class PromptPath(nn.Module):
         self.train_bn = train_bn
         self.classifier = tuple(classifier)
         self.calls = Calls()
-        # Copy first, hook second: a copy of a hooked tree would copy hooks and state.
+        # Copy first, hook second: a copy of a hooked tree would copy hooks and state, as of another teacher's.
         shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())} if variant == 'dfpt' else {}
         tree = copy.deepcopy(model, shared).eval()
+        remove_hooks(tree)
         if num_classes is not None:
             _replace_head(tree, self.classifier, num_classes)
             config = dataclasses.replace(config, new_head=True)

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -12,14 +11,15 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..backbone.modes import ModelState, freeze, keep_frozen
+from ..backbone.modes import freeze, keep_frozen
 from ..backbone.types import Stage, name_of
 from .blocks import PromptConfig
 from .calls import Record, needs_gradient
 from .prefix import PrefixRecorder, PrefixReplay
 from .prompt_path import PromptPath, Variant, match_dtype
+from .wrapped import register, remove_hooks, state_before, unregister
 
-__all__ = ['DualForwardOutput', 'DualForwardPathTeacher', 'HubFunctions', 'remove_hooks', 'teacher_of']
+__all__ = ['DualForwardOutput', 'DualForwardPathTeacher', 'HubFunctions']
 
 
 class DualForwardOutput(NamedTuple):
@@ -76,7 +76,7 @@ class DualForwardPathTeacher(nn.Module):
         bypassed: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self._model_state = ModelState(model)
+        self._model_state = state_before(model)
         freeze(model)
         self.model = model
         self.prompt_path = prompt_path
@@ -116,11 +116,7 @@ class DualForwardPathTeacher(nn.Module):
     def _guard(self) -> None:
         """Keep the model frozen, whoever calls it, and know it again if it is to be wrapped once more."""
         self._frozen_modules = list(self.model.modules())
-        for module in self._frozen_modules:
-            if module is self.model or module._parameters or module._buffers:
-                _TEACHERS[module] = weakref.ref(self)
-        if _freeze_before_call not in self.model._forward_pre_hooks.values():
-            self.model.register_forward_pre_hook(_freeze_before_call)
+        register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -131,7 +127,7 @@ class DualForwardPathTeacher(nn.Module):
     def train(self, mode: bool = True) -> DualForwardPathTeacher:
         """Set the mode of the prompt path's own modules; the original path always stays in evaluation."""
         super().train(mode)
-        self._keep_frozen()
+        self.keep_frozen()
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> DualForwardPathTeacher:
@@ -139,7 +135,7 @@ class DualForwardPathTeacher(nn.Module):
         self.prompt_path.requires_grad_(requires_grad)
         return self
 
-    def _keep_frozen(self) -> None:
+    def keep_frozen(self) -> None:
         """Freeze the original path again, whatever was called on the model; costs little where nothing was."""
         if not self.unwrapped:
             keep_frozen(self._frozen_modules)
@@ -176,7 +172,7 @@ class DualForwardPathTeacher(nn.Module):
         self._check_in_use()
         if torch.compiler.is_compiling() or self.model._compiled_call_impl is not None:
             # Else its hook does it.
-            self._keep_frozen()
+            self.keep_frozen()
         with torch.no_grad():
             return self.model(match_dtype(x, self.model))
 
@@ -231,17 +227,17 @@ class DualForwardPathTeacher(nn.Module):
     def unwrap(self) -> nn.Module:
         """Give the wrapped model back as it was: no hooks; modes, `requires_grad` and gradients as before.
 
-        The teacher must not be used afterwards.
+        The teacher must not be used afterwards. A model that has several teachers stays frozen until the last is
+        unwrapped.
         """
         if self.unwrapped:
             return self.model
         self.stop_sharing_prefix()
         self.prompt_path.release()
-        for module in self._frozen_modules:
-            _TEACHERS.pop(module, None)
-        remove_hooks(self.model)
-        self._model_state.restore(self.model)
         self.unwrapped = True
+        if unregister(self):
+            remove_hooks(self.model)
+            self._model_state.restore(self.model)
         return self.model
 
     def summary(self) -> str:
@@ -303,31 +299,5 @@ class DualForwardPathTeacher(nn.Module):
 
 def _share_after_load(teacher: DualForwardPathTeacher, incompatible_keys: object) -> None:
     # load_state_dict(assign=True) puts new tensors into the original path.
-    teacher._keep_frozen()
+    teacher.keep_frozen()
     teacher.prompt_path.share_weights_with(teacher.model)
-
-
-# The teacher to which a module belongs. Copies of a model alone are not here, and so as free as any model.
-_TEACHERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DualForwardPathTeacher]] = weakref.WeakKeyDictionary()
-
-
-def teacher_of(model: nn.Module) -> DualForwardPathTeacher | None:
-    """Return the teacher that has wrapped a model, a part of it, or a model of which it is a part."""
-    found = (_TEACHERS[module]() for module in model.modules() if module in _TEACHERS)
-    return next((teacher for teacher in found if teacher is not None), None)
-
-
-def _freeze_before_call(module: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling() and module in _TEACHERS:
-        teacher = _TEACHERS[module]()
-        if teacher is not None:
-            teacher._keep_frozen()
-
-
-def remove_hooks(model: nn.Module) -> None:
-    """Remove from a model what a teacher has left there: its own, or one whose model this is a copy of."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            ours = [key for key, hook in hooks.items() if hook is _freeze_before_call or type(hook) is PrefixRecorder]
-            for key in ours:
-                del hooks[key]
