@@ -178,10 +178,9 @@ class PromptPath(nn.Module):
             return
         for theirs, mine in self._twins:
             # A conversion or load of the model alone puts other tensors into it.
-            if not all(map(operator.is_, theirs._parameters.values(), mine._parameters.values())):
-                mine._parameters.update(theirs._parameters)
-            if not all(map(operator.is_, theirs._buffers.values(), mine._buffers.values())):
-                mine._buffers.update(theirs._buffers)
+            for now, ours in ((theirs._parameters, mine._parameters), (theirs._buffers, mine._buffers)):
+                if not all(map(operator.is_, now.values(), ours.values())) and now.keys() == ours.keys():
+                    ours.update(now)  # type: ignore[arg-type]
 
     def release(self) -> None:
         """Leave the original path's weights to themselves."""
