@@ -173,10 +173,14 @@ class PromptPath(nn.Module):
             if not self.config.new_head:
                 keep_frozen(part for name in self.classifier for part in self.backbone.get_submodule(name).modules())
             return
-        keep_frozen(itertools.chain.from_iterable(self._twins))
+        for _, mine in self._twins:
+            if mine.training:
+                mine.training = False
+        holders = [twins for twins in self._twins if twins[0]._parameters or twins[0]._buffers]
+        keep_frozen(theirs for theirs, _ in holders)
         if torch.compiler.is_compiling():
             return
-        for theirs, mine in self._twins:
+        for theirs, mine in holders:
             # A conversion or load of the model alone puts other tensors into it.
             for now, ours in ((theirs._parameters, mine._parameters), (theirs._buffers, mine._buffers)):
                 if not all(map(operator.is_, now.values(), ours.values())) and now.keys() == ours.keys():
