@@ -20,7 +20,7 @@ PHASES = {
     'save': {'checkpoint.py:save_checkpoint'},
     'evaluation': {'trainer.py:fit', 'evaluation.py:evaluate'},
     'step': {'learner.py:step'},
-    'export': {'run_folder.py:export'},
+    'export': {'export.py:export'},
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 def stop(signum: int, frame: object) -> None:
     """End while there is nothing to save."""
     try:
-        os.write(2, f'Stopped by {signal.Signals(signum).name}: the same command with --resume goes on.\n'.encode())
+        os.write(2, f'Stopped by {signal.Signals(signum).name}: give the same command again.\n'.encode())
     finally:
         os._exit(128 + signum)
 

@@ -5,9 +5,8 @@ import pytest
 import yaml
 
 from timm_dfpt.training.cli import build_parser, load_recipe, parse_config, save_config
-from timm_dfpt.training.options import TrainConfig
+from timm_dfpt.training.options import TrainConfig, public_options
 from timm_dfpt.training.run import main
-from timm_dfpt.training.run_folder import public_options
 
 REQUIRED = ['--dataset', 'photos', '--student', 'resnet18', '--teacher', 'resnet50']
 

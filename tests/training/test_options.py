@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
-from timm_dfpt.training import build, run_folder
+from timm_dfpt.training import build, export
 from timm_dfpt.training import run as run_module
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.run import main
@@ -164,7 +164,7 @@ def test_validation_now_and_then_leaves_the_same_student_and_ends_with_one(train
 def test_the_end_of_a_run_asks_a_teacher_once(train, teacher_passes, monkeypatch):
     """However many learn from it. That its numbers beside others are those of a run alone: test_compare.py."""
     counted, timed = [], []
-    measure, cost = run_module.measure, run_folder.measure_cost
+    measure, cost = run_module.measure, export.measure_cost
 
     def measured(*args):
         before = len(teacher_passes)
@@ -173,7 +173,7 @@ def test_the_end_of_a_run_asks_a_teacher_once(train, teacher_passes, monkeypatch
         return result
 
     monkeypatch.setattr(run_module, 'measure', measured)
-    monkeypatch.setattr(run_folder, 'measure_cost', lambda *args: timed.append(args) or cost(*args))
+    monkeypatch.setattr(export, 'measure_cost', lambda *args: timed.append(args) or cost(*args))
     train('all', '--method', 'dfpt', '--baselines', 'kd', 'dkd', '--mixup', '0')
     assert counted == [2]  # 43 images in batches of 32
     assert len(timed) == 1 + 1 + 3

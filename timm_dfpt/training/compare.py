@@ -18,11 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
 from .cli import build_parser, resolve_config
+from .devices import create_accelerator
+from .export import export
 from .learner import Learner
 from .options import TrainConfig
 from .report import comparison_text, plot_comparison, summarise
 from .run import Setup, close, describe, example_batch, measure, set_up, train_side_by_side
-from .run_folder import ComparisonFolder, RunFolder, export
+from .run_folder import ComparisonFolder, RunFolder, claimed
 from .stopping import NonFiniteLossError, Preempted, exit_code
 
 __all__ = ['Arm', 'compare', 'main', 'parse_arm']
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
         config.check_given(values, [arm.method for arm in arms])
         compare(config, arms, seeds, reference, command)
 
-    return exit_code(job)
+    return exit_code(job, 'give the same command again')
 
 
 def compare(
@@ -153,9 +155,26 @@ def compare(
             'use --mixed-precision bf16.'
         )
     folder = ComparisonFolder(config.output)
-    # Like the ones of the seeds: what is asked for first counts for the whole process.
-    accelerator = Accelerator(cpu=config.cpu, mixed_precision=config.mixed_precision)
-    folder.open({arm.name: {'method': arm.method, **arm.changes} for arm in arms}, config.resume, accelerator)
+    accelerator = create_accelerator(config)
+    given = {arm.name: {'method': arm.method, **arm.changes} for arm in arms}
+    with folder.opened(given, config.resume, accelerator):
+        try:
+            return _run_seeds(config, arms, seeds, reference, command, accelerator)
+        except Preempted as stop:
+            raise Preempted(stop.signum, f'continue with --output {shlex.quote(str(folder))} --resume') from stop
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(error.found, folder) from error
+
+
+def _run_seeds(
+    config: TrainConfig,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    reference: str,
+    command: str,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    folder = ComparisonFolder(str(config.output))
     result: dict[str, Any] = {}
     for number, seed in enumerate(seeds, start=1):
         run_folder = folder.seed(seed)
@@ -163,13 +182,9 @@ def compare(
             accelerator.print(f'seed {seed} ({number} of {len(seeds)})')
             resume = run_folder.config.is_file()
             common = dataclasses.replace(config, seed=seed, baselines=[], output=str(run_folder), resume=resume)
-            try:
-                _run_seed(common, arms, command)
-            except Preempted as stop:
-                raise Preempted(stop.signum, f'continue with --output {shlex.quote(str(folder))} --resume') from stop
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(error.found, folder) from error
-        result = _collect(folder, names, seeds[:number], reference, command)
+            with claimed(common, accelerator) as run_folder:
+                _run_seed(run_folder.resumed(common), run_folder, arms, command)
+        result = _collect(folder, [arm.name for arm in arms], seeds[:number], reference, command)
         if accelerator.is_main_process:
             _write(folder, result)
     accelerator.print(comparison_text(result))
@@ -183,9 +198,7 @@ def _in_training_order(arm: Arm) -> tuple[bool, str]:
     return variant is None, variant or ''
 
 
-def _run_seed(config: TrainConfig, arms: Sequence[Arm], command: str) -> None:
-    folder = RunFolder.claim(config)
-    config = folder.resumed(config)
+def _run_seed(config: TrainConfig, folder: RunFolder, arms: Sequence[Arm], command: str) -> None:
     options = {
         arm.name: config.for_method(arm.method, **arm.changes, output=str(folder.arm(arm.name)))
         for arm in sorted(arms, key=_in_training_order)

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
+    broadcast_object_list,
     gather_object,
 )
 from safetensors.torch import load_file, load_model
@@ -28,7 +29,7 @@ from .options import TrainConfig
 
 __all__ = [
     'ShardedRoot', 'clip_shards', 'create_accelerator', 'is_sharding', 'load_optimizer_state', 'load_weights',
-    'local_part', 'optimizer_state', 'set_up_sharding', 'whole_weights',
+    'local_part', 'on_main', 'optimizer_state', 'set_up_sharding', 'whole_weights',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +52,6 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.grad_accum_steps,
         log_with=config.log_with,
-        project_dir=config.output if config.log_with else None,
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         # Learners share their batch statistics after each update, evaluation and EMA included.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -67,6 +67,25 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
             'one process only: use --config_file train/accelerate/multi_cpu.yaml, or torchrun.'
         )
     return accelerator
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
+    """Let the main process do something, and give every process its result, or its error.
+
+    Raises:
+        OSError: As the main process did.
+        ValueError: As the main process did.
+    """
+    done: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            done = [(act(), None)]
+        except (OSError, ValueError) as error:
+            done = [(None, error)]
+    result, failed = broadcast_object_list(done)[0]
+    if failed is not None:
+        raise failed
+    return result
 
 
 class ShardedRoot(nn.Module):

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from ..data.checks import checked, default_of
 from ..data.images import parse_color
+from ..hub.privacy import public
 from ..hub.timm_models import LOCAL_DIR
 from ..tasks.methods import DEFAULT_LOSS, DEFAULT_METHOD, KD_LOSSES, METHODS
 from .optim import SCHEDULE_OPTIONS, SCHEDULES, check_optimizer, check_schedule, check_used
 
-__all__ = ['PATH_OPTIONS', 'TrainConfig', 'resolve_paths']
+__all__ = ['PATH_OPTIONS', 'TrainConfig', 'public_options', 'resolve_paths']
 
 # What the student of a method with a prompt path learns from; of no use to others, as is all that is called prompt_*.
 _DUAL_STUDENT_WEIGHTS = ('student_task_weight', 'student_teacher_weight', 'student_prompt_weight')
@@ -366,6 +367,15 @@ def _refuse_augmentation(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if value:
             raise ValueError(f'no_aug and {name}={value} contradict each other: give one of them.')
+
+
+def public_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options as they may be published: only the last part of local paths is kept."""
+    options = dataclasses.asdict(config)
+    for key in PATH_OPTIONS:
+        options[key] = public(options[key], local=True)
+    options['output'] = None
+    return options
 
 
 def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -27,12 +27,13 @@ from .build import create_learners, create_loaders, create_mixup, load_data, res
 from .checkpoint import describe_teachers
 from .cli import parse_config
 from .devices import create_accelerator
+from .export import export, export_student
 from .learner import Learner
 from .optim import describe_decay
 from .options import TrainConfig
 from .publish import publish_run
 from .report import closing_table, plot_curves, verdicts
-from .run_folder import RunFolder, export, export_student
+from .run_folder import RunFolder, claimed
 from .stopping import exit_code
 from .trainer import Trainer
 
@@ -90,13 +91,17 @@ class Setup:
         return create_learners(arms, self.data.class_names, self.input_config, self.accelerator, steps)
 
 
-def set_up(config: TrainConfig) -> Setup:
+def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup:
     """Open devices and data.
+
+    Args:
+        config: The options.
+        accelerator: The devices, where they are open already.
 
     Raises:
         ValueError: If an option does not fit the devices, the data or the student.
     """
-    accelerator = create_accelerator(config)
+    accelerator = accelerator or create_accelerator(config)
     set_seed(config.seed)
     input_config = resolve_input_config(config)
     data = load_data(config)
@@ -147,16 +152,21 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
         What `summary.json` holds.
 
     Raises:
+        InUseError: Another job works in the folder.
         ValueError: If an option does not fit the data or the models; nothing has been trained then.
     """
     for repo_id in filter(None, (config.push_to_hub, config.push_prompt_path)):
         check_repo_id(repo_id)
-    folder = RunFolder.claim(config)
-    config = folder.resumed(config)
+    accelerator = create_accelerator(config)
+    with claimed(config, accelerator) as folder:
+        return _run(folder.resumed(config), folder, accelerator, command)
+
+
+def _run(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, command: str) -> dict[str, Any]:
     arms = {config.method: dataclasses.replace(config, baselines=[])}
     for method in config.baselines:
         arms[method] = config.for_method(method, output=str(folder.baseline(method)))
-    setup = set_up(config)
+    setup = set_up(config, accelerator)
     learners, seconds = train_side_by_side(setup, arms, folder, command)
     results = measure(setup, learners)
     summary: dict[str, Any] = {}
@@ -202,6 +212,7 @@ def train_side_by_side(
     folder.open(config, accelerator)
     accelerator.print(f'run folder: {folder}')
     if config.log_with:
+        accelerator.project_configuration.set_directories(config.output)
         accelerator.init_trackers('timm_dfpt', config={k: str(v) for k, v in dataclasses.asdict(config).items()})
     origin: dict[str, str] = {}
     if accelerator.is_main_process:

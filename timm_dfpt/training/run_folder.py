@@ -1,34 +1,28 @@
 """Folders of runs and comparisons: every name in them, what may be resumed there, and how their files are written."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
 
-from ..hub.build import WEIGHTS
 from ..hub.files import write_text, writing
-from ..hub.privacy import public
-from ..hub.prompt_path import PROMPT_WEIGHTS, save_prompt_path
-from ..hub.student import save_student
-from ..hub.timm_models import local_folder
 from .cli import load_recipe, save_config
-from .learner import Learner
-from .options import PATH_OPTIONS, TrainConfig
-from .report import measure_cost
+from .devices import on_main
+from .lock import LOCK, InUseError, locked
+from .options import TrainConfig
+from .stopping import Preempted
 
-__all__ = ['ComparisonFolder', 'RunFolder', 'export', 'export_student', 'public_options']
+__all__ = ['ComparisonFolder', 'RunFolder', 'claimed']
 
 _logger = logging.getLogger(__name__)
-
-_Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 _FORMAT_VERSION = 1
 # What may differ when a run is resumed, since it says nothing about what is computed.
@@ -87,21 +81,29 @@ class RunFolder:
             ValueError: If the folder is in use, or holds something else or a run with other options.
         """
         run = cls(config.output or _free_path(config))
-        started = run.path.is_dir() and any(not file.name.endswith('.incomplete') for file in run.path.iterdir())
-        if config.resume and run.config.is_file():
-            run._check_same(config)
-        elif config.resume and not started:
-            _logger.warning(f'No run to resume in {str(run)!r}; starting a new one.')
-        elif config.resume:
-            raise ValueError(f'resume: {str(run)!r} is not empty and has no run. Name the folder of the run.')
-        elif started or run.path.is_file():
-            _refuse_used(run.path)
-        place = next(folder for folder in (run.path.absolute(), *run.path.absolute().parents) if folder.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise PermissionError(f'output: cannot create {str(run)!r}: {str(place)!r} is not a writable directory.')
-        if not run.config.is_file():
-            _refuse_inside_data(config, run.path)
+        run._check_place(config)
+        run._check_contents(config)
         return run
+
+    def _check_place(self, config: TrainConfig) -> None:
+        place = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        if self.path.is_file() and not config.resume:
+            _refuse_used(self.path)
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(f'output: cannot create {str(self)!r}: {str(place)!r} is not a writable directory.')
+        if not self.config.is_file():
+            _refuse_inside_data(config, self.path)
+
+    def _check_contents(self, config: TrainConfig) -> None:
+        started = _is_started(self.path)
+        if config.resume and self.config.is_file():
+            self._check_same(config)
+        elif config.resume and not started:
+            _logger.warning(f'No run to resume in {str(self)!r}; starting a new one.')
+        elif config.resume:
+            raise ValueError(f'resume: {str(self)!r} is not empty and has no run. Name the folder of the run.')
+        elif started:
+            _refuse_used(self.path)
 
     def _check_same(self, config: TrainConfig) -> None:
         before, now = load_recipe(self.config), dataclasses.asdict(config)
@@ -125,14 +127,15 @@ class RunFolder:
 
     def open(self, config: TrainConfig, accelerator: Accelerator) -> None:
         """Create the folder, or open it again, once everything that can be wrong has been checked."""
-        if accelerator.is_main_process:
+        def create() -> None:
             with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             if not self.config.is_file():
                 save_config(config, self.config)
             with writing(self.metrics):
                 self.metrics.touch()
-        accelerator.wait_for_everyone()
+
+        on_main(accelerator, create)
 
     def write_metrics(self, lines: Sequence[str]) -> None:
         """Write `metrics.jsonl`, one JSON object per line."""
@@ -150,6 +153,47 @@ class RunFolder:
         """Read `summary.json`."""
         summary: dict[str, Any] = json.loads(self.summary.read_text(encoding='utf-8'))
         return summary
+
+
+@contextlib.contextmanager
+def claimed(config: TrainConfig, accelerator: Accelerator) -> Iterator[RunFolder]:
+    """Choose the folder of a run, and keep other jobs out of it within the context.
+
+    Args:
+        config: The options, see `RunFolder.claim`.
+        accelerator: Its main process chooses and keeps it; the others learn of it.
+
+    Raises:
+        InUseError: Another job works in it.
+        PermissionError: As in `RunFolder.claim`.
+        ValueError: As in `RunFolder.claim`.
+    """
+    locks = contextlib.ExitStack()
+
+    def claim() -> RunFolder:
+        while True:
+            run = RunFolder(config.output or _free_path(config))
+            run._check_place(config)
+            try:
+                locks.enter_context(locked(run.path))
+            except InUseError:
+                if config.output or config.resume:
+                    raise
+                continue  # The same command was faster, and now there is a folder of that name.
+            run._check_contents(config)
+            return run
+
+    with locks:
+        folder = on_main(accelerator, claim)
+        try:
+            yield folder
+        except Preempted as stop:
+            raise Preempted(stop.signum, f'continue with --output {shlex.quote(str(folder))} --resume') from stop
+
+
+def _is_started(path: Path) -> bool:
+    """Say whether there is more in a folder than what keeps others out, and what a broken save has left."""
+    return path.is_dir() and any(file.name != LOCK and file.suffix != '.incomplete' for file in path.iterdir())
 
 
 def _free_path(config: TrainConfig) -> Path:
@@ -210,8 +254,9 @@ class ComparisonFolder:
         """Return the folder of the run with a seed."""
         return RunFolder(self.path / f'seed-{seed}')
 
-    def open(self, arms: Mapping[str, Any], resume: bool, accelerator: Accelerator) -> None:
-        """Create the folder, or make sure that it holds a comparison of the same arms.
+    @contextlib.contextmanager
+    def opened(self, arms: Mapping[str, Any], resume: bool, accelerator: Accelerator) -> Iterator[None]:
+        """Create the folder, or make sure that it holds a comparison of the same arms; keep other jobs out of it.
 
         Args:
             arms: Method and options by arm.
@@ -219,25 +264,35 @@ class ComparisonFolder:
             accelerator: Its main process writes.
 
         Raises:
+            InUseError: Another job works in it.
             ValueError: If it holds something else.
         """
-        if resume:
-            if not self.arms.is_file():
+        locks = contextlib.ExitStack()
+
+        def create() -> None:
+            if self.path.is_file():
+                _refuse_used(self.path)
+            locks.enter_context(locked(self.path))
+            if resume and not self.arms.is_file():
                 raise ValueError(f'resume: {str(self)!r} has no comparison. Leave --resume out to start one there.')
-            before = self.read_arms()
-            if before != arms:
-                raise ValueError(
-                    f'resume: the comparison in {str(self)!r} has the arms {before}, not {arms}. Give the same arms, '
-                    'or another --output.'
-                )
-        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
-            _refuse_used(self.path)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not resume:
-            with writing(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
+            if resume:
+                self._check_same(arms)
+                return
+            if _is_started(self.path):
+                _refuse_used(self.path)
             _write_json(self.arms, arms)
-        accelerator.wait_for_everyone()
+
+        with locks:
+            on_main(accelerator, create)
+            yield
+
+    def _check_same(self, arms: Mapping[str, Any]) -> None:
+        before = self.read_arms()
+        if before != arms:
+            raise ValueError(
+                f'resume: the comparison in {str(self)!r} has the arms {before}, not {arms}. Give the same arms, '
+                'or another --output.'
+            )
 
     def read_arms(self) -> dict[str, Any]:
         """Read `arms.json`."""
@@ -248,116 +303,3 @@ class ComparisonFolder:
         """Write `compare.json` and `compare.md`."""
         _write_json(self.result, result)
         write_text(self.table, table + '\n')
-
-
-@dataclasses.dataclass(frozen=True)
-class _Exported:
-    """A model at the end of a run: how it is run, what it is made of and kept in."""
-
-    name: str
-    forward: Callable[[torch.Tensor], torch.Tensor]
-    parameters: Sequence[nn.Parameter]
-    files: Sequence[Path]
-
-
-def export(
-    learners: Sequence[Learner], results: Sequence[_Results], facts: Mapping[str, Any], example: torch.Tensor
-) -> dict[str, dict[str, Any]]:
-    """Save what learners have become in the `output` of each: `student/` and, where there is one, `prompt_path/`.
-
-    Args:
-        learners: The learners.
-        results: Of each, metrics by split (`val`, and `test` where there is one) and model.
-        facts: What the run was, recorded alongside the weights.
-        example: A batch `[B, C, H, W]` to measure the cost with.
-
-    Returns:
-        By name of the learner, for `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`.
-    """
-    costs_of_teachers: dict[int, dict[str, float]] = {}
-    exported: dict[str, dict[str, Any]] = {}
-    for learner, result in zip(learners, results, strict=True):
-        final = list(result)[-1]
-        exported[learner.name] = {}
-        for role, model in _save(learner, result, facts).items():
-            known = costs_of_teachers.get(id(learner.teacher)) if role == 'teacher' else None
-            cost = known or measure_cost(model.forward, model.parameters, example, model.files)
-            if role == 'teacher':
-                # Those who learn from the same teacher share its numbers.
-                costs_of_teachers[id(learner.teacher)] = cost
-            metrics = {'metrics': result[final][role], 'val_metrics': result['val'][role]}
-            exported[learner.name][role] = {'name': model.name, **metrics, 'cost': cost}
-    return exported
-
-
-def _save(learner: Learner, results: _Results, facts: Mapping[str, Any]) -> dict[str, _Exported]:
-    """Save the student, and its prompt path if it has one; return all models by role."""
-    config, task, folder = learner.config, learner.task, RunFolder(str(learner.config.output))
-    metrics = {split: result['student'] for split, result in results.items()}
-    record = export_student(learner, metrics, folder.student, facts)
-    models: dict[str, _Exported] = {}
-    if learner.teacher is not None:
-        frozen = list(learner.teacher.parameters())
-        teacher_folder = local_folder(str(config.teacher))
-        files = [teacher_folder / WEIGHTS] if teacher_folder else []
-        models['teacher'] = _Exported(str(config.teacher), task.teacher_logits, frozen, files)
-        dual_teacher = task.get_dual_teacher()
-        if dual_teacher is not None:
-            save_prompt_path(dual_teacher, folder.prompt_path, label_names=facts['class_names'], training=record)
-            path = dual_teacher.prompt_path
-            parameters = [*(frozen if path.shares_backbone else ()), *path.parameters()]
-            files = [folder.prompt_path / PROMPT_WEIGHTS]
-            models['prompt_path'] = _Exported(config.method, task.prompt_logits, parameters, files)
-    # In the precision of its weights, as the others: accelerate wraps what is trained in autocast.
-    student = learner.accelerator.unwrap_model(learner.published_student, keep_fp32_wrapper=False)
-    parameters = list(student.parameters())
-    models['student'] = _Exported(str(config.student), student, parameters, [folder.student / WEIGHTS])
-    return models
-
-
-def export_student(
-    learner: Learner, metrics: Mapping[str, Mapping[str, float]], folder: Path, facts: Mapping[str, Any], **more: Any
-) -> dict[str, Any]:
-    """Save the student as it is now, with a record of what it was made from.
-
-    Args:
-        learner: The learner.
-        metrics: The student's metrics by split.
-        folder: Where to save.
-        facts: What the run was.
-        **more: Further entries of the record.
-
-    Returns:
-        The record.
-    """
-    config = learner.config
-    options = public_options(config)
-    record = {
-        'method': config.method,
-        'teacher': options['teacher'],
-        'prompt_path': config.push_prompt_path,
-        'dataset': options['dataset'],
-        'dataset_sizes': facts['dataset_sizes'],
-        'seed': config.seed,
-        'recipe': options,
-        'metrics': {split: dict(values) for split, values in metrics.items()},
-        **more,
-    }
-    save_student(
-        learner.published_student,
-        folder,
-        label_names=facts['class_names'],
-        data_config=facts['input_config'],
-        license=config.license,
-        distillation=record,
-    )
-    return record
-
-
-def public_options(config: TrainConfig) -> dict[str, Any]:
-    """Return the options as they may be published: only the last part of local paths is kept."""
-    options = dataclasses.asdict(config)
-    for key in PATH_OPTIONS:
-        options[key] = public(options[key], local=True)
-    options['output'] = None
-    return options
