@@ -12,6 +12,7 @@ import yaml
 from ..data.checks import default_of, kind_of, nearest, range_of
 from ..hub.files import write_text
 from ..tasks.methods import METHODS
+from .devices import launched
 from .options import TrainConfig, resolve_paths
 
 __all__ = ['build_parser', 'load_recipe', 'parse_config', 'resolve_config', 'save_config']
@@ -144,7 +145,7 @@ def build_parser(description: str, without: Sequence[str] = ()) -> argparse.Argu
 
 
 def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe: str | Path | None) -> TrainConfig:
-    """Merge a recipe and the values given on the command line.
+    """Merge a recipe and the values given on the command line; for the rest the launcher's choices count.
 
     Args:
         values: Options from the command line, which win.
@@ -166,7 +167,8 @@ def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe
         base.pop('teacher', None)
         base.pop('teacher_checkpoint', None)
     own = _complete_method_options(base, given)
-    return TrainConfig(**{**base, **own.get(method, {}), **given, 'method_options': own})
+    choices = {option: value for option, (_, value) in launched().items()}
+    return TrainConfig(**{**choices, **base, **own.get(method, {}), **given, 'method_options': own})
 
 
 def _complete_method_options(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import warnings
@@ -28,11 +29,14 @@ from torch.distributed.tensor import DTensor
 from .options import TrainConfig
 
 __all__ = [
-    'ShardedRoot', 'clip_shards', 'create_accelerator', 'is_sharding', 'load_optimizer_state', 'load_weights',
-    'local_part', 'on_main', 'optimizer_state', 'set_up_sharding', 'whole_weights',
+    'ShardedRoot', 'clip_shards', 'create_accelerator', 'is_sharding', 'launched', 'load_optimizer_state',
+    'load_weights', 'local_part', 'on_main', 'optimizer_state', 'set_up_sharding', 'whole_weights',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
+
+_TRUE = ('1', 'true', 'yes', 'on', 'y', 't')
+_FALSE = ('', '0', 'false', 'no', 'off', 'n', 'f')
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
@@ -46,12 +50,14 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError(f'log_with={config.log_with} needs a package: pip install {config.log_with}.')
     # accelerate warns about the pinned memory of machines without an accelerator.
     warnings.filterwarnings('ignore', message='.*pin_memory.*')
-    _refuse_deepspeed()
+    _check_launcher(config)
     accelerator = Accelerator(
         cpu=config.cpu,
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.grad_accum_steps,
         log_with=config.log_with,
+        # Tasks compile what they know to be compilable, see `Learner`.
+        dynamo_backend='no',
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         # Learners share their batch statistics after each update, evaluation and EMA included.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -112,13 +118,99 @@ def is_sharding(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def _refuse_deepspeed() -> None:
-    # Before accelerate asks for it to be installed.
-    if os.environ.get('ACCELERATE_USE_DEEPSPEED', 'false').lower() == 'true':
+def launched() -> dict[str, tuple[str, Any]]:
+    """Return what accelerate's launcher, its configuration file or its variables ask for, but for what it always sets.
+
+    Returns:
+        By option where that was asked for, and its value.
+
+    Raises:
+        ValueError: If it is something that does not work here.
+    """
+    _refuse_engines()
+    found: dict[str, tuple[str, Any]] = {}
+    precision = _variable('MIXED_PRECISION')
+    if precision not in ('', 'no'):
+        if precision not in ('bf16', 'fp16'):
+            raise ValueError(f'ACCELERATE_MIXED_PRECISION={precision} is not supported: use bf16, fp16 or no.')
+        found['mixed_precision'] = ('ACCELERATE_MIXED_PRECISION', precision)
+    numbers = {
+        'grad_accum_steps': ('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', int, _variable('GRADIENT_ACCUMULATION_STEPS')),
+        'clip_grad': ('ACCELERATE_GRADIENT_CLIPPING', float, _variable('GRADIENT_CLIPPING')),
+    }
+    # accelerate hands this one on to DeepSpeed only.
+    steps = _of_launch_command('gradient_accumulation_steps')
+    if steps:
+        numbers['grad_accum_steps'] = ('accelerate launch --gradient_accumulation_steps', int, steps)
+    for option, (source, kind, text) in numbers.items():
+        if text in ('', 'none'):
+            continue
+        try:
+            found[option] = (source, kind(text))
+        except ValueError as error:
+            raise ValueError(f'{source}={text} must be a number.') from error
+    if _variable('USE_CPU') in _TRUE:
+        found['cpu'] = ('ACCELERATE_USE_CPU', True)
+    elif _variable('TORCH_DEVICE'):
+        found['cpu'] = ('ACCELERATE_TORCH_DEVICE', _variable('TORCH_DEVICE') == 'cpu')
+    if _variable('DYNAMO_BACKEND') not in ('', 'no'):
+        _check_dynamo()
+        found['compile'] = ('ACCELERATE_DYNAMO_BACKEND', True)
+    return found
+
+
+def _variable(name: str) -> str:
+    return os.environ.get(f'ACCELERATE_{name}', '').strip().lower()
+
+
+def _refuse_engines() -> None:
+    # Before accelerate asks for them to be installed.
+    if _variable('USE_DEEPSPEED') in _TRUE:
         raise ValueError(
             'DeepSpeed is not supported: its engine has a single optimizer, and student and prompt path have one each. '
             'Use train/accelerate/fsdp2.yaml, which shards more than ZeRO-2, or train/accelerate/multi_gpu.yaml.'
         )
+    for name in ('USE_MEGATRON_LM', 'USE_PARALLELISM_CONFIG'):
+        if _variable(name) in _TRUE:
+            raise ValueError(f'ACCELERATE_{name} is not supported: use train/accelerate/multi_gpu.yaml or fsdp2.yaml.')
+
+
+def _check_dynamo() -> None:
+    """Refuse what is not torch.compile as --compile has it."""
+    allowed = {
+        'BACKEND': ('inductor',), 'MODE': ('', 'default'), 'USE_FULLGRAPH': _FALSE, 'USE_DYNAMIC': _FALSE,
+        'USE_REGIONAL_COMPILATION': _FALSE,
+    }  # fmt: skip
+    for name, values in allowed.items():
+        if _variable(f'DYNAMO_{name}') not in values:
+            raise ValueError(
+                f'ACCELERATE_DYNAMO_{name}={_variable(f"DYNAMO_{name}")} is not supported: leave the options of dynamo '
+                'out, and give --compile.'
+            )
+
+
+def _of_launch_command(option: str) -> str:
+    """Return the value of an option of `accelerate launch`, where that is what has started this process (Linux)."""
+    try:
+        words = Path(f'/proc/{os.getppid()}/cmdline').read_text(encoding='utf-8', errors='replace').split('\0')
+    except OSError:
+        return ''
+    if not any('accelerate' in word for word in words[:3]):
+        return ''
+    for word, following in itertools.pairwise(words):
+        flag, given, value = word.partition('=')
+        if flag.replace('-', '_') == f'__{option}':
+            return value if given else following
+    return ''
+
+
+def _check_launcher(config: TrainConfig) -> None:
+    for option, (source, value) in launched().items():
+        given = getattr(config, option)
+        if given != value:
+            raise ValueError(
+                f'{option}={given} and {source}={value} of the launcher contradict each other: leave one of them out.'
+            )
 
 
 def set_up_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
