@@ -119,6 +119,55 @@ def test_failed_push_leaves_the_folder_and_a_second_try_finishes(hub: Hub, saved
         assert len(hub.repos[f'alice/s{i}'].commits) == 2
 
 
+def _push_while_another_does(repo_id: str, after: str, **kwargs: Any) -> str:
+    """Push, while somebody else's push lands after a certain request of ours."""
+    from huggingface_hub import HfApi
+
+    import timm_dfpt
+
+    real, done = getattr(HfApi, after), []
+
+    def late(self: Any, *args: Any, **options: Any) -> Any:
+        answer = None if after == 'upload_folder' else real(self, *args, **options)
+        if not done:
+            done.append(1)
+            _push(repo_id, license='apache-2.0', revision=kwargs.get('revision'))
+        return real(self, *args, **options) if after == 'upload_folder' else answer
+
+    setattr(HfApi, after, late)
+    try:
+        return timm_dfpt.push_student('student', repo_id, license='mit', **kwargs)
+    except (timm_dfpt.hub.HubError, FileExistsError) as error:
+        return f'{type(error).__name__}: {error}'
+
+
+RACES: dict[str, tuple[str, dict[str, Any], str]] = {
+    'before our commit': ('upload_folder', {}, 'HubError'),
+    'before our commit, with force': ('upload_folder', {'force': True}, 'HubError'),
+    'before our commit to a new branch': ('upload_folder', {'revision': 'exp'}, 'HubError'),
+    'after the look': ('model_info', {}, 'HubError'),
+    'before the look': ('create_repo', {}, 'FileExistsError'),
+}
+
+
+def _race_each() -> dict[str, str]:
+    return {
+        name: _push_while_another_does(f'alice/race{i}', after, **kwargs)
+        for i, (name, (after, kwargs, _)) in enumerate(RACES.items())
+    }
+
+
+def test_a_push_at_the_same_time_is_not_replaced(hub: Hub, saved: Client) -> None:
+    said = saved.run(_race_each)
+    for i, (name, (_, kwargs, error)) in enumerate(RACES.items()):
+        assert said[name].startswith(error), said[name]
+        assert '\n' not in said[name]
+        assert ('run the same again' if error == 'HubError' else '--force') in said[name]
+        card = hub.files(f'alice/race{i}', kwargs.get('revision', 'main'))['README.md']
+        assert b'license: apache-2.0' in card
+        assert len(hub.repos[f'alice/race{i}'].commits) == 2
+
+
 def test_storage_that_stumbles_is_retried(hub: Hub, saved: Client) -> None:
     hub.fault('PUT /lfs-store', 'status', times=1)
     hub.fault('POST .*preupload', 'drop', times=1)

@@ -297,7 +297,8 @@ def push_folder(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> s
 
     Raises:
         FileExistsError: If the repository holds other content, and `force` was not given.
-        HubError: If the upload failed. The folder is untouched, and a second try finishes the job.
+        HubError: If the upload failed, or somebody else pushed at the same time. The folder is untouched, and a second
+            try finishes the job.
         TypeError: If there is no such option.
     """
     check_options(options, PushOptions)
@@ -312,7 +313,7 @@ def push_folder(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> s
         repo_id = url.repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        remote = _remote_digests(api, repo_id, revision)
+        parent, remote = _remote_state(api, repo_id, revision)
         local = {path.name: path for path in folder.iterdir()}
         differing = sorted(n for n, digest in remote.items() if n not in local or not _has_digest(local[n], digest))
         if set(remote) == set(local) and not differing:
@@ -323,22 +324,25 @@ def push_folder(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> s
                 f'{repo_id} holds other content ({", ".join(differing[:5])}). Choose another repo_id, pass force=True '
                 '(--force) to replace files of the same name, or create_pr=True to propose it as a pull request.'
             )
-        # The Hub commits all or nothing, so what was uploaded by a try that failed is not seen by anyone.
+        # The Hub commits all or nothing, so what was uploaded by a try that failed is not seen by anyone; and not on top
+        # of what others have pushed since it was looked at.
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
             create_pr=create_pr,
+            parent_commit=None if create_pr else parent,
             commit_message=options.get('commit_message', 'Upload with timm_dfpt'),
         )
         return str(commit.pr_url or url)
 
 
-def _remote_digests(api: HfApi, repo_id: str, revision: str | None) -> dict[str, str]:
+def _remote_state(api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
+    """Return the commit that a revision is at, and the digests of its files."""
     try:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
     except RepositoryNotFoundError:
         # create_repo has just succeeded, so this token may write but not read.
-        return {}
+        return None, {}
     digests = {s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) or '' for s in info.siblings or []}
-    return {name: digest for name, digest in digests.items() if name not in _NOT_OURS}
+    return info.sha, {name: digest for name, digest in digests.items() if name not in _NOT_OURS}
