@@ -38,16 +38,22 @@ def make_run() -> int:
 
 
 def run_of_teacher(name: str) -> str:
-    """Run the main job with another teacher; return what it says of that."""
+    return run_of('teacher', name)
+
+
+def run_of(option: str, name: str) -> str:
+    """Run the main job with another teacher or student; return what it says of that."""
     import contextlib
     import io
 
     from timm_dfpt.training.run import main
 
-    make_images('images', LABELS)
+    if not Path('images').exists():
+        make_images('images', LABELS)
+    alone = ['--student-pretrained', '--method', 'supervised', '--teacher', '', '--baselines']
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        main(OPTIONS.replace('hf-hub:alice/teacher', name).split())
+        main([*OPTIONS.split(), f'--{option}', name, *(alone if option == 'student' else [])])
     return said.getvalue()
 
 

@@ -162,7 +162,7 @@ def test_what_cannot_be_published_is_said_before_anything_is_sent(hub: Hub, trai
         (('unfinished', '--push-to-hub', 'alice/s'), 'the run is not finished'),
         (('plain', '--push-prompt-path', 'alice/p'), 'has no prompt_path'),
         (('run', '--push-to-hub', 'alice/s', '--push-prompt-path', 'alice/s'), 'a repository each'),
-        (('run', '--push-to-hub', 'a/b/c'), 'repo_id must be'),
+        (('run', '--push-to-hub', 'a/b/c'), 'push_to_hub must be'),
         (('run', '--push-prompt-path', 'alice/p', '--base-model', 'local-dir:teacher'), 'base_model must be'),
         (('run', '--push-to-hub', 'alice/taken'), '--force'),
     ]

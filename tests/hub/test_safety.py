@@ -41,12 +41,12 @@ PROMPT_CONFIGS: dict[str, tuple[Change, str]] = {
     'stages': (lambda c: c.update(stages=c['stages'] * 10**4), 'stages must be'),
     'a million stages': (lambda c: c.update(stages=c['stages'] * 333_334), 'are not read'),
     'inner channels': (_set('prompt', 'rd_ratio', to=1e-9), 'cannot be opened as the prompt path asks'),
-    'some inner channels': (_set('prompt', 'rd_ratio', to=1e-3), 'prompt_path.safetensors'),
+    'some inner channels': (_set('prompt', 'rd_ratio', to=1e-3), 'many more values than its weights have'),
     'kernels': (_set('prompt', 'kernel_sizes', to=[1] * 10**6), 'kernel_sizes'),
     'kernel': (_set('prompt', 'kernel_sizes', to=[HUGE + 1]), 'kernel_sizes'),
     'classes': (_set('num_classes', to=HUGE), 'num_classes must be'),
     'some classes': (_set('num_classes', to=10**6), 'label_names has 5 names'),
-    'many classes': (lambda c: c.update(num_classes=10**6, label_names=None), 'prompt_path.safetensors'),
+    'many classes': (lambda c: c.update(num_classes=10**6, label_names=None), 'many more values than its weights have'),
     'NaN': (_set('prompt', 'partial_ratio', to=float('nan')), 'NaN is not allowed'),
     'infinity': (_set('data_config', 'mean', to=[float('inf')]), 'Infinity is not allowed'),
     'text for a number': (_set('num_classes', to='5'), 'num_classes must be'),
@@ -62,7 +62,7 @@ PROMPT_CONFIGS: dict[str, tuple[Change, str]] = {
     'base argument reads': (_set('base_model_args', 'checkpoint_path', to='/etc/passwd'), 'checkpoint_path is not'),
     'base argument is huge': (_set('base_model_args', 'width', to=HUGE), 'width must be a number'),
     'base argument is deep': (_set('base_model_args', 'layers', to=[10**6]), 'layers must be'),
-    'base is wide': (_set('base_model_args', 'channels', to=[10**6] * 4), 'not the one that this prompt path was'),
+    'base is wide': (_set('base_model_args', 'channels', to=[10**6] * 4), 'many more values than its weights have'),
     'base is unknown': (_set('base_architecture', to='no_such_net'), 'base_architecture must be'),
     'fingerprint': (_set('base_fingerprint', 'weights', to='0'), 'sha256'),
     'activation': (_set('prompt', 'act_layer', to='os.system'), 'act_layer'),
@@ -74,7 +74,8 @@ PROMPT_CONFIGS: dict[str, tuple[Change, str]] = {
 STUDENT_CONFIGS: dict[str, tuple[Change, str]] = {
     'widths': (_set('model_args', 'channels', to=[10**6] * 4), 'The files are not of one model'),
     'too wide': (_set('model_args', 'channels', to=[HUGE] * 4), 'a number up to'),
-    'depth': (_set('model_args', 'layers', to=[10**6] * 4), 'at most 16,384 in all'),
+    'depth': (_set('model_args', 'layers', to=[4096] * 5), 'at most 16,384 in all'),
+    'image side': (_set('model_args', 'img_size', to=10**5), 'integers up to 4,096'),
     'classes': (lambda c: c.update(num_classes=10**6, label_names=None), 'The files are not of one model'),
     'no class': (_set('num_classes', to=-1), 'not of a timm model'),
     'names': (_set('label_names', to=['a']), 'label_names has 1 names'),
@@ -230,7 +231,87 @@ def test_the_main_job_takes_no_pickled_teacher(saved: Path, hub: Hub, client: Cl
     assert not (other.cwd / 'run').exists()
 
 
+def _load_slow(folder: str) -> dict[str, str]:
+    """Load configs of architectures whose constructors have no end, or hardly any."""
+    import itertools
+    import time
+
+    from timm.models import register_model
+    from torch import nn
+
+    import timm_dfpt.hub
+    from timm_dfpt.hub import build
+
+    def registered(name: str, make: Callable[[int], nn.Module]) -> None:
+        def entrypoint(pretrained: bool = False, n: int = 3, **kwargs: Any) -> nn.Module:
+            return make(n)
+
+        entrypoint.__name__ = entrypoint.__qualname__ = name
+        entrypoint.__module__ = __name__
+        register_model(entrypoint)
+
+    class Loops(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            try:
+                for a, b in itertools.product(range(n), range(n * n)):
+                    self.last = a * b
+            except Exception:
+                self.last = 0
+
+    class Buffer(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            self.register_buffer('index', torch.zeros(n**3, dtype=torch.long), persistent=False)
+
+    class Parameters(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            for i in range(n**2):
+                self.register_parameter(f'p{i}', nn.Parameter(torch.zeros(0)))
+
+    registered('endless', Loops)
+    registered('wide', Buffer)
+    registered('many', Parameters)
+    registered('deep', lambda n: nn.Sequential(*(nn.Identity() for _ in range(n**2))))
+    usual, errors = build._SECONDS, {}
+    for name in SLOW:
+        build._SECONDS = 0.2 if name == 'endless' else usual
+        config = json.loads((Path(folder) / 'config.json').read_text())
+        config.update(architecture=name, model_args=SLOW[name][0])
+        Path(name).mkdir()
+        Path(name, 'config.json').write_text(json.dumps(config))
+        Path(name, 'model.safetensors').symlink_to(Path(folder) / 'model.safetensors')
+        began = time.thread_time()
+        try:
+            timm_dfpt.from_pretrained(name)
+        except ValueError as error:
+            errors[name] = str(error)
+        assert time.thread_time() - began < 3, name
+    timm_dfpt.from_pretrained(folder)
+    return errors
+
+
+SLOW: dict[str, tuple[dict[str, Any], str]] = {
+    'endless': ({'n': 4000}, 'takes far longer than a model of so many weights'),
+    'wide': ({'n': 4000}, 'many more values than its weights have'),
+    'many': ({'n': 4000}, 'many more tensors than its weights have'),
+    'deep': ({'n': 200}, 'many more modules than its weights have'),
+    'tiny_vit_5m_224': ({'window_sizes': [7, 7, 400, 7]}, 'The files are not of one model'),
+    'swin_tiny_patch4_window7_224': ({'window_size': 4096}, 'The files are not of one model'),
+    'vit_tiny_patch16_224': ({'img_size': 4096, 'patch_size': 1}, 'The files are not of one model'),
+}
+
+
+def test_what_a_config_may_cost_is_bounded_by_its_weights(saved: Path, client: Client) -> None:
+    errors = client.run(_load_slow, str(saved / 'student'))
+    for name, (_, words) in SLOW.items():
+        assert words in errors[name], errors[name]
+        assert '\n' not in errors[name]
+
+
 BAD_JSON = {
+    'nested': (b'{"a": ' * 40 + b'1' + b'}' * 40, 'more than 32 levels deep'),
     'deep': (b'[' * 10**6, 'not valid JSON'),
     'list': (b'[]', 'must hold a JSON object'),
     'binary': (b'\xff\xfe\x00', 'not valid JSON'),

@@ -116,6 +116,35 @@ CASES = {
     'recipe with yes for a number': (lambda f: recipe(f, 'workers: yes'), 'workers must be int, got True'),
     'recipe with an unknown choice': (lambda f: recipe(f, 'kd_loss: dkdd'), "Did you mean 'dkd'"),
     'recipe with code': (lambda f: recipe(f, 'epochs: !!python/object/apply:os.getcwd []'), 'not valid YAML'),
+    **{
+        f'recipe of {name}': (
+            lambda f, text=text: recipe(f, text), f"config: '.*recipe.yaml' is not valid YAML: .*{words}"
+        )
+        for name, (text, words) in {
+            'aliases of aliases': (
+                'student_kwargs:\n  a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n'
+                + ''.join(f'  a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 10)}]\n' for i in range(1, 10)),
+                'more than 10,000 values .* aliases',
+            ),
+            'merged aliases': (
+                'a0: &a0 {x: 1, y: 2}\n' + ''.join(
+                    f'a{i}: &a{i} {{<<: [{", ".join([f"*a{i - 1}"] * 10)}]}}\n' for i in range(1, 10)
+                ), 'more than 10,000 values .* aliases',
+            ),
+            'an alias that holds itself': ('student_kwargs: &a {b: *a}', 'an alias that stands for a value around it'),
+            'many levels': ('student_kwargs: ' + '{a: ' * 60 + '}' * 60, '32 levels'),
+            'very many levels': ('student_kwargs: ' + '[' * 9000, 'nested too deep'),
+            'much text': ('student_kwargs: {a: ' + 'x' * 200_000 + '}', '200,021 characters'),
+            'a long number': ('epochs: ' + '9' * 9000, 'digits'),
+            'a long hexadecimal number': ('epochs: 0x' + 'f' * 9000, 'more than 64 bits'),
+            'a long number of minutes': ('epochs: ' + '59:' * 9000 + '1', 'more than 64 bits'),
+        }.items()
+    },
+    'recipe with a long value': (lambda f: recipe(f, 'opt: ' + 'x' * 90_000), r'opt must be .{0,2500}$'),
+    'aliases on the command line': (
+        ['--student-kwargs', 'a=[&a [*a]]'], 'student-kwargs: the value of a is not valid YAML: .*alias'
+    ),
+    'long value on the command line': (['--lr', 'x' * 90_000], '--lr: invalid float value: .*characters left out'),
     # ranges
     'temperature 0': (['--temperature', '0'], 'temperature must be greater than 0, got 0.0'),
     'temperature below 0': (['--temperature=-2'], 'temperature must be greater than 0, got -2.0'),
@@ -219,6 +248,46 @@ CASES = {
     'student nearly right': (['--student', 'restnet18'], "='restnet18' is not a timm model. Did you mean.*resnet18"),
     'student of a folder that is not there': (['--student', 'local-dir:nowhere'], 'student=.* has no config.json'),
     'student argument unknown': (['--student-kwargs', 'depht=3'], "student='resnet18' cannot be created.*depht"),
+    **{
+        f'{option} with {name}': (
+            [f'--{option}', f'{name}={value}'],
+            f'^error: {option.replace("-", "_")}: {name} is not an argument .*{remedy}',
+        )
+        for option in ('teacher-kwargs', 'student-kwargs')
+        for name, value, remedy in (
+            ('checkpoint_path', 'good.pth', 'give the weights of a teacher with --teacher-checkpoint'),
+            ('pretrained', 'true', 'give --student-pretrained'), ('pretrained_cfg', '{file: x}', 'leave it out'),
+            ('pretrained_cfg_overlay', '{file: x}', 'leave it out'), ('pretrained_strict', 'false', 'leave it out'),
+            ('cache_dir', 'x', 'leave it out'), ('features_only', 'true', 'leave it out'), ('device', 'cuda', 'leave'),
+            ('kwargs_filter', '[num_classes]', 'leave it out'), ('pretrained_filter_fn', 'x', 'leave it out'),
+        )
+    },
+    'recipe with a checkpoint': (
+        lambda f: recipe(f, 'method_options: {dfpt: {teacher_kwargs: {checkpoint_path: x}}}'),
+        '^error: teacher_kwargs: checkpoint_path is not an argument',
+    ),
+    'teacher with another head': (
+        lambda f: [*teacher(f / 't', ('a', 'b', 'c', 'd'), 4), '--teacher-kwargs', 'num_classes=3'],
+        r'^error: teacher=.* with teacher_kwargs \(num_classes=3\) .* fc.bias, fc.weight would be random: leave out',
+    ),
+    'teacher without a head': (
+        lambda f: [*teacher(f / 't'), '--teacher-kwargs', 'num_classes=0'],
+        '^error: teacher .* knows 0 classes',
+    ),
+    'teacher of maps': (
+        lambda f: [*teacher(f / 't'), '--teacher-kwargs', "global_pool=''"],
+        '^error: teacher=.* with teacher_kwargs=.*global_pool',
+    ),
+    'student of maps': (['--student-kwargs', "global_pool=''"], '^error: student=.* with student_kwargs=.*global_pool'),
+    'checkpoint of other classes than asked for': (
+        lambda f: [*weights(f, 'w.safetensors'), '--teacher-kwargs', 'num_classes=7'],
+        '^error: teacher_kwargs: num_classes=7, but the data have 3: leave it out',
+    ),
+    'teacher by a URL': (
+        ['--teacher', 'https://huggingface.co/user/x'], "^error: teacher: 'https:.* Write 'hf-hub:user/x'"
+    ),
+    'teacher by a path': (['--teacher', './resnet18'], "^error: teacher: .*Use 'hf-hub:.*local-dir:./resnet18"),
+    'data by a URL': (['--dataset', 'hf://datasets/user/x'], "^error: dataset: 'hf:.*Write user/name"),
     'student of other classes': (
         ['--student-kwargs', 'num_classes=7'], 'student_kwargs: num_classes=7 would be overridden .*leave it out'
     ),
@@ -228,7 +297,7 @@ CASES = {
     'student argument without value': (['--student-kwargs', 'depth'], 'not of the form key=value'),
     'ViT of another input size': (
         ['--student', 'test_vit', '--student-kwargs', 'patch_size=5', '--input-size', '3', '16', '17'],
-        "student='test_vit' cannot take images of input_size=.*divisible by patch size",
+        "student='test_vit' .*cannot take images of input_size=.*divisible by patch size",
     ),
     'teacher unknown': (['--teacher', 'resnet81'], "teacher='resnet81' is not a timm model"),
     'teacher of a folder that is not there': (['--teacher', 'local-dir:nowhere'], 'teacher=.* has no config.json'),

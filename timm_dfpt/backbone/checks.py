@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub.dataclasses import validated_field
 
-__all__ = ['check_fields', 'limited', 'shorten']
+from ..messages import shorten
 
-_SHOWN = 80
+__all__ = ['check_fields', 'limited']
 
 
 def limited(allowed: str, fits: Callable[[Any], bool] = lambda value: True, **options: Any) -> Any:
@@ -53,12 +53,6 @@ def check_fields(record: Any, where: str = '') -> None:
                 validator(value)
         except (TypeError, ValueError):
             raise ValueError(f'{where}{field.name} must be {_allowed(field)}, got {shorten(value)}.') from None
-
-
-def shorten(value: Any) -> str:
-    """Return `value` as a message shows it: whole where it is short, else its beginning."""
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]}...'
 
 
 def _allowed(field: dataclasses.Field[Any]) -> str:

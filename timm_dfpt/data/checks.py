@@ -13,6 +13,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from ..messages import shorten
+
 __all__ = ['Kind', 'checked', 'default_of', 'kind_of', 'nearest', 'range_of']
 
 # Keys of a field's metadata: how a number is held against the limit, in words, and as a sign.
@@ -108,17 +110,17 @@ def _checked_item(field: dataclasses.Field[Any], kind: Kind, value: Any) -> Any:
             value = float(value)
     fits = isinstance(value, kind.item) and not (kind.item is int and isinstance(value, bool))
     if not fits:
-        raise ValueError(f'{name} must be {kind.item.__name__}, got {value!r} ({type(value).__name__}).')
+        raise ValueError(f'{name} must be {kind.item.__name__}, got {shorten(value)} ({type(value).__name__}).')
     if kind.choices and value not in kind.choices:
         hint = nearest(value, kind.choices)
-        raise ValueError(f'{name} must be one of {", ".join(kind.choices)}, got {value!r}.{hint}')
+        raise ValueError(f'{name} must be one of {", ".join(kind.choices)}, got {shorten(value)}.{hint}')
     if kind.item is float and not math.isfinite(value):
-        raise ValueError(f'{name} must be a finite number, got {value!r}.')
+        raise ValueError(f'{name} must be a finite number, got {shorten(value)}.')
     for key, number in value.items() if kind.item is dict else ():
         if isinstance(number, float) and not math.isfinite(number):
-            raise ValueError(f'{name}: {key} must be a finite number, got {number!r}.')
+            raise ValueError(f'{name}: {key} must be a finite number, got {shorten(number)}.')
     limits = {key: field.metadata[key] for key in _LIMITS if key in field.metadata}
     if not all(_LIMITS[key][0](value, limit) for key, limit in limits.items()):
         allowed = ' and '.join(f'{_LIMITS[key][1]} {limit}' for key, limit in limits.items())
-        raise ValueError(f'{name} must be {allowed}, got {value!r}.')
+        raise ValueError(f'{name} must be {allowed}, got {shorten(value)}.')
     return value

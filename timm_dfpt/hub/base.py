@@ -19,10 +19,31 @@ from .config import Fingerprint, PromptPathRecord
 from .errors import HubError
 from .files import MAX_JSON_BYTES
 from .options import LoadOptions
-from .repo import Source, open_source, split_hub_id
+from .repo import Source, open_source
+from .sources import HUB, parse_source, split_hub_id
 from .student import read_student_config
 
-__all__ = ['RecordedBase', 'check_base', 'fingerprint', 'hub_repo_of', 'origin_of', 'safe_weights_name']
+__all__ = [
+    'RecordedBase',
+    'canonical_base',
+    'check_base',
+    'fingerprint',
+    'hub_repo_of',
+    'origin_of',
+    'safe_weights_name',
+]
+
+
+def canonical_base(base_model: str | None) -> str | None:
+    """Return a base model, as the user has named it, in the one way in which it is recorded.
+
+    Raises:
+        ValueError: If it is malformed.
+    """
+    try:
+        return str(parse_source(base_model)) if base_model else base_model
+    except ValueError as error:
+        raise ValueError(f'base_model must be a timm name or {HUB}user/name: {error}') from error
 
 
 def origin_of(base: Any) -> tuple[str | None, str | None]:
@@ -34,7 +55,7 @@ def origin_of(base: Any) -> tuple[str | None, str | None]:
     hub_id = cfg.get('hf_hub_id')
     if cfg.get('source') == 'hf-hub' and hub_id:
         repo_id, revision = split_hub_id(hub_id)
-        return f'hf-hub:{repo_id}', _commit_in_cache(repo_id, revision, CONFIG)
+        return f'{HUB}{repo_id}', _commit_in_cache(repo_id, revision, CONFIG)
     if cfg.get('source') == 'local-dir' or cfg.get('file') or not (hub_id or cfg.get('url')):
         return None, None
     name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag'))))
@@ -60,8 +81,8 @@ def safe_weights_name(cfg: Mapping[str, Any]) -> str:
 
 def hub_repo_of(base_model: str | None) -> str | None:
     """Return the repository on the Hub that a recorded base is in."""
-    if base_model is None or base_model.startswith('hf-hub:'):
-        return base_model and base_model.removeprefix('hf-hub:')
+    if base_model is None or base_model.startswith(HUB):
+        return base_model and base_model.removeprefix(HUB)
     cfg = timm.get_pretrained_cfg(base_model)
     return split_hub_id(cfg.hf_hub_id)[0] if cfg is not None and cfg.hf_hub_id else None
 
@@ -136,7 +157,8 @@ class RecordedBase:
             HubError: If it is unavailable.
             ValueError: If timm has no safetensors of it.
         """
-        repo_id, revision = split_hub_id(self._timm_cfg['hf_hub_id'] if self._timm_cfg else self.name)
+        named = self._timm_cfg['hf_hub_id'] if self._timm_cfg else self.name.removeprefix(HUB)
+        repo_id, revision = split_hub_id(named)
         options: LoadOptions = {
             **self._prompt_source.options,
             'revision': self.record.base_revision or revision,
@@ -144,7 +166,7 @@ class RecordedBase:
             'local_files_only': self._prompt_source.offline,
         }
         try:
-            return open_source(f'hf-hub:{repo_id}', **options)
+            return open_source(f'{HUB}{repo_id}', **options)
         except HubError as error:
             raise HubError(f'The base model of {self._prompt_source.name}: {error}') from error
 
@@ -161,7 +183,8 @@ class RecordedBase:
             ValueError: If it cannot be built.
         """
         spec = self._spec
-        return build_meta(lambda: timm.create_model(spec, **self.record.base_model_args), self.dtype)
+        values = self.record.base_fingerprint.parameters
+        return build_meta(lambda: timm.create_model(spec, **self.record.base_model_args), self.dtype, elements=values)
 
     def build(self) -> nn.Module:
         """Build it through timm, from safetensors only.
@@ -193,7 +216,7 @@ class RecordedBase:
     @functools.cached_property
     def _timm_cfg(self) -> dict[str, Any] | None:
         """What timm knows of the pretrained model of this name; `None` for a repository."""
-        if self.name.startswith('hf-hub:'):
+        if self.name.startswith(HUB):
             return None
         cfg = timm.get_pretrained_cfg(self.name)
         if cfg is None or not cfg.hf_hub_id or not safe_weights_name(cfg.to_dict()).endswith('.safetensors'):

@@ -4,7 +4,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..tasks.methods import METHODS
 from ..version import __version__
 from .config import PromptPathRecord
 from .markdown import markdown_table
-from .privacy import public
+from .privacy import public, public_command
 
 __all__ = ['ModelRow', 'RunFacts', 'prompt_path_card', 'student_card']
 
@@ -77,6 +76,17 @@ class RunFacts:
     prompt_path: str | None = None
     student_base: str | None = None
 
+    def public(self, renamed: Mapping[str, str] | None = None) -> RunFacts:
+        """Return the facts without the folders of this machine.
+
+        Args:
+            renamed: What values in the command are called in public, where that is known.
+        """
+        shown = {name: public(getattr(self, name)) for name in ('teacher', 'dataset', 'recipe', 'student_base')}
+        rows = [dataclasses.replace(row, name=public(row.name)) for row in self.rows]
+        command = self.command and public_command(self.command, renamed or {})
+        return dataclasses.replace(self, rows=rows, command=command, **shown)
+
 
 def student_card(
     repo_id: str,
@@ -104,7 +114,7 @@ def student_card(
     Returns:
         The card.
     """
-    run = run or RunFacts()
+    run = (run or RunFacts()).public()
     classes, cfg = config['num_classes'], config['pretrained_cfg']
     taught = f', taught by `{run.teacher}` with {_method_name(run.method)}' if run.teacher else ''
     facts = {
@@ -172,7 +182,7 @@ def prompt_path_card(
     Returns:
         The card.
     """
-    run = run or RunFacts(method=config.variant)
+    run = (run or RunFacts(method=config.variant)).public()
     base = config.base_model or config.base_architecture or 'a model that is not of timm'
     prompt = ', '.join(f'{key} {value}' for key, value in config.prompt.to_dict().items())
     share = 100 * params / config.base_fingerprint.parameters
@@ -235,7 +245,7 @@ def _render(template: str, data: ModelCardData, run: RunFacts, **values: Any) ->
         results=_table(run),
         results_note=_results_note(run),
         recipe=_recipe_text(run.recipe),
-        command=_command_text(run.command),
+        command=run.command,
         versions=', '.join(f'{name} {version}' for name, version in (run.versions or _VERSIONS).items()),
         **values,
     )
@@ -249,7 +259,7 @@ def _card_data(repo_id: str, license: str | None, run: RunFacts, role: str, **va
             task_type='image-classification',
             task_name='Image Classification',
             dataset_type=dataset or _slug(run.dataset),
-            dataset_name=public(run.dataset) or 'unknown',
+            dataset_name=run.dataset or 'unknown',
             dataset_split=split,
             metric_type=kind,
             metric_name=name,
@@ -288,7 +298,7 @@ def _table(run: RunFacts) -> str:
     head = ['', 'model', *(f'{split} top-{key[3:]} %' for key in shown), 'parameters']
     rows = []
     for row, measured in zip(run.rows, metrics, strict=True):
-        cells = [_ROLES.get(row.role, row.role.replace('_', ' ')), _cell(public(row.name))]
+        cells = [_ROLES.get(row.role, row.role.replace('_', ' ')), _cell(row.name)]
         cells += [f'{measured[key]:.2f}' if key in measured else '' for key in shown]
         cells.append(f'{row.params:,}' if row.params is not None else '')
         rows.append(cells)
@@ -303,8 +313,7 @@ def _results_note(run: RunFacts) -> str:
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str:
-    known = {key: public(value) for key, value in recipe.items()}
-    shown = {key: value for key, value in known.items() if value not in (None, [], {})}
+    shown = {key: value for key, value in recipe.items() if value not in (None, [], {})}
     return yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=110).strip() if shown else ''
 
 
@@ -372,7 +381,7 @@ def _link(name: str | None) -> str | None:
     if name is None:
         return None
     repo = name.removeprefix('hf-hub:')
-    return f'[{repo}](https://huggingface.co/{repo})' if _is_hub_id(repo) else f'`{_cell(public(name))}`'
+    return f'[{repo}](https://huggingface.co/{repo})' if _is_hub_id(repo) else f'`{_cell(name)}`'
 
 
 def _cells(facts: Mapping[str, str | None]) -> list[tuple[str, str]]:
@@ -385,11 +394,4 @@ def _cell(text: str) -> str:
 
 
 def _slug(name: str | None) -> str:
-    return re.sub(r'[^\w.\-]+', '-', public(name or 'unknown')).strip('-') or 'unknown'
-
-
-def _command_text(command: str | None) -> str | None:
-    if command is None:
-        return None
-    words = [word.partition('=') for word in shlex.split(command)]
-    return shlex.join(public(key) + equals + public(value) for key, equals, value in words)
+    return re.sub(r'[^\w.\-]+', '-', name or 'unknown').strip('-') or 'unknown'

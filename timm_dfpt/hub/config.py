@@ -9,18 +9,19 @@ from typing import Any, Literal, TypeVar
 
 import timm
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
-from ..backbone.checks import check_fields, limited, shorten
+from ..backbone.checks import check_fields, limited
 from ..backbone.types import Feature, Stage, is_module_name
+from ..messages import shorten
 from ..teacher.blocks import PromptConfig
 from ..teacher.prompt_path import Variant
+from .sources import parse_source
 
 __all__ = [
     'FORMAT_VERSION',
     'Fingerprint',
     'PromptPathRecord',
+    'check_arg_names',
     'check_data_config',
     'check_label_names',
     'check_model_args',
@@ -33,8 +34,10 @@ _FILE = 'prompt_config.json'
 _MAX_STAGES = 256
 _MAX_CLASSES = 10**6
 _MAX_ARGS = 64
-_MAX_SIDE = 4096
-_MAX_ARG = 10**6  # an image side, a width, a number of classes
+_MAX_SIDE = 4096  # of an image, a window, a kernel
+_MAX_ARG = 10**6  # a width, a number of classes
+# Integers that are only so large, and cost no more than the memory that is compared with the weights.
+_WIDE_ARG = re.compile(r'chan|chs|class|dim|feat|head|hidden|plane|temp|theta|width', re.IGNORECASE)
 _MAX_VALUES = 1024
 _MAX_DEPTH = 16384  # numbers of modules, each of which costs time to build even where it costs no memory
 _NAME = re.compile(r'\w+(\.[\w\-]+)*')
@@ -43,8 +46,13 @@ _COMMIT = re.compile(r'[0-9a-f]{40}')
 _DEPTH_ARG = re.compile(r'depth|layer|block|repeat|stage|group', re.IGNORECASE)
 # What makes timm's factory read a file, download, or return something else than a classifier.
 _FORBIDDEN_ARG = re.compile(
-    r'pretrained.*|checkpoint.*|cache_dir|features_only|scriptable|exportable|no_jit|device|dtype|.*_fn'
+    r'pretrained.*|checkpoint.*|cache_dir|features_only|feature_cls|feature_cfg|out_indices|scriptable|exportable|no_jit|device|dtype|.*_fn|'
+    r'kwargs_filter|model_cfg|model_cls|model_name'
 )
+_REMEDIES = {
+    'pretrained': 'give --student-pretrained (a teacher always has its weights)',
+    'checkpoint_path': 'give the weights of a teacher with --teacher-checkpoint',
+}
 _Record = TypeVar('_Record')
 
 
@@ -53,13 +61,15 @@ def _is_base_model(value: str | None) -> bool:
         return True
     if len(value) > 200:
         return False
-    if not value.startswith('hf-hub:'):
-        return _NAME.fullmatch(value) is not None and timm.is_model(value.partition('.')[0])
     try:
-        validate_repo_id(value.removeprefix('hf-hub:'))
-    except HFValidationError:
+        source = parse_source(value)
+    except ValueError:
         return False
-    return True
+    if source.revision or str(source) != value:
+        # It is written one way, and the revision has a field of its own.
+        return False
+    known = _NAME.fullmatch(value) is not None and timm.is_model(value.partition('.')[0])
+    return source.kind == 'hf-hub' or (source.kind == '' and known)
 
 
 @strict
@@ -262,13 +272,33 @@ def check_model_args(key: str, value: Any) -> None:
         ValueError: If an argument is not a plain value, is absurdly large, or would make timm do something else.
     """
     _require(isinstance(value, dict) and len(value) <= _MAX_ARGS, key, value, f'an object of up to {_MAX_ARGS} values')
+    check_arg_names(key, value)
     for name, arg in value.items():
         where = f'{key}.{name}'[:80]
-        if not name.isidentifier() or _FORBIDDEN_ARG.fullmatch(name):
-            raise ValueError(f'{where} is not an argument that a model may be created with from a file.')
         numbers = _checked_numbers(where, arg, nesting=0)
+        sizes = [number for number in numbers if isinstance(number, int)]
+        if not _WIDE_ARG.search(name):
+            _require(max(map(abs, sizes), default=0) <= _MAX_SIDE, where, arg, f'integers up to {_MAX_SIDE:,}')
         if _DEPTH_ARG.search(name):
             _require(sum(map(abs, numbers)) <= _MAX_DEPTH, where, arg, f'at most {_MAX_DEPTH:,} in all')
+
+
+def check_arg_names(key: str, args: Mapping[str, Any]) -> None:
+    """Check arguments for `timm.create_model` by their names, those that a user gives included.
+
+    Args:
+        key: Where they stand, or the option that gives them, for messages.
+        args: The arguments.
+
+    Raises:
+        ValueError: If one would make timm read a file, download, or return something else than a classifier.
+    """
+    for name in args:
+        if not isinstance(name, str) or not name.isidentifier() or _FORBIDDEN_ARG.fullmatch(name):
+            remedy = _REMEDIES.get(name, 'leave it out')
+            raise ValueError(
+                f'{key}: {shorten(name)[1:-1]} is not an argument that a model may be created with: {remedy}.'
+            )
 
 
 def _checked_numbers(where: str, value: Any, nesting: int) -> list[float]:

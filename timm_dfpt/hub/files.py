@@ -1,4 +1,4 @@
-"""Reading and writing the two kinds of file that are exchanged: small JSON and safetensors. Never a pickle."""
+"""Reading and writing the kinds of file that are exchanged: small JSON or YAML, and safetensors. Never a pickle."""
 from __future__ import annotations
 
 import contextlib
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +18,7 @@ __all__ = [
     'TensorSpec',
     'atomic',
     'check_tensors',
+    'parse_yaml',
     'read_json',
     'read_specs',
     'read_tensors',
@@ -31,6 +33,9 @@ _REMEDY = 'Make room or repair the disk, then save again: a run goes on with --r
 # A config with the names and descriptions of 22,000 classes has some 2 MB.
 MAX_JSON_BYTES = 16 * 2**20
 _MAX_TENSORS = 100_000
+_MAX_YAML_CHARS = 2**17
+_MAX_YAML_VALUES = 10_000
+_MAX_LEVELS = 32
 _DTYPES = {
     'F64': torch.float64,
     'F32': torch.float32,
@@ -62,7 +67,66 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path.name} is not valid JSON: {error}') from error
     if not isinstance(data, dict):
         raise ValueError(f'{path.name} must hold a JSON object, got {type(data).__name__}.')
+    level: list[Any] = [data]
+    for _ in range(_MAX_LEVELS):
+        inner = (value for values in level for value in (values.values() if isinstance(values, dict) else values))
+        level = [value for value in inner if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError(f'{path.name} is nested more than {_MAX_LEVELS} levels deep.')
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number: int = super().construct_yaml_int(node)
+        if abs(number) >= 2**63:
+            raise ValueError('it has an integer of more than 64 bits')
+        return number
+
+
+_Loader.add_constructor('tag:yaml.org,2002:int', _Loader.construct_yaml_int)
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML, refusing what is too large or too deep once its aliases stand for what they name.
+
+    Raises:
+        ValueError: If the text is not such YAML.
+    """
+    if len(text) > _MAX_YAML_CHARS:
+        raise ValueError(f'it has {len(text):,} characters, more than the {_MAX_YAML_CHARS:,} that are read')
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        values, levels = _measure(node, {})
+        if values > _MAX_YAML_VALUES or levels > _MAX_LEVELS:
+            raise ValueError(
+                f'it has more than {_MAX_YAML_VALUES:,} values or {_MAX_LEVELS} levels, counting what aliases stand for'
+            )
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError('it is nested too deep') from error
+    except yaml.YAMLError as error:
+        raise ValueError(' '.join(str(error).split())) from error
+    finally:
+        loader.dispose()
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Return how many values a node stands for, and how many levels they have; each alias counts as what it names."""
+    key = id(node)
+    if key not in known:
+        known[key] = None
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+        inner = [_measure(child, known) for child in children]
+        known[key] = (1 + sum(count for count, _ in inner), 1 + max((levels for _, levels in inner), default=0))
+    found = known[key]
+    if found is None:
+        raise ValueError('it has an alias that stands for a value around it')
+    return found
 
 
 def _refuse_constant(name: str) -> Any:

@@ -20,8 +20,8 @@ from ..teacher.prompt_path import PromptPath
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import open_stages
 from ..version import __version__
-from .base import RecordedBase, check_base, fingerprint, origin_of
-from .build import BUILD_ERRORS, specs_of
+from .base import RecordedBase, canonical_base, check_base, fingerprint, origin_of
+from .build import BUILD_ERRORS, bounded, count_values, specs_of
 from .config import PromptPathRecord, check_label_names
 from .files import (
     MAX_JSON_BYTES,
@@ -78,7 +78,7 @@ def _record_of(teacher: DualForwardPathTeacher, options: PromptPathOptions) -> P
     """Return what `prompt_config.json` says of a teacher."""
     base: Any = teacher.model
     cfg = getattr(base, 'pretrained_cfg', None) or {}
-    base_model = options.get('base_model')
+    base_model = canonical_base(options.get('base_model'))
     known_model, known_revision = origin_of(base) if base_model is None else (base_model or None, None)
     num_classes = teacher.prompt_path.num_classes
     label_names = options.get('label_names')
@@ -162,7 +162,7 @@ def _check_fits(twin: Any, record: PromptPathRecord, name: str, found: Mapping[s
     """
     check_base(record, fingerprint(twin), shapes_only=True)
     try:
-        with torch.device('meta'):
+        with bounded(len(found), count_values(found)), torch.device('meta'):
             _check_stages(find_stages(twin, _modules(record), _input_size(twin, record)), record)
             path = PromptPath(
                 twin,

@@ -20,8 +20,9 @@ from .options import (
     check_options,
     select_options,
 )
-from .repo import check_repo_id, empty_folder, push_folder
+from .repo import empty_folder, push_folder
 from .repo_folder import write_prompt_path_repo, write_student_repo
+from .sources import check_repo_id
 
 __all__ = ['push_prompt_path', 'push_student']
 

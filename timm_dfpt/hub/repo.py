@@ -10,19 +10,18 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..version import __version__
 from .errors import HubError, hub_errors, is_unreachable
 from .options import LoadOptions, PushOptions, Unpack, check_options
+from .sources import SourceName, check_repo_id, parse_place, split_hub_id
 
-__all__ = ['Source', 'check_repo_id', 'empty_folder', 'open_source', 'push_folder', 'split_hub_id']
+__all__ = ['Source', 'empty_folder', 'open_source', 'push_folder']
 
 _logger = logging.getLogger(__name__)
 
@@ -157,8 +156,8 @@ def open_source(
     When the Hub cannot be reached, what the cache holds is used, with a warning that says why.
 
     Args:
-        pretrained_model_name_or_path: Local folder, or repository `'user/name'` (`'hf-hub:user/name@revision'` is
-            understood, too).
+        pretrained_model_name_or_path: Local folder, or repository `'user/name'`; timm's `'hf-hub:user/name@revision'`
+            and `'local-dir:folder'` are understood, too.
         **options: See `LoadOptions`.
 
     Raises:
@@ -170,15 +169,16 @@ def open_source(
     check_options(options, LoadOptions)
     inner = _checked_subfolder(options.get('subfolder'))
     text = os.fspath(pretrained_model_name_or_path)
-    folder = Path(text.removeprefix('local-dir:')).expanduser()
-    if folder.is_dir() and not text.startswith('hf-hub:'):
-        folder = folder / inner
+    place = SourceName('local-dir', os.path.expanduser(text))
+    if isinstance(pretrained_model_name_or_path, str) and not Path(place.name).is_dir():
+        place = parse_place(text) if not text.startswith(('.', '/', '~', '\\')) else place
+    if place.folder is not None:
+        folder = place.folder / inner
         if not folder.is_dir():
-            raise FileNotFoundError(f'There is no folder {inner!r} in {text!r}.')
+            missing = f'{inner!r} in {text!r}' if place.folder.is_dir() else repr(text)
+            raise FileNotFoundError(f'There is no folder {missing}.')
         return Source(text, folder=folder, options=options)
-    if isinstance(pretrained_model_name_or_path, os.PathLike) or text.startswith(('local-dir:', '.', '/', '~')):
-        raise FileNotFoundError(f'There is no folder {text!r}.')
-    repo_id, at = split_hub_id(text)
+    repo_id, at = (place.name, place.revision) if place.kind else split_hub_id(place.name)
     revision = options.get('revision')
     if at and revision and at != revision:
         raise ValueError(f'{text!r} names revision {at!r}, but revision={revision!r} was passed; drop one of them.')
@@ -199,22 +199,6 @@ def open_source(
             return source
 
 
-def split_hub_id(hub_id: str) -> tuple[str, str | None]:
-    """Split `'user/name'`, `'hf-hub:user/name'` or `'hf-hub:user/name@revision'` into repository and revision.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    repo_id, _, revision = hub_id.removeprefix('hf-hub:').partition('@')
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(
-            f'{hub_id!r} is neither a folder nor a repository id such as "user/name": {error}'
-        ) from error
-    return repo_id, revision or None
-
-
 def _listed(source: Source) -> Source:
     api = HfApi(library_name='timm_dfpt', library_version=__version__, token=source.options.get('token'))
     # Without a timeout a silent server is waited for forever.
@@ -232,7 +216,7 @@ def _listed(source: Source) -> Source:
 
 
 def _is_cached(source: Source) -> bool:
-    return any(source.has(name) for name in ('prompt_config.json', 'config.json'))
+    return any(source.has(name) for name in ('prompt_config.json', 'config.json', 'model.safetensors'))
 
 
 def _checked_subfolder(subfolder: str | None) -> str:
@@ -256,19 +240,6 @@ def _has_digest(path: Path, digest: str) -> bool:
         with path.open('rb') as file:
             return sha_fileobj(file).hex() == digest
     return git_hash(path.read_bytes()) == digest
-
-
-def check_repo_id(repo_id: str) -> str:
-    """Return `repo_id` if it can be one, before any work is done.
-
-    Raises:
-        ValueError: If it is not of the form `'user/name'` or `'name'`.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f'repo_id must be "user/name" or "name", got {repo_id!r}: {error}') from error
-    return repo_id
 
 
 def empty_folder(path: str | os.PathLike[str]) -> Path:
@@ -324,8 +295,8 @@ def push_folder(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> s
                 f'{repo_id} holds other content ({", ".join(differing[:5])}). Choose another repo_id, pass force=True '
                 '(--force) to replace files of the same name, or create_pr=True to propose it as a pull request.'
             )
-        # The Hub commits all or nothing, so what was uploaded by a try that failed is not seen by anyone; and not on top
-        # of what others have pushed since it was looked at.
+        # The Hub commits all or nothing, so what was uploaded by a try that failed is not seen by anyone; nor does
+        # it commit on top of what others have pushed since we looked.
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

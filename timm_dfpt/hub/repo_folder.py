@@ -14,12 +14,13 @@ from timm.models import model_entrypoint
 from torch import nn
 
 from ..teacher.teacher import DualForwardPathTeacher
-from .base import RecordedBase, check_base, fingerprint, hub_repo_of
+from .base import RecordedBase, canonical_base, check_base, fingerprint, hub_repo_of
 from .build import CONFIG, WEIGHTS
 from .cards import RunFacts, prompt_path_card, student_card
 from .config import PromptPathRecord
 from .files import read_json, read_specs, write_json
 from .options import PromptPathOptions, StudentOptions, Unpack
+from .privacy import public
 from .prompt_path import PROMPT_CONFIG, PROMPT_WEIGHTS, save_prompt_path
 from .repo import open_source
 from .student import DISTILLATION, build_student_twin, read_student_config, save_student
@@ -60,6 +61,8 @@ def write_student_repo(
         _copy(Path(model), folder, (CONFIG, WEIGHTS), (DISTILLATION,))
         if distillation is not None:
             write_json(folder / DISTILLATION, distillation)
+    if (folder / DISTILLATION).is_file():
+        write_json(folder / DISTILLATION, public(read_json(folder / DISTILLATION)))
     config = read_student_config(open_source(folder))
     if license is not None:
         config['pretrained_cfg']['license'] = license
@@ -116,11 +119,10 @@ def write_prompt_path_repo(
         _refuse(teacher, saving, ('label_names', 'data_config'))
         _copy(Path(teacher), folder, (PROMPT_CONFIG, PROMPT_WEIGHTS), ())
     config = PromptPathRecord.from_dict(read_json(folder / PROMPT_CONFIG))
-    base_model, training = saving.get('base_model'), saving.get('training')
+    base_model, training = canonical_base(saving.get('base_model')), saving.get('training')
     if base_model is not None:
         config = dataclasses.replace(config, base_model=base_model or None, base_revision=saving.get('base_revision'))
-    if training is not None:
-        config = dataclasses.replace(config, training=dict(training))
+    config = dataclasses.replace(config, training=public(config.training if training is None else training))
     config = _proven(config.validated(), folder, token)
     write_json(folder / PROMPT_CONFIG, config.to_dict())
     if curves is not None:

@@ -14,7 +14,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..version import __version__
-from .build import CONFIG, WEIGHTS, build_meta, float_dtype, remember_origin, specs_of
+from .build import CONFIG, WEIGHTS, build_meta, count_values, float_dtype, remember_origin, specs_of
 from .config import check_data_config, check_label_names, check_model_args
 from .errors import HubError
 from .files import (
@@ -72,6 +72,8 @@ def save_student(
         >>> timm_dfpt.save_student(model, 'my-student', label_names=['cat', 'dog'], license='apache-2.0')
     """
     check_options(options, StudentOptions)
+    if options.get('model_args'):
+        check_model_args('model_args', options['model_args'])
     unwrapped = unwrap_model(model)
     if not isinstance(unwrapped, nn.Module) or not hasattr(unwrapped, 'pretrained_cfg'):
         raise TypeError(f'model must be made by timm.create_model, got {type(unwrapped).__name__}.')
@@ -147,7 +149,7 @@ def build_student(source: Source) -> nn.Module:
     weights = source.get(WEIGHTS)
     found = read_specs(weights)
     dtype = float_dtype(found)
-    twin = build_student_twin(config, dtype)
+    twin = build_student_twin(config, dtype, len(found), count_values(found))
     check_tensors(f'{WEIGHTS} of {source.name}', found, specs_of(twin))
     model = _create(config).to(dtype)
     model.load_state_dict(read_tensors(weights), strict=True)
@@ -182,6 +184,10 @@ def read_student_config(source: Source) -> dict[str, Any]:
         ValueError: If a value in it is not allowed.
     """
     config = read_json(source.get(CONFIG, MAX_JSON_BYTES))
+    if 'pretrained_cfg' not in config:
+        # Old repositories have its keys at the top.
+        top = {key: config.pop(key, None) for key in ('architecture', 'num_features')}
+        config = {**top, 'num_classes': config.get('num_classes'), 'pretrained_cfg': config}
     architecture = config.get('architecture')
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ValueError(
@@ -207,6 +213,11 @@ def _create(config: Mapping[str, Any]) -> nn.Module:
     return timm.create_model(config['architecture'], pretrained=False, pretrained_cfg=cfg, **args)
 
 
-def build_student_twin(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Build the model of a `config.json` without memory for its weights."""
-    return build_meta(lambda: _create(config), dtype)
+def build_student_twin(
+    config: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    tensors: int | None = None,
+    elements: int | None = None,
+) -> nn.Module:
+    """Build the model of a `config.json` without memory for its weights, see `build_meta`."""
+    return build_meta(lambda: _create(config), dtype, tensors, elements)

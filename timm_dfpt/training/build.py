@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup, resolve_data_config, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
@@ -20,6 +20,7 @@ from ..data.datasets import DataSplits, load_splits
 from ..data.loader import create_loader
 from ..hub.timm_models import ModelSource, check_class_order, check_takes, load_weights_file
 from ..losses import DFPTWeights, KDLoss
+from ..messages import shorten
 from ..tasks.base import StudentTask
 from ..tasks.methods import DEFAULT_LOSS, KD_LOSSES, METHODS
 from ..teacher.blocks import PromptConfig
@@ -216,8 +217,8 @@ def create_student(config: TrainConfig, class_names: Sequence[str], input_config
         kwargs['drop_rate'] = config.drop
     if config.drop_path is not None:
         kwargs['drop_path_rate'] = config.drop_path
-    student: Any = source.create(config.student_pretrained, **kwargs)
-    check_takes(student, size, f'student={config.student!r}')
+    student: Any = source.create_student(config.student_pretrained, **kwargs)
+    check_takes(student, size, _label('student', config), len(class_names))
     recorded = {key: input_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     student.pretrained_cfg = {
         **student.pretrained_cfg,
@@ -237,10 +238,13 @@ def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module
     source = ModelSource(str(config.teacher), 'teacher')
     teacher: Any
     if config.teacher_checkpoint is None:
-        teacher = source.create(True, **config.teacher_kwargs)
+        teacher = source.create_teacher(**config.teacher_kwargs)
     else:
+        known = config.teacher_kwargs.get('num_classes', len(class_names))
+        if known != len(class_names):
+            raise ValueError(f'teacher_kwargs: num_classes={known}, but the data have {len(class_names)}: leave it out')
         # Without pretrained weights a head of the right size says nothing: the file must bring every tensor.
-        teacher = source.create(False, **{**config.teacher_kwargs, 'num_classes': len(class_names)})
+        teacher = source.create(False, **{**config.teacher_kwargs, 'num_classes': known})
         load_weights_file(teacher, config.teacher_checkpoint, 'teacher_checkpoint')
     if teacher.num_classes != len(class_names):
         raise ValueError(
@@ -248,8 +252,16 @@ def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module
             'Fine-tune it on these data first (--method supervised --student TEACHER --student-pretrained) and give '
             'the result as --teacher local-dir:RUN/student.'
         )
+    size = tuple(resolve_model_data_config(teacher)['input_size'])
+    check_takes(teacher, size, _label('teacher', config), len(class_names))
     check_class_order(str(config.teacher), teacher.pretrained_cfg.get('label_names') or [], class_names)
     return teacher
+
+
+def _label(option: str, config: TrainConfig) -> str:
+    kwargs = getattr(config, f'{option}_kwargs')
+    given = f' with {option}_kwargs={shorten(kwargs)}' if kwargs else ''
+    return f'{option}={getattr(config, option)!r}{given}'
 
 
 def load_prompt_path(path: str, model: nn.Module | None = None) -> DualForwardPathTeacher:

@@ -5,12 +5,13 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from ..data.checks import default_of, kind_of, nearest, range_of
-from ..hub.files import write_text
+from ..hub.files import parse_yaml, write_text
+from ..messages import clip, shorten
 from ..tasks.methods import METHODS
 from .devices import launched
 from .options import TrainConfig, resolve_paths
@@ -46,18 +47,18 @@ def _load_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         named = f', named as base by {str(seen[-1])!r}' if seen else ''
         raise ValueError(f'config: there is no file {str(path)!r}{named}.')
     try:
-        values = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(path.read_text(encoding='utf-8'))
+    except ValueError as error:
         raise ValueError(f'config: {str(path)!r} is not valid YAML: {error}') from error
     if not isinstance(values, dict):
         raise ValueError(f'config: {str(path)!r} must hold a mapping of options, such as "epochs: 30".')
     base = values.pop(_BASE_KEY, None)
     if not isinstance(base, str | None):
-        raise ValueError(f'config: base in {str(path)!r} must be the name of a recipe, got {base!r}.')
+        raise ValueError(f'config: base in {str(path)!r} must be the name of a recipe, got {shorten(base)}.')
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     for key in values:
         if key not in known:
-            raise ValueError(f'config: {str(path)!r} has the unknown option {key!r}.{nearest(key, known)}')
+            raise ValueError(f'config: {str(path)!r} has the unknown option {shorten(key)}.{nearest(key, known)}')
     values = resolve_paths(values, path.parent)
     if base is None:
         return values
@@ -79,7 +80,10 @@ def save_config(config: TrainConfig, path: str | Path) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that names the nearest flag to one that it does not know."""
+    """A parser that names the nearest flag to one that it does not know, in short messages."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(clip(message))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
@@ -97,8 +101,11 @@ def _key_value(text: str) -> tuple[str, Any]:
     """
     key, separator, value = text.partition('=')
     if not separator or not key:
-        raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
-    return key, yaml.safe_load(value)
+        raise argparse.ArgumentTypeError(f'{shorten(text)} is not of the form key=value')
+    try:
+        return key, parse_yaml(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'the value of {key} is not valid YAML: {error}') from error
 
 
 def _add_argument(group: Any, field: dataclasses.Field[Any]) -> None:
@@ -211,4 +218,4 @@ def parse_config(
         config.check_given(given)
         return config
     except ValueError as error:
-        parser.exit(2, f'error: {error}\n')
+        parser.exit(2, f'error: {clip(str(error))}\n')

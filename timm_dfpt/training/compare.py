@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..hub.files import parse_yaml
 from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
 from .cli import build_parser, resolve_config
 from .devices import create_accelerator
@@ -78,7 +78,7 @@ def parse_arm(text: str) -> Arm:
     wrong = [pair for pair in pairs if '=' not in pair]
     if wrong or not method:
         raise ValueError(f'arm {text!r} must be a method, or of the form name=method,option=value,option=value')
-    changes = {key: yaml.safe_load(value) for key, _, value in (pair.partition('=') for pair in pairs)}
+    changes = {key: parse_yaml(value) for key, _, value in (pair.partition('=') for pair in pairs)}
     return Arm(name, ALIASES.get(method, method), changes)
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..hub.build import WEIGHTS
 from ..hub.prompt_path import PROMPT_WEIGHTS, save_prompt_path
+from ..hub.sources import parse_source
 from ..hub.student import save_student
-from ..hub.timm_models import local_folder
 from .learner import Learner
 from .options import public_options
 from .report import measure_cost
@@ -71,7 +71,7 @@ def _save(learner: Learner, results: _Results, facts: Mapping[str, Any]) -> dict
     models: dict[str, _Exported] = {}
     if learner.teacher is not None:
         frozen = list(learner.teacher.parameters())
-        teacher_folder = local_folder(str(config.teacher))
+        teacher_folder = parse_source(str(config.teacher)).folder
         files = [teacher_folder / WEIGHTS] if teacher_folder else []
         models['teacher'] = _Exported(str(config.teacher), task.teacher_logits, frozen, files)
         dual_teacher = task.get_dual_teacher()

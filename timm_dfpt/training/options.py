@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from ..data.checks import checked, default_of
 from ..data.images import parse_color
+from ..hub.config import check_arg_names
 from ..hub.privacy import public
-from ..hub.timm_models import LOCAL_DIR
+from ..hub.sources import canonical, resolve_path
+from ..messages import shorten
 from ..tasks.methods import DEFAULT_LOSS, DEFAULT_METHOD, KD_LOSSES, METHODS
 from .optim import SCHEDULE_OPTIONS, SCHEDULES, check_optimizer, check_schedule, check_used
 
@@ -201,6 +203,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             setattr(self, field.name, checked(TrainConfig, field, getattr(self, field.name)))
+        for key in ('teacher', 'student', 'prompt_path', 'dataset'):
+            setattr(self, key, canonical(key, getattr(self, key)))
         # As in a recipe, so that the saved options mean the same wherever they are read.
         vars(self).update(resolve_paths({key: getattr(self, key) for key in PATH_OPTIONS}, Path()))
         if self.background is not None:
@@ -219,7 +223,7 @@ class TrainConfig:
         }
         for name, (fits, allowed) in limits.items():
             if not fits:
-                raise ValueError(f'{name} must be {allowed}, got {getattr(self, name)!r}.')
+                raise ValueError(f'{name} must be {allowed}, got {shorten(getattr(self, name))}.')
         check_schedule(**self.schedule)
         how, prompt_decay = (self.opt_fused, self.cpu), self.prompt_weight_decay
         check_optimizer('opt', self.opt, *how, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum)
@@ -251,7 +255,7 @@ class TrainConfig:
                 f'name it, or leave --teacher-checkpoint out (method={self.method}).'
             )
         self._check_weights()
-        self._check_student_kwargs()
+        self._check_kwargs()
         if not method.variant and (self.prompt_path or self.push_prompt_path or self.freeze_prompt_path):
             raise ValueError(f'prompt_path options need method dfpt or dfpt+, got method={self.method}.')
         if self.method in self.baselines or len(set(self.baselines)) != len(self.baselines):
@@ -266,8 +270,8 @@ class TrainConfig:
             known = [field.name for field in dataclasses.fields(self)]
             if name not in METHODS or not isinstance(options, dict) or not set(options) <= set(known):
                 raise ValueError(
-                    f'method_options: {name}={options!r} must be a method of {", ".join(METHODS)} with a mapping of '
-                    'options, such as {dkd: {temperature: 4.0}}.'
+                    f'method_options: {shorten(name)}={shorten(options)} must be a method of {", ".join(METHODS)} with '
+                    'a mapping of options, such as {dkd: {temperature: 4.0}}.'
                 )
         if self.cache_teacher:
             self._check_cache()
@@ -291,14 +295,16 @@ class TrainConfig:
         if not any(getattr(self, name) for name in names) and not grows:
             raise ValueError(f'{", ".join(names)} are all 0: the student has nothing to learn from. Raise one of them.')
 
-    def _check_student_kwargs(self) -> None:
+    def _check_kwargs(self) -> None:
         sources = {
             'num_classes': 'the number of classes of the data: leave it out',
             'in_chans': 'the channels of input_size: leave it out, and give --input-size C H W',
         }
         for name in sources.keys() & self.student_kwargs:
             value = self.student_kwargs[name]
-            raise ValueError(f'student_kwargs: {name}={value} would be overridden by {sources[name]}.')
+            raise ValueError(f'student_kwargs: {name}={shorten(value)} would be overridden by {sources[name]}.')
+        for option in ('student_kwargs', 'teacher_kwargs'):
+            check_arg_names(option, getattr(self, option))
 
     def _check_cache(self) -> None:
         if not METHODS[self.method].needs_teacher:
@@ -371,11 +377,8 @@ def _refuse_augmentation(options: Mapping[str, Any]) -> None:
 
 def public_options(config: TrainConfig) -> dict[str, Any]:
     """Return the options as they may be published: only the last part of local paths is kept."""
-    options = dataclasses.asdict(config)
-    for key in PATH_OPTIONS:
-        options[key] = public(options[key], local=True)
-    options['output'] = None
-    return options
+    options: dict[str, Any] = public(dataclasses.asdict(config), local=True)
+    return {**options, 'output': None}
 
 
 def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -385,16 +388,6 @@ def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         value = values.get(key)
         if not isinstance(value, str):
             continue
-        prefix = LOCAL_DIR if value.startswith(LOCAL_DIR) else ''
-        relative = value.removeprefix(prefix)
-        if relative.startswith(('./', '../')):
-            # What is not there keeps its full name: without the dots it could be the name of something on the Hub.
-            found = folder / relative
-            resolved[key] = prefix + (_from_here(found) if found.exists() or key == 'output' else str(found.resolve()))
+        # There a folder needs its prefix: without the dots it would be the name of an architecture.
+        resolved[key] = resolve_path(value, folder, bare=key not in ('teacher', 'student'), missing=key == 'output')
     return resolved
-
-
-def _from_here(path: Path) -> str:
-    # Relative where that is shorter: the record of a run should not reveal where somebody's home is.
-    full = path.resolve()
-    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)

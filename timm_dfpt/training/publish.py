@@ -10,28 +10,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..data.checks import default_of
 from ..hub.base import hub_repo_of
 from ..hub.cards import ModelRow, RunFacts
 from ..hub.errors import HubError
-from ..hub.files import read_json
+from ..hub.files import parse_yaml, read_json
 from ..hub.options import PushOptions, Unpack
 from ..hub.privacy import public
 from ..hub.prompt_path import PROMPT_CONFIG
-from ..hub.repo import check_repo_id, empty_folder, push_folder
+from ..hub.repo import empty_folder, push_folder
 from ..hub.repo_folder import write_prompt_path_repo, write_student_repo
+from ..hub.sources import check_repo_id, parse_source
 from ..hub.student import DISTILLATION
-from ..hub.timm_models import local_folder
-from .options import TrainConfig
+from .options import PATH_OPTIONS, TrainConfig
 from .run_folder import RunFolder
 from .stopping import exit_code
 
 __all__ = ['main', 'publish_run']
 
 # Options that say nothing about what was trained.
-_NOT_RECIPE = ('output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval')
+_NOT_RECIPE = (
+    'output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval',
+    'teacher_cache_dir',
+)  # fmt: skip
 
 
 def publish_run(
@@ -67,8 +68,8 @@ def publish_run(
         HubError: If an upload failed; the message says how to try again.
         ValueError: If an argument does not fit the run.
     """
-    wanted = {'prompt_path': push_prompt_path, 'student': push_to_hub}
-    repos = {kind: check_repo_id(repo) for kind, repo in wanted.items() if repo is not None}
+    wanted = {'prompt_path': (push_prompt_path, 'push_prompt_path'), 'student': (push_to_hub, 'push_to_hub')}
+    repos = {kind: check_repo_id(repo, option) for kind, (repo, option) in wanted.items() if repo is not None}
     if not repos:
         raise ValueError('Name what to publish: --push-to-hub user/student, --push-prompt-path user/prompt, or both.')
     if len(set(repos.values())) < len(repos):
@@ -131,7 +132,11 @@ def _read_run(folder: RunFolder, prompt_path_repo: str | None) -> tuple[RunFacts
     record_file = folder.student / DISTILLATION
     # The record names local data and models without their folders; only the run itself could tell them from Hub ids.
     record = read_json(record_file) if record_file.is_file() else {}
-    recipe = record.get('recipe') or yaml.safe_load(folder.config.read_text(encoding='utf-8'))
+    options = parse_yaml(folder.config.read_text(encoding='utf-8'))
+    recipe = record.get('recipe') or public(options)
+    paths = {key: options[key] for key in PATH_OPTIONS if options.get(key)}
+    # What has no public name is no id on the Hub.
+    renamed = {path: recipe.get(key) or public(f'./{path}') for key, path in paths.items()}
     models = dict(summary.get('models', {}))
     models |= {f'{name} baseline': model for name, model in summary.get('baselines', {}).items()}
     split = str(summary.get('eval_split', 'val'))
@@ -139,8 +144,8 @@ def _read_run(folder: RunFolder, prompt_path_repo: str | None) -> tuple[RunFacts
     chosen = {key: value for key, value in recipe.items() if value != defaults.get(key) and key not in _NOT_RECIPE}
     facts = RunFacts(
         method=summary.get('method'),
-        teacher=public(recipe.get('teacher')),
-        dataset=public(record.get('dataset', summary.get('dataset'))),
+        teacher=recipe.get('teacher'),
+        dataset=record.get('dataset', summary.get('dataset')),
         eval_split=split,
         eval_size=summary.get('dataset_sizes', {}).get(split),
         rows=[_row(role, model, split) for role, model in models.items()],
@@ -151,7 +156,7 @@ def _read_run(folder: RunFolder, prompt_path_repo: str | None) -> tuple[RunFacts
         prompt_path=prompt_path_repo,
         student_base=_student_base(recipe),
     )
-    return facts, recipe
+    return facts.public(renamed), recipe
 
 
 def _row(role: str, model: Mapping[str, Any], split: str) -> ModelRow:
@@ -162,8 +167,8 @@ def _row(role: str, model: Mapping[str, Any], split: str) -> ModelRow:
 def _student_base(recipe: Mapping[str, Any]) -> str | None:
     if not recipe.get('student_pretrained'):
         return None
-    name = str(recipe.get('student'))
-    return None if local_folder(name) else hub_repo_of(name.partition('@')[0])
+    source = parse_source(str(recipe.get('student')))
+    return None if source.folder else hub_repo_of(str(source._replace(revision=None)))
 
 
 def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from ..data.datasets import DataSplits
 from ..data.fingerprint import dataset_fingerprint, describe_data
 from ..data.loader import default_batch_size
 from ..hub.config import check_data_config, check_label_names
-from ..hub.repo import check_repo_id
+from ..hub.privacy import public
+from ..hub.sources import check_repo_id
 from ..hub.teacher_cache import TeacherCache, cache_key, check_exact
 from ..tasks.evaluation import evaluate, evaluate_together
 from ..version import __version__
@@ -155,8 +156,9 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
         InUseError: Another job works in the folder.
         ValueError: If an option does not fit the data or the models; nothing has been trained then.
     """
-    for repo_id in filter(None, (config.push_to_hub, config.push_prompt_path)):
-        check_repo_id(repo_id)
+    for option in ('push_to_hub', 'push_prompt_path'):
+        if getattr(config, option):
+            check_repo_id(getattr(config, option), option)
     accelerator = create_accelerator(config)
     with claimed(config, accelerator) as folder:
         return _run(folder.resumed(config), folder, accelerator, command)
@@ -180,7 +182,7 @@ def _run(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, comma
             'models': models.pop(config.method),
             'baselines': {name: each['student'] for name, each in models.items()},
         }
-        plot_curves(folder.read_metrics(), folder.curves, f'{config.method}: {config.student}')
+        plot_curves(folder.read_metrics(), folder.curves, f'{config.method}: {public(config.student, local=True)}')
         folder.write_summary(summary)
         for line in (closing_table(summary), *verdicts(summary)):
             print(line)

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 
+from ..messages import clip
+
 __all__ = [
     'NonFiniteLossError', 'Preempted', 'StopRequest', 'exit_code', 'lasting_output', 'leave', 'on_stop', 'stop_signal',
 ]  # fmt: skip
@@ -192,7 +194,7 @@ def exit_code(job: Callable[[], Any], remedy: str = 'the same command with --res
             message = _in_one_line(error)
             if message is None:
                 raise
-            print(f'error: {message}', file=sys.stderr)
+            print(f'error: {clip(message)}', file=sys.stderr)
             return 1
         finally:
             for watchdog in watchdogs:
