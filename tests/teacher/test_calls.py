@@ -164,7 +164,7 @@ def test_threads_do_not_see_each_other(kind: str, checkpointing: bool) -> None:
 
     def work(k: int) -> None:
         start.wait()
-        for i in range(k, k + 4):
+        for i in range(k, k + 3):
             x, reference = inputs[i % len(inputs)], expected[i % len(inputs)]
             try:
                 if i % 2:
