@@ -2,10 +2,14 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+
+# A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The copies that `datasets` makes of what the tests make must not fill the user's cache.
 if 'HF_DATASETS_CACHE' not in os.environ:
