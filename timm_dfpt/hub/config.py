@@ -303,7 +303,7 @@ def check_arg_names(key: str, args: Mapping[str, Any]) -> None:
 
 def _checked_numbers(where: str, value: Any, nesting: int) -> list[float]:
     """Check that a value is plain, and return the numbers in it."""
-    if isinstance(value, (list, dict)):
+    if isinstance(value, (list, tuple, dict)):
         _require(len(value) <= _MAX_VALUES and nesting < 4, where, value, f'up to {_MAX_VALUES} values')
         items = value.values() if isinstance(value, dict) else value
         return [number for item in items for number in _checked_numbers(where, item, nesting + 1)]

@@ -121,7 +121,7 @@ class ModelSource:
             ValueError: If it cannot be created.
         """
         if not pretrained and self.names_weights:
-            _logger.warning(
+            _warn_once(
                 f'{self._label} names weights, but the student starts from random ones: give --student-pretrained to '
                 'start from them.'
             )
@@ -132,7 +132,7 @@ class ModelSource:
         if new or unused:
             notes = [f'{_some(new)} start from random values'] if new else []
             notes += [f'{_some(unused)} of its weights are not used'] if unused else []
-            _logger.warning(f'{self._label} with {_shown(kwargs)}: {", and ".join(notes)}.')
+            _warn_once(f'{self._label} with {_shown(kwargs)}: {", and ".join(notes)}.')
         return model
 
     def _create_noting(self, pretrained: bool, kwargs: Mapping[str, Any]) -> tuple[Any, set[str], set[str]]:
@@ -200,6 +200,12 @@ class ModelSource:
         filename = WEIGHTS if self.name.folder else safe_weights_name(cfg)
         require_weights(self._files, filename)
         return self._files.get(filename)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    # Every arm of a run creates the student anew.
+    _logger.warning(message)
 
 
 def _shown(kwargs: Mapping[str, Any]) -> str:
