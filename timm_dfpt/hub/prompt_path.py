@@ -36,7 +36,7 @@ from .files import (
 from .options import PromptPathOptions, Unpack, check_options
 from .repo import Source
 
-__all__ = ['PROMPT_CONFIG', 'PROMPT_WEIGHTS', 'build_teacher', 'save_prompt_path']
+__all__ = ['PROMPT_CONFIG', 'PROMPT_WEIGHTS', 'build_teacher', 'check_prompt_path', 'save_prompt_path']
 
 PROMPT_CONFIG = 'prompt_config.json'
 PROMPT_WEIGHTS = 'prompt_path.safetensors'
@@ -63,9 +63,6 @@ def save_prompt_path(
     Example:
         >>> timm_dfpt.save_prompt_path(teacher, 'my-prompt-path', base_model='hf-hub:user/teacher')
     """
-    check_options(options, PromptPathOptions)
-    if not isinstance(teacher, DualForwardPathTeacher):
-        raise TypeError(f'teacher must be made by timm_dfpt.wrap, got {type(teacher).__name__}.')
     record = _record_of(teacher, options)
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +71,25 @@ def save_prompt_path(
     return folder
 
 
+def check_prompt_path(teacher: DualForwardPathTeacher, **options: Unpack[PromptPathOptions]) -> None:
+    """Refuse what `save_prompt_path` would, but for weights that are not finite, and write nothing.
+
+    Args:
+        teacher: As in `save_prompt_path`.
+        **options: As in `save_prompt_path`.
+
+    Raises:
+        TypeError: As in `save_prompt_path`.
+        ValueError: As in `save_prompt_path`.
+    """
+    _record_of(teacher, options)
+
+
 def _record_of(teacher: DualForwardPathTeacher, options: PromptPathOptions) -> PromptPathRecord:
     """Return what `prompt_config.json` says of a teacher."""
+    check_options(options, PromptPathOptions)
+    if not isinstance(teacher, DualForwardPathTeacher):
+        raise TypeError(f'teacher must be made by timm_dfpt.wrap, got {type(teacher).__name__}.')
     base: Any = teacher.model
     cfg = getattr(base, 'pretrained_cfg', None) or {}
     base_model = canonical_base(options.get('base_model'))

@@ -33,6 +33,7 @@ __all__ = [
     'DISTILLATION',
     'build_student',
     'build_student_twin',
+    'check_student',
     'read_student_config',
     'require_weights',
     'save_student',
@@ -71,6 +72,33 @@ def save_student(
     Example:
         >>> timm_dfpt.save_student(model, 'my-student', label_names=['cat', 'dog'], license='apache-2.0')
     """
+    config, tensors = _prepared(model, options)
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / CONFIG, config)
+    versions = {'timm_dfpt': __version__, 'timm': timm.__version__, 'torch': torch.__version__}
+    facts = options.get('distillation') or {}
+    write_json(folder / DISTILLATION, {'format_version': 1, **facts, 'versions': versions})
+    return folder
+
+
+def check_student(model: nn.Module, **options: Unpack[StudentOptions]) -> None:
+    """Refuse what `save_student` would, but for weights that are not finite, and write nothing.
+
+    Args:
+        model: As in `save_student`.
+        **options: As in `save_student`.
+
+    Raises:
+        TypeError: As in `save_student`.
+        ValueError: As in `save_student`.
+    """
+    _prepared(model, options)
+
+
+def _prepared(model: nn.Module, options: StudentOptions) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the `config.json` and the weights of a model that can be built again from them."""
     check_options(options, StudentOptions)
     if options.get('model_args'):
         check_model_args('model_args', options['model_args'])
@@ -81,14 +109,7 @@ def save_student(
     config = _config_of(plain, options)
     tensors = plain.state_dict()
     _check_rebuild(config, tensors)
-    folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, tensors)
-    write_json(folder / CONFIG, config)
-    versions = {'timm_dfpt': __version__, 'timm': timm.__version__, 'torch': torch.__version__}
-    facts = options.get('distillation') or {}
-    write_json(folder / DISTILLATION, {'format_version': 1, **facts, 'versions': versions})
-    return folder
+    return config, tensors
 
 
 def _config_of(model: Any, options: StudentOptions) -> dict[str, Any]:

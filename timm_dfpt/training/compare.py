@@ -19,11 +19,11 @@ from ..hub.files import parse_yaml
 from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
 from .cli import build_parser, resolve_config
 from .devices import create_accelerator
-from .export import export
+from .export import describe_models
 from .learner import Learner
 from .options import TrainConfig
-from .report import comparison_text, plot_comparison, summarise
-from .run import Setup, close, describe, example_batch, measure, set_up, train_side_by_side
+from .report import attempt, comparison_text, plot_comparison, summarise
+from .run import Setup, close, describe, example_batch, export_and_measure, set_up, train_side_by_side
 from .run_folder import ComparisonFolder, RunFolder, claimed
 from .stopping import NonFiniteLossError, Preempted, exit_code
 
@@ -205,15 +205,20 @@ def _run_seed(config: TrainConfig, folder: RunFolder, arms: Sequence[Arm], comma
     }
     setup = set_up(config)
     learners, seconds = train_side_by_side(setup, options, folder, command)
-    results = measure(setup, learners)
+    results = export_and_measure(setup, learners, folder, command, needed=True)
     if setup.accelerator.is_main_process:
-        facts = describe(setup, command)
-        models = export(learners, results, facts, example_batch(setup))
-    costs = _step_costs(setup, learners)
+        example = attempt('loading images to measure costs with', lambda: example_batch(setup))
+        models = describe_models(learners, results, setup.eval_split, example)
+    if setup.accelerator.num_processes > 1:
+        # They have to fail together.
+        costs: Any = _step_costs(setup, learners)
+    else:
+        unknown = {learner.name: {'flops': None, 'ms': None} for learner in learners}
+        costs = attempt('measuring what a step costs', lambda: _step_costs(setup, learners)) or unknown
     if setup.accelerator.is_main_process:
         folder.write_summary(
             {
-                **facts,
+                **describe(setup, command),
                 'eval_split': setup.eval_split,
                 'train_seconds': seconds,
                 'steps': config.epochs * len(setup.loaders['train']),
@@ -272,9 +277,10 @@ def _collect(
             if name != reference:
                 pairs = zip(values, (student[key]['top1'] for student in base), strict=True)
                 arm[split]['difference'] = summarise([value - other for value, other in pairs])
+        times = [run['arms'][name]['step']['ms'] for run in runs if run['arms'][name]['step']['ms'] is not None]
         arm['step'] = {
             'flops': first['arms'][name]['step']['flops'],
-            'ms': statistics.median(run['arms'][name]['step']['ms'] for run in runs),
+            'ms': statistics.median(times) if times else None,
         }
         arms[name] = arm
     kept = ('dataset', 'dataset_sizes', 'epochs', 'steps', 'student', 'eval_split', 'versions', 'processes')
@@ -292,4 +298,5 @@ def _collect(
 
 def _write(folder: ComparisonFolder, result: Mapping[str, Any]) -> None:
     folder.write_result(result, comparison_text(result))
-    plot_comparison(result, [folder.seed(seed).read_metrics() for seed in result['seeds']], folder.plot)
+    runs = [folder.seed(seed).read_metrics() for seed in result['seeds']]
+    attempt('drawing the comparison', lambda: plot_comparison(result, runs, folder.plot))

@@ -80,13 +80,14 @@ def on_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
 
     Raises:
         OSError: As the main process did.
+        TypeError: As the main process did.
         ValueError: As the main process did.
     """
     done: list[Any] = [None]
     if accelerator.is_main_process:
         try:
             done = [(act(), None)]
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             done = [(None, error)]
     result, failed = broadcast_object_list(done)[0]
     if failed is not None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,25 @@ import torch
 from torch import nn
 
 from ..hub.build import WEIGHTS
-from ..hub.prompt_path import PROMPT_WEIGHTS, save_prompt_path
+from ..hub.options import StudentOptions
+from ..hub.prompt_path import PROMPT_WEIGHTS, check_prompt_path, save_prompt_path
 from ..hub.sources import parse_source
-from ..hub.student import save_student
+from ..hub.student import check_student, save_student
 from .learner import Learner
 from .options import public_options
 from .report import measure_cost
 from .run_folder import RunFolder
 
-__all__ = ['export', 'export_student']
+__all__ = ['Results', 'check_export', 'describe_models', 'export', 'export_student']
 
-_Results = Mapping[str, Mapping[str, Mapping[str, float]]]
+Results = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Metrics of a learner by split and model."""
+
+_WEIGHTS = {'student': 'last step', 'student_ema': 'moving average'}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Exported:
+class _Model:
     """A model at the end of a run: how it is run, what it is made of and kept in."""
 
     name: str
@@ -33,58 +38,109 @@ class _Exported:
     files: Sequence[Path]
 
 
-def export(
-    learners: Sequence[Learner], results: Sequence[_Results], facts: Mapping[str, Any], example: torch.Tensor
-) -> dict[str, dict[str, Any]]:
+def check_export(learners: Sequence[Learner], facts: Mapping[str, Any]) -> None:
+    """Refuse before training what could not be saved after it.
+
+    Args:
+        learners: The learners; their students are of one architecture.
+        facts: As for `export`.
+
+    Raises:
+        TypeError: If a student is not a timm model.
+        ValueError: If a student or prompt path could not be built again from its record.
+    """
+    check_student(learners[0].student, **_student_options(learners[0], {}, facts))
+    for learner in learners:
+        record = _record(learner, {}, facts)
+        try:
+            json.dumps(record, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'The options of {learner.name} cannot be recorded as JSON: {error}.') from error
+        dual_teacher = learner.task.get_dual_teacher()
+        if dual_teacher is not None:
+            check_prompt_path(dual_teacher, label_names=facts['class_names'], training=record)
+
+
+def export(learners: Sequence[Learner], results: Sequence[Results], facts: Mapping[str, Any]) -> None:
     """Save what learners have become in the `output` of each: `student/` and, where there is one, `prompt_path/`.
+
+    Of student and moving average the better on the validation data is saved.
 
     Args:
         learners: The learners.
-        results: Of each, metrics by split (`val`, and `test` where there is one) and model.
+        results: Of each, metrics by split (`val`, and others that are known) and model.
         facts: What the run was, recorded alongside the weights.
-        example: A batch `[B, C, H, W]` to measure the cost with.
+    """
+    for learner, result in zip(learners, results, strict=True):
+        learner.choose_published(result['val'])
+        folder = RunFolder(str(learner.config.output))
+        metrics = {split: measured[learner.published] for split, measured in result.items()}
+        record = export_student(learner, metrics, folder.student, facts)
+        dual_teacher = learner.task.get_dual_teacher()
+        if dual_teacher is not None:
+            save_prompt_path(dual_teacher, folder.prompt_path, label_names=facts['class_names'], training=record)
+
+
+def describe_models(
+    learners: Sequence[Learner], results: Sequence[Results], split: str, example: torch.Tensor | None
+) -> dict[str, dict[str, Any]]:
+    """Describe what was exported for `summary.json`, and measure what it costs.
+
+    Args:
+        learners: The learners.
+        results: As for `export`.
+        split: The split that is evaluated at the end.
+        example: A batch `[B, C, H, W]` to measure with, if there is one.
 
     Returns:
-        By name of the learner, for `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`.
+        By name of the learner, for `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`;
+        of a student with a moving average also which of them is published (`weights`), and the metrics of the `other`.
+        `None` stands for what could not be measured.
     """
-    costs_of_teachers: dict[int, dict[str, float]] = {}
-    exported: dict[str, dict[str, Any]] = {}
+    costs_of_teachers: dict[int, dict[str, Any] | None] = {}
+    described: dict[str, dict[str, Any]] = {}
     for learner, result in zip(learners, results, strict=True):
-        final = list(result)[-1]
-        exported[learner.name] = {}
-        for role, model in _save(learner, result, facts).items():
+        entries: dict[str, Any] = {}
+        for role, model in _models(learner).items():
             known = costs_of_teachers.get(id(learner.teacher)) if role == 'teacher' else None
-            cost = known or measure_cost(model.forward, model.parameters, example, model.files)
+            cost = known
+            if cost is None and example is not None:
+                cost = measure_cost(model.forward, model.parameters, example, model.files)
             if role == 'teacher':
                 # Those who learn from the same teacher share its numbers.
                 costs_of_teachers[id(learner.teacher)] = cost
-            metrics = {'metrics': result[final][role], 'val_metrics': result['val'][role]}
-            exported[learner.name][role] = {'name': model.name, **metrics, 'cost': cost}
-    return exported
+            key = learner.published if role == 'student' else role
+            entries[role] = {'name': model.name, **_metrics(result, split, key), 'cost': cost}
+        if learner.average is not None:
+            (other,) = _WEIGHTS.keys() - {learner.published}
+            entries['student']['weights'] = _WEIGHTS[learner.published]
+            entries['student']['other'] = {'weights': _WEIGHTS[other], **_metrics(result, split, other)}
+        described[learner.name] = entries
+    return described
 
 
-def _save(learner: Learner, results: _Results, facts: Mapping[str, Any]) -> dict[str, _Exported]:
-    """Save the student, and its prompt path if it has one; return all models by role."""
+def _metrics(result: Results, split: str, key: str) -> dict[str, Any]:
+    return {'metrics': result.get(split, {}).get(key), 'val_metrics': result['val'].get(key)}
+
+
+def _models(learner: Learner) -> dict[str, _Model]:
+    """Return the models of a learner by role."""
     config, task, folder = learner.config, learner.task, RunFolder(str(learner.config.output))
-    metrics = {split: result['student'] for split, result in results.items()}
-    record = export_student(learner, metrics, folder.student, facts)
-    models: dict[str, _Exported] = {}
+    models: dict[str, _Model] = {}
     if learner.teacher is not None:
         frozen = list(learner.teacher.parameters())
         teacher_folder = parse_source(str(config.teacher)).folder
         files = [teacher_folder / WEIGHTS] if teacher_folder else []
-        models['teacher'] = _Exported(str(config.teacher), task.teacher_logits, frozen, files)
+        models['teacher'] = _Model(str(config.teacher), task.teacher_logits, frozen, files)
         dual_teacher = task.get_dual_teacher()
         if dual_teacher is not None:
-            save_prompt_path(dual_teacher, folder.prompt_path, label_names=facts['class_names'], training=record)
             path = dual_teacher.prompt_path
             parameters = [*(frozen if path.shares_backbone else ()), *path.parameters()]
             files = [folder.prompt_path / PROMPT_WEIGHTS]
-            models['prompt_path'] = _Exported(config.method, task.prompt_logits, parameters, files)
+            models['prompt_path'] = _Model(config.method, task.prompt_logits, parameters, files)
     # In the precision of its weights, as the others: accelerate wraps what is trained in autocast.
     student = learner.accelerator.unwrap_model(learner.published_student, keep_fp32_wrapper=False)
-    parameters = list(student.parameters())
-    models['student'] = _Exported(str(config.student), student, parameters, [folder.student / WEIGHTS])
+    models['student'] = _Model(str(config.student), student, list(student.parameters()), [folder.student / WEIGHTS])
     return models
 
 
@@ -103,9 +159,17 @@ def export_student(
     Returns:
         The record.
     """
+    record = {**_record(learner, metrics, facts), **more}
+    save_student(learner.published_student, folder, **_student_options(learner, record, facts))
+    return record
+
+
+def _record(
+    learner: Learner, metrics: Mapping[str, Mapping[str, float]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     config = learner.config
     options = public_options(config)
-    record = {
+    return {
         'method': config.method,
         'teacher': options['teacher'],
         'prompt_path': config.push_prompt_path,
@@ -113,15 +177,15 @@ def export_student(
         'dataset_sizes': facts['dataset_sizes'],
         'seed': config.seed,
         'recipe': options,
+        **({'weights': _WEIGHTS[learner.published]} if config.model_ema else {}),
         'metrics': {split: dict(values) for split, values in metrics.items()},
-        **more,
     }
-    save_student(
-        learner.published_student,
-        folder,
-        label_names=facts['class_names'],
-        data_config=facts['input_config'],
-        license=config.license,
-        distillation=record,
-    )
-    return record
+
+
+def _student_options(learner: Learner, record: Mapping[str, Any], facts: Mapping[str, Any]) -> StudentOptions:
+    return {
+        'label_names': facts['class_names'],
+        'data_config': facts['input_config'],
+        'license': learner.config.license,
+        'distillation': record,
+    }

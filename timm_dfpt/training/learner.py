@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Learner:
         if config.channels_last:
             task.to(memory_format=torch.channels_last)
         if config.model_ema:
-            task.setup_ema(decay=config.model_ema_decay)
+            task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         optimizers = [_student_optimizer(config, task)]
         groups = task.prompt_param_groups()
         if groups:
@@ -60,7 +61,16 @@ class Learner:
         task.trainable_module, *self.optimizers = accelerator.prepare(task.trainable_module, *optimizers)
         self.overflowed = False
         """Whether the gradient scaler left out an optimizer in the last update, since its gradient was not finite."""
+        self.published = 'student_ema' if config.model_ema else 'student'
+        """What is saved at the end, as evaluations call it; see `choose_published`."""
         self._whole = contextlib.ExitStack()
+
+    def choose_published(self, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Choose what is saved, the student or its moving average, by their metrics on the validation data."""
+        if self.average is not None:
+            # The average where both are equal: it was asked for.
+            names = ('student_ema', 'student')
+            self.published = max(names, key=lambda name: (metrics[name]['top1'], -metrics[name]['loss']))
 
     @property
     def module(self) -> nn.Module:
@@ -81,8 +91,8 @@ class Learner:
 
     @property
     def published_student(self) -> nn.Module:
-        """What is saved at the end: the average where there is one."""
-        return self.task.get_student(ema=self.task.has_ema())
+        """What is saved at the end: the student or its moving average, see `choose_published`."""
+        return self.task.get_student(ema=self.published == 'student_ema')
 
     @property
     def teacher(self) -> nn.Module | None:

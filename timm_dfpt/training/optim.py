@@ -15,7 +15,7 @@ from ..data.checks import nearest
 
 __all__ = [
     'SCHEDULES', 'SCHEDULE_OPTIONS', 'check_optimizer', 'check_schedule', 'check_used', 'create_optimizer',
-    'create_scheduler', 'describe_decay',
+    'create_scheduler', 'describe_average', 'describe_decay',
 ]  # fmt: skip
 
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -260,3 +260,23 @@ def describe_decay(updates_per_epoch: int, lr: float, **options: Any) -> str | N
     if rates[-1] < max(rates):
         change = f'lowers the learning rate to {rates[-1]:.2g} only'
     return f'sched={sched} {change} in this run of {last + 1} updates (lr={lr:g}, {given}).'
+
+
+def describe_average(updates: int, decay: float, warmup: bool) -> str | None:
+    """Describe a moving average that hardly gets away from the weights that it starts with.
+
+    Args:
+        updates: Updates of the run.
+        decay: Its decay.
+        warmup: Whether the decay grows with the updates, as timm has it: then it forgets the first ones at once.
+
+    Returns:
+        One line, if after the last update half of the average is still older than the second.
+    """
+    share = 0.0 if warmup else decay ** (updates - 1)
+    if share < 0.5 or updates < 2:
+        return None
+    return (
+        f'model_ema_decay={decay:g}: after the {updates:,} updates of this run, {share:.0%} of the average are still '
+        'the weights of the first. Use --model-ema-warmup, or a lower --model-ema-decay.'
+    )

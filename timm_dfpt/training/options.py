@@ -178,8 +178,9 @@ class TrainConfig:
     )  # fmt: skip
     decay_milestones: list[int] = _opt([150, 180, 210], 'epochs at which sched=multistep decays', 'optimisation', low=1)
     decay_rate: float = _opt(0.1, 'factor of a decay (step, multistep), or power (poly)', 'optimisation', above=0)
-    model_ema: bool = _opt(False, 'keep an exponential moving average of the student, and publish it', 'optimisation')
-    model_ema_decay: float = _opt(0.9998, 'decay of that average', 'optimisation', low=0, below=1)
+    model_ema: bool = _opt(False, 'keep a moving average of the student, publish the better one', 'optimisation')
+    model_ema_warmup: bool = _opt(True, 'let the decay of that average grow with the updates', 'optimisation')
+    model_ema_decay: float = _opt(0.9998, 'its decay, or what that grows to', 'optimisation', low=0, below=1)
     # --- run
     seed: int = _opt(42, 'random seed', 'run', low=0, high=2**31 - 1)
     output: str | None = _opt(None, 'run folder', 'run', unset='output/<dataset>-<student>-<method>-s<seed>')

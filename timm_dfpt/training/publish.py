@@ -26,7 +26,7 @@ from .options import PATH_OPTIONS, TrainConfig
 from .run_folder import RunFolder
 from .stopping import exit_code
 
-__all__ = ['main', 'publish_run']
+__all__ = ['check_targets', 'main', 'publish_run', 'retry_command']
 
 # Options that say nothing about what was trained.
 _NOT_RECIPE = (
@@ -68,12 +68,9 @@ def publish_run(
         HubError: If an upload failed; the message says how to try again.
         ValueError: If an argument does not fit the run.
     """
-    wanted = {'prompt_path': (push_prompt_path, 'push_prompt_path'), 'student': (push_to_hub, 'push_to_hub')}
-    repos = {kind: check_repo_id(repo, option) for kind, (repo, option) in wanted.items() if repo is not None}
+    repos = check_targets(push_to_hub, push_prompt_path)
     if not repos:
         raise ValueError('Name what to publish: --push-to-hub user/student, --push-prompt-path user/prompt, or both.')
-    if len(set(repos.values())) < len(repos):
-        raise ValueError(f'Student and prompt path need a repository each, got {push_to_hub!r} for both.')
     run_folder = RunFolder(run_dir)
     run, recipe = _read_run(run_folder, push_prompt_path)
     license = license or recipe.get('license')
@@ -107,18 +104,35 @@ def publish_run(
                 places[kind] = push_folder(folder, repos[kind], **pushing)
             return places
         except HubError as error:
-            again = _retry(run_folder, repos, options.get('private'), license)
+            again = retry_command(run_folder, push_to_hub, push_prompt_path, options.get('private'), license)
             raise HubError(f'{error} The run folder is as it was; to try again: {again}') from error
 
 
-def _retry(folder: RunFolder, repos: Mapping[str, str], private: bool | None, license: str | None) -> str:
+def check_targets(push_to_hub: str | None, push_prompt_path: str | None) -> dict[str, str]:
+    """Check the repositories to publish to.
+
+    Returns:
+        Their ids by `'prompt_path'` and `'student'`, for those that are given.
+
+    Raises:
+        ValueError: If one is not an id, or both are the same.
+    """
+    wanted = {'prompt_path': (push_prompt_path, 'push_prompt_path'), 'student': (push_to_hub, 'push_to_hub')}
+    repos = {kind: check_repo_id(repo, option) for kind, (repo, option) in wanted.items() if repo is not None}
+    if len(set(repos.values())) < len(repos):
+        raise ValueError(f'Student and prompt path need a repository each, got {push_to_hub!r} for both.')
+    return repos
+
+
+def retry_command(
+    folder: RunFolder, push_to_hub: str | None, push_prompt_path: str | None, private: bool | None, license: str | None
+) -> str:
+    """Return the command that publishes a run again."""
     words = ['python', 'train/publish.py', str(folder)]
-    flags = {'student': '--push-to-hub', 'prompt_path': '--push-prompt-path'}
-    for kind, repo in repos.items():
-        words += [flags[kind], repo]
-    words += ['--private'] if private else []
-    words += ['--license', license] if license else []
-    return shlex.join(words)
+    flags = {'--push-prompt-path': push_prompt_path, '--push-to-hub': push_to_hub, '--license': license}
+    for flag, value in flags.items():
+        words += [flag, value] if value else []
+    return shlex.join([*words, *(['--private'] if private else [])])
 
 
 def _read_run(folder: RunFolder, prompt_path_repo: str | None) -> tuple[RunFacts, dict[str, Any]]:
@@ -160,8 +174,9 @@ def _read_run(folder: RunFolder, prompt_path_repo: str | None) -> tuple[RunFacts
 
 
 def _row(role: str, model: Mapping[str, Any], split: str) -> ModelRow:
-    splits = {'val': model.get('val_metrics', {}), split: model.get('metrics', {})}
-    return ModelRow(role, str(model.get('name', role)), splits, model.get('cost', {}).get('params'))
+    # What could not be measured is null.
+    splits = {'val': model.get('val_metrics') or {}, split: model.get('metrics') or {}}
+    return ModelRow(role, str(model.get('name', role)), splits, (model.get('cost') or {}).get('params'))
 
 
 def _student_base(recipe: Mapping[str, Any]) -> str | None:

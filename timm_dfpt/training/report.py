@@ -1,12 +1,13 @@
 """Results to be read: tables, verdicts and plots of a run and of a comparison, and the statistics behind them."""
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,9 +18,13 @@ from ..hub.markdown import markdown_table
 from ..hub.privacy import public
 
 __all__ = [
-    'closing_table', 'comparison_text', 'epoch_line', 'measure_cost', 'plot_comparison', 'plot_curves', 'save_figure',
-    'summarise', 't_quantile', 'verdicts',
+    'attempt', 'closing_table', 'comparison_text', 'epoch_line', 'measure_cost', 'plot_comparison', 'plot_curves',
+    'save_figure', 'summarise', 't_quantile', 'verdicts',
 ]  # fmt: skip
+
+_T = TypeVar('_T')
+
+_logger = logging.getLogger(__name__)
 
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
 _T975 = (
@@ -34,7 +39,7 @@ def measure_cost(
     parameters: Sequence[nn.Parameter],
     example: torch.Tensor,
     files: Sequence[Path],
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Measure what a model costs.
 
     Args:
@@ -45,11 +50,22 @@ def measure_cost(
 
     Returns:
         `params`, `macs` (multiply-accumulates an image, counted by torch), `size_bytes` on disk, `images_per_s` on this
-        machine (median of five batches).
+        machine (median of five batches); `None` for what cannot be measured.
     """
-    with torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            forward(example[:1])
+    def flops() -> int:
+        # torch's counter fails on parameters that are passed to a module without being differentiated.
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            with FlopCounterMode(display=False) as counter:
+                forward(example[:1])
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+        return counter.get_total_flops()
+
+    def speed() -> float:
         times = []
         for _ in range(6):
             start = time.perf_counter()
@@ -57,13 +73,32 @@ def measure_cost(
             if example.is_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-    return {
-        'params': sum(p.numel() for p in {id(p): p for p in parameters}.values()),
-        'macs': counter.get_total_flops() // 2,
-        'size_bytes': sum(f.stat().st_size for f in files if f.is_file()),
         # The first batch warms caches up.
-        'images_per_s': len(example) / statistics.median(times[1:]),
-    }
+        return len(example) / statistics.median(times[1:])
+
+    with torch.no_grad():
+        counted = attempt('counting the MACs of a model', flops)
+        return {
+            'params': sum(p.numel() for p in {id(p): p for p in parameters}.values()),
+            'macs': None if counted is None else counted // 2,
+            'size_bytes': sum(f.stat().st_size for f in files if f.is_file()),
+            'images_per_s': attempt('measuring the speed of a model', speed),
+        }
+
+
+def attempt(what: str, act: Callable[[], _T]) -> _T | None:
+    """Do what a run can do without; `None` and a warning if it fails.
+
+    Args:
+        what: What is done, to begin the message with.
+        act: Does it.
+    """
+    try:
+        return act()
+    except Exception as error:  # noqa: BLE001
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        _logger.warning(f'{what} failed ({reason}); all else of the run is whole, and --resume tries again.')
+        return None
 
 
 def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
@@ -82,26 +117,35 @@ def closing_table(summary: Mapping[str, Any]) -> str:
     split = summary['eval_split']
     models = dict(summary['models'])
     models |= {f'student of {method}': model for method, model in summary.get('baselines', {}).items()}
-    columns = [(f'{split} top-1 %', lambda m: f'{m["metrics"]["top1"]:.2f}')]
-    if any('top5' in model['metrics'] for model in models.values()):
-        columns.append((f'{split} top-5 %', lambda m: f'{m["metrics"]["top5"]:.2f}'))
+    rows = [(f'{name} ({model["name"]})', model) for name, model in models.items()]
+    for name, model in models.items():
+        if 'weights' in model:
+            # Student and moving average, of which one is published.
+            both = [(f'{name}, {model["weights"]}', model), (f'{name}, {model["other"]["weights"]}', model['other'])]
+            at = next(i for i, (_, each) in enumerate(rows) if each is model)
+            rows[at : at + 1] = [(f'{both[0][0]}, published ({model["name"]})', model), both[1]]
+    columns = [(f'{split} top-1 %', lambda m: _cell(m['metrics'], 'top1', '.2f'))]
+    if any('top5' in (model['metrics'] or {}) for model in models.values()):
+        columns.append((f'{split} top-5 %', lambda m: _cell(m['metrics'], 'top5', '.2f')))
     columns += [
-        ('parameters', lambda m: f'{m["cost"]["params"]:,}'),
-        ('MACs', lambda m: _si(m['cost']['macs'])),
-        ('on disk', lambda m: f'{_si(m["cost"]["size_bytes"])}B'),
-        ('images/s', lambda m: f'{m["cost"]["images_per_s"]:,.0f}'),
+        ('parameters', lambda m: _cell(m.get('cost'), 'params', ',')),
+        ('MACs', lambda m: _si(m.get('cost'), 'macs')),
+        ('on disk', lambda m: _si(m.get('cost'), 'size_bytes', 'B')),
+        ('images/s', lambda m: _cell(m.get('cost'), 'images_per_s', ',.0f')),
     ]
-    rows = [[f'{name} ({model["name"]})', *(cell(model) for _, cell in columns)] for name, model in models.items()]
-    return markdown_table(['model', *(title for title, _ in columns)], rows, pad=True)
+    cells = [[name, *(cell(model) for _, cell in columns)] for name, model in rows]
+    return markdown_table(['model', *(title for title, _ in columns)], cells, pad=True)
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
     """Say of each baseline in words how the student compares with it, and what one run can tell."""
     lines = []
-    split, student = summary['eval_split'], summary['models']['student']['metrics']['top1']
+    split, measured = summary['eval_split'], summary['models']['student']['metrics']
     count = summary['dataset_sizes'][split]
     for method, model in summary.get('baselines', {}).items():
-        other = model['metrics']['top1']
+        if not measured or not model['metrics']:
+            continue
+        student, other = measured['top1'], model['metrics']['top1']
         difference = student - other
         share = (student + other) / 200
         # Two independent samples: what the finite number of images alone leaves open. Seeds come on top.
@@ -117,12 +161,20 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _si(value: float) -> str:
+def _cell(values: Mapping[str, Any] | None, key: str, form: str) -> str:
+    value = (values or {}).get(key)
+    return '-' if value is None else f'{value:{form}}'
+
+
+def _si(values: Mapping[str, Any] | None, key: str, of: str = '') -> str:
+    value = (values or {}).get(key)
+    if value is None:
+        return '-'
     for unit in ('', 'k', 'M', 'G'):
         if abs(value) < 1000:
-            return f'{value:.0f} {unit}' if not unit else f'{value:.1f} {unit}'
+            return f'{value:.0f} {unit}{of}' if not unit else f'{value:.1f} {unit}{of}'
         value /= 1000
-    return f'{value:.1f} T'
+    return f'{value:.1f} T{of}'
 
 
 def plot_curves(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -223,7 +275,8 @@ def _arms_table(result: Mapping[str, Any]) -> str:
         row = [name, options]
         for each in splits:
             row += [_spread(arm[each]), _difference(arm[each].get('difference'))]
-        rows.append([*row, f'{arm["step"]["ms"]:.1f}', f'{arm["step"]["flops"] / 1e9:.2f}'])
+        ms, flops = arm['step']['ms'], arm['step']['flops']
+        rows.append([*row, '-' if ms is None else f'{ms:.1f}', '-' if flops is None else f'{flops / 1e9:.2f}'])
     return markdown_table(head, rows, text_columns=2)
 
 

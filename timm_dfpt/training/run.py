@@ -19,27 +19,28 @@ from ..data.datasets import DataSplits
 from ..data.fingerprint import dataset_fingerprint, describe_data
 from ..data.loader import default_batch_size
 from ..hub.config import check_data_config, check_label_names
+from ..hub.errors import HubError
 from ..hub.privacy import public
-from ..hub.sources import check_repo_id
 from ..hub.teacher_cache import TeacherCache, cache_key, check_exact
 from ..tasks.evaluation import evaluate, evaluate_together
 from ..version import __version__
 from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config
 from .checkpoint import describe_teachers
 from .cli import parse_config
-from .devices import create_accelerator
-from .export import export, export_student
+from .devices import create_accelerator, on_main
+from .export import Results, check_export, describe_models, export, export_student
 from .learner import Learner
-from .optim import describe_decay
+from .optim import describe_average, describe_decay
 from .options import TrainConfig
-from .publish import publish_run
-from .report import closing_table, plot_curves, verdicts
+from .publish import check_targets, publish_run, retry_command
+from .report import attempt, closing_table, plot_curves, verdicts
 from .run_folder import RunFolder, claimed
 from .stopping import exit_code
 from .trainer import Trainer
 
 __all__ = [
-    'Setup', 'close', 'describe', 'example_batch', 'main', 'measure', 'run', 'set_up', 'train_side_by_side',
+    'Setup', 'close', 'describe', 'example_batch', 'export_and_measure', 'main', 'measure', 'run', 'set_up',
+    'train_side_by_side',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
@@ -116,9 +117,14 @@ def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup
     # What no student could be exported with is refused before it is trained.
     check_data_config({key: list(value) if isinstance(value, tuple) else value for key, value in input_config.items()})
     check_label_names(data.class_names, data.num_classes)
-    decay = describe_decay(-(-len(loaders['train']) // config.grad_accum_steps), config.lr, **config.schedule)
-    if decay is not None and accelerator.is_main_process:
-        _logger.warning(decay)
+    updates = -(-len(loaders['train']) // config.grad_accum_steps)
+    decay = describe_decay(updates, config.lr, **config.schedule)
+    average = None
+    if config.model_ema:
+        average = describe_average(config.epochs * updates, config.model_ema_decay, config.model_ema_warmup)
+    for warning in filter(None, (decay, average)):
+        if accelerator.is_main_process:
+            _logger.warning(warning)
     return Setup(config, accelerator, input_config, data, loaders)
 
 
@@ -156,9 +162,7 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
         InUseError: Another job works in the folder.
         ValueError: If an option does not fit the data or the models; nothing has been trained then.
     """
-    for option in ('push_to_hub', 'push_prompt_path'):
-        if getattr(config, option):
-            check_repo_id(getattr(config, option), option)
+    check_targets(config.push_to_hub, config.push_prompt_path)
     accelerator = create_accelerator(config)
     with claimed(config, accelerator) as folder:
         return _run(folder.resumed(config), folder, accelerator, command)
@@ -170,26 +174,63 @@ def _run(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, comma
         arms[method] = config.for_method(method, output=str(folder.baseline(method)))
     setup = set_up(config, accelerator)
     learners, seconds = train_side_by_side(setup, arms, folder, command)
-    results = measure(setup, learners)
+    results = export_and_measure(setup, learners, folder, command)
     summary: dict[str, Any] = {}
     if setup.accelerator.is_main_process:
-        facts = describe(setup, command)
-        models = export(learners, results, facts, example_batch(setup))
+        example = attempt('loading images to measure costs with', lambda: example_batch(setup))
+        models = describe_models(learners, results, setup.eval_split, example)
         summary = {
-            **facts,
+            **describe(setup, command),
             'eval_split': setup.eval_split,
             'train_seconds': seconds,
             'models': models.pop(config.method),
             'baselines': {name: each['student'] for name, each in models.items()},
         }
-        plot_curves(folder.read_metrics(), folder.curves, f'{config.method}: {public(config.student, local=True)}')
         folder.write_summary(summary)
+        title = f'{config.method}: {public(config.student, local=True)}'
+        attempt('drawing the curves', lambda: plot_curves(folder.read_metrics(), folder.curves, title))
         for line in (closing_table(summary), *verdicts(summary)):
             print(line)
         print(f'student: timm.create_model({f"local-dir:{folder.student}"!r}, pretrained=True)')
         _publish(config, folder)
     close(setup)
     return summary
+
+
+def export_and_measure(
+    setup: Setup, learners: Sequence[Learner], folder: RunFolder, command: str, needed: bool = False
+) -> list[Results]:
+    """Export learners at the end of their training, and then evaluate them once more.
+
+    First comes what nothing else can bring back: it is exported with the metrics of the last epoch, and once more with
+    those of this evaluation.
+
+    Args:
+        setup: Devices and data.
+        learners: The learners.
+        folder: The folder of their run.
+        command: How the run was started, for the record.
+        needed: Whether a run without this evaluation is of no use; otherwise the metrics of the last epoch will do.
+
+    Returns:
+        For each learner its metrics.
+    """
+    accelerator, facts = setup.accelerator, describe(setup, command)
+    for learner in learners:
+        learner.eval()
+    results: list[Results] = []
+    if accelerator.is_main_process:
+        last = folder.read_metrics()[-1]
+        results = [{'val': last[learner.name]['val']} for learner in learners]
+        export(learners, results, facts)
+    # Several processes have to fail together, which only the error itself makes them do.
+    if needed or accelerator.num_processes > 1:
+        results = measure(setup, learners)
+    else:
+        results = attempt('the evaluation', lambda: measure(setup, learners)) or results
+    if accelerator.is_main_process:
+        export(learners, results, facts)
+    return results
 
 
 def train_side_by_side(
@@ -209,6 +250,7 @@ def train_side_by_side(
     """
     config, accelerator, loaders = setup.config, setup.accelerator, setup.loaders
     learners = setup.create_learners(arms)
+    on_main(accelerator, lambda: check_export(learners, describe(setup, command)))
     _report_teacher(setup, learners[0])
     teacher_cache = open_teacher_cache(setup, learners[0])
     folder.open(config, accelerator)
@@ -224,7 +266,8 @@ def train_side_by_side(
         for learner in learners:
             if line['epoch'] in learner.config.export_epochs and accelerator.is_main_process:
                 path = RunFolder(str(learner.config.output)).student_of_epoch(line['epoch'])
-                metrics = {'val': line[learner.name]['val']['student']}
+                learner.choose_published(line[learner.name]['val'])
+                metrics = {'val': line[learner.name]['val'][learner.published]}
                 export_student(learner, metrics, path, describe(setup, command), epoch=line['epoch'])
 
     trainer = Trainer(
@@ -281,24 +324,19 @@ def open_teacher_cache(setup: Setup, learner: Learner) -> TeacherCache | None:
     return TeacherCache(folder, key, rows, classes, config.aug_cycle or 1)
 
 
-def measure(setup: Setup, learners: Sequence[Learner]) -> list[dict[str, dict[str, dict[str, float]]]]:
+def measure(setup: Setup, learners: Sequence[Learner]) -> list[Results]:
     """Evaluate learners at the end of their training, with one pass of each teacher for all that learn from it.
 
     Returns:
         For each learner metrics by split (`val`, and `test` where there is one) and model; see `evaluate`.
     """
-    for learner in learners:
-        learner.eval()
-    results: list[dict[str, dict[str, dict[str, float]]]] = [{} for _ in learners]
+    results: list[dict[str, Any]] = [{} for _ in learners]
     for split in dict.fromkeys(('val', setup.eval_split)):
         forwards = [learner.outputs_with_teacher for learner in learners]
         measured = evaluate_together(forwards, setup.loaders[split], setup.accelerator)
         for result, metrics in zip(results, measured, strict=True):
-            if 'student_ema' in metrics:
-                metrics['student_raw'] = metrics.pop('student')
-                metrics['student'] = metrics.pop('student_ema')
             result[split] = metrics
-    return results
+    return list(results)
 
 
 def describe(setup: Setup, command: str) -> dict[str, Any]:
@@ -332,13 +370,22 @@ def close(setup: Setup) -> None:
     """Finish the trackers; the processes stay together, since another run may follow in them."""
     setup.accelerator.wait_for_everyone()
     for tracker in setup.accelerator.trackers:
-        tracker.finish()
+        attempt(f'closing {tracker.name}', tracker.finish)
     setup.accelerator.free_memory()
 
 
 def _publish(config: TrainConfig, folder: RunFolder) -> None:
-    if config.push_to_hub or config.push_prompt_path:
-        options: dict[str, Any] = {'private': config.private or None, 'license': config.license}
-        places = publish_run(folder.path, config.push_to_hub, push_prompt_path=config.push_prompt_path, **options)
-        for kind, place in places.items():
-            print(f'published the {kind.replace("_", " ")}: {place}')
+    to_hub, prompt_path = config.push_to_hub, config.push_prompt_path
+    if not (to_hub or prompt_path):
+        return
+    options: dict[str, Any] = {'private': config.private or None, 'license': config.license}
+    try:
+        places = publish_run(folder.path, to_hub, push_prompt_path=prompt_path, **options)
+    except HubError:
+        raise
+    except Exception as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        again = retry_command(folder, to_hub, prompt_path, **options)
+        raise HubError(f'Publishing failed: {reason} The run folder is whole; to try again: {again}') from error
+    for kind, place in places.items():
+        print(f'published the {kind.replace("_", " ")}: {place}')

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ..data.checks import default_of
 from ..hub.files import write_text, writing
 from .cli import load_recipe, save_config
 from .devices import on_main
@@ -110,7 +111,9 @@ class RunFolder:
         if now['batch_size'] is None:
             # It was chosen for the number of images, see `resumed`.
             now['batch_size'] = before.get('batch_size')
-        changed = [key for key in now if key not in _MAY_DIFFER and before.get(key) != now[key]]
+        # What was no option then was as it is by default now.
+        before = {**{field.name: default_of(field) for field in dataclasses.fields(config)}, **before}
+        changed = [key for key in now if key not in _MAY_DIFFER and before[key] != now[key]]
         if changed:
             shown = ', '.join(f'{key}={now[key]!r} (was {before.get(key)!r})' for key in changed)
             raise ValueError(

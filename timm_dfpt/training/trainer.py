@@ -30,7 +30,7 @@ from ..tasks.evaluation import evaluate
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
 from .learner import Learner
 from .options import TrainConfig
-from .report import epoch_line
+from .report import attempt, epoch_line
 from .run_folder import RunFolder
 from .stopping import NonFiniteLossError, Preempted, StopRequest, on_stop, stop_signal
 
@@ -311,7 +311,7 @@ class Trainer:
         progress.sums = {}
         progress.lines.append(json.dumps(line))
         self._write_metrics()
-        accelerator.log(_flat(line), step=progress.epoch)
+        attempt('logging an epoch', lambda: accelerator.log(_flat(line), step=progress.epoch))
         if self.after_epoch is not None:
             self.after_epoch(line)
         self._save()
