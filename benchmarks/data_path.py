@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_dfpt.training.cli import parse_config
-from timm_dfpt.training.options import TrainConfig
+from timm_dfpt.job.cli import parse_config
+from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.training.run import set_up
 
 from .measure import spread

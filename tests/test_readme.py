@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from timm_dfpt.training.cli import parse_config
+from timm_dfpt.job.cli import parse_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

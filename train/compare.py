@@ -18,7 +18,7 @@ if __name__ == '__main__':
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
 
+    from timm_dfpt.job.stopping import leave
     from timm_dfpt.training.compare import main
-    from timm_dfpt.training.stopping import leave
 
     leave(main(default_recipe=Path(__file__).parent / 'recipes' / 'quickstart.yaml'))

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.training.compare import Arm
-from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run_folder import RunFolder
 
 __all__ = ['PLAN_FILE', 'Cell', 'Plan']

@@ -32,9 +32,9 @@ from benchmarks.study.plan import PLAN_FILE, Cell, Plan
 from timm_dfpt import DualForwardPathTeacher
 from timm_dfpt.data.datasets import load_splits
 from timm_dfpt.data.loader import create_loader
+from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.tasks.evaluation import evaluate
 from timm_dfpt.training.compare import Arm, compare
-from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run import run
 from timm_dfpt.training.run_folder import ComparisonFolder, RunFolder
 

@@ -16,8 +16,8 @@ from PIL import Image
 from benchmarks.study import report, run
 from benchmarks.study.analysis import Study
 from benchmarks.study.plan import PLAN_FILE, Cell, Plan
+from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.training.compare import compare
-from timm_dfpt.training.options import TrainConfig
 
 SIZE = 16
 TINY = {'stem_type': 'deep', 'stem_width': 4, 'layers': [1, 1, 1, 1]}

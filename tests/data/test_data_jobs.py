@@ -15,8 +15,8 @@ from timm_dfpt.data.datasets import load_splits
 from timm_dfpt.data.loader import create_loader, default_batch_size
 from timm_dfpt.hub.repo_folder import write_student_repo
 from timm_dfpt.hub.student import save_student
-from timm_dfpt.training.cli import load_recipe, parse_config, save_config
-from timm_dfpt.training.options import TrainConfig, public_options
+from timm_dfpt.job.cli import load_recipe, parse_config, save_config
+from timm_dfpt.job.options import TrainConfig, public_options
 from timm_dfpt.training.run import main
 from timm_dfpt.training.run_folder import RunFolder
 

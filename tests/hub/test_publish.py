@@ -128,7 +128,7 @@ def _parse(command: str) -> dict[str, Any]:
     import dataclasses
     import shlex
 
-    from timm_dfpt.training.cli import parse_config
+    from timm_dfpt.job.cli import parse_config
 
     words = shlex.split(command)
     assert words[:3] == ['accelerate', 'launch', 'train/distill.py']

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm_dfpt.hub import save_student
 from timm_dfpt.hub.sources import canonical, parse_source, resolve_path
 from timm_dfpt.hub.timm_models import ModelSource, check_takes
-from timm_dfpt.training.options import TrainConfig
+from timm_dfpt.job.options import TrainConfig
 
 from . import clients, runs
 from .processes import Client

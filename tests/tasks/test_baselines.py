@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from timm.task import LogitDistillationTask
 from torch import nn
 
+from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.losses import dkd_loss
 from timm_dfpt.tasks.baselines import CTKDTask, LogitLossTask, SupervisedTask
 from timm_dfpt.tasks.methods import KD_LOSSES, METHODS
-from timm_dfpt.training.options import TrainConfig
 
 INPUT = {'input_size': (3, 32, 32), 'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25)}
 SHARED = {'teacher': 'test_resnet', 'student': 'test_resnet', 'dataset': 'user/data'}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from timm_dfpt.job.cli import build_parser, resolve_config
 from timm_dfpt.training import compare as compare_module
-from timm_dfpt.training.cli import build_parser, resolve_config
 from timm_dfpt.training.compare import Arm, compare, main, parse_arm
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.report import summarise, t_quantile

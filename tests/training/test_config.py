@@ -4,8 +4,8 @@ import dataclasses
 import pytest
 import yaml
 
-from timm_dfpt.training.cli import build_parser, load_recipe, parse_config, save_config
-from timm_dfpt.training.options import TrainConfig, public_options
+from timm_dfpt.job.cli import build_parser, load_recipe, parse_config, save_config
+from timm_dfpt.job.options import TrainConfig, public_options
 from timm_dfpt.training.run import main
 
 REQUIRED = ['--dataset', 'photos', '--student', 'resnet18', '--teacher', 'resnet50']
@@ -59,7 +59,7 @@ def test_published_options_tell_no_local_path(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_not_left_out_in_silence(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr('timm_dfpt.training.devices.get_available_trackers', list)
+    monkeypatch.setattr('timm_dfpt.job.devices.get_available_trackers', list)
     argv = [*REQUIRED, '--log-with', 'tensorboard', '--output', str(tmp_path / 'run')]
     assert main(argv) == 1
     assert 'pip install tensorboard' in capsys.readouterr().err

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.training.learner_steps import make_student, steps
+from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.tasks.baselines import SupervisedTask
 from timm_dfpt.training import compare as compare_module
 from timm_dfpt.training import report
 from timm_dfpt.training import run as run_module
 from timm_dfpt.training.compare import main as compare
 from timm_dfpt.training.learner import Learner
-from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.publish import publish_run
 from timm_dfpt.training.report import measure_cost
 from timm_dfpt.training.run import main

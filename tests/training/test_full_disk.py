@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from tests.jobs import Job
 from timm_dfpt.hub.files import write_json, write_tensors
-from timm_dfpt.hub.teacher_cache import TeacherCache
 from timm_dfpt.training.report import plot_comparison, plot_curves
 from timm_dfpt.training.run_folder import RunFolder
+from timm_dfpt.training.teacher_cache import TeacherCache
 
 ROOT = Path(__file__).parents[2]
 LINE = {'epoch': 1, 'kd': {'train': {'loss': 1.0}, 'val': {'student': {'top1': 50.0}}}}
@@ -117,7 +117,7 @@ FILL = """
 import sys
 from pathlib import Path
 import torch
-from timm_dfpt.hub.teacher_cache import TeacherCache
+from timm_dfpt.training.teacher_cache import TeacherCache
 cache = TeacherCache(Path(sys.argv[1]), {'teacher': 'a'}, rows=1000, classes=500)
 try:
     cache.put(0, torch.arange(1000), torch.randn(1000, 500))

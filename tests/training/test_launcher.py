@@ -8,10 +8,10 @@ import sys
 import pytest
 import yaml
 
-from timm_dfpt.training.cli import parse_config
+from timm_dfpt.job.cli import parse_config
+from timm_dfpt.job.devices import create_accelerator, launched
+from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.training.compare import main as compare
-from timm_dfpt.training.devices import create_accelerator, launched
-from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run import main
 
 REQUIRED = ['--student', 'test_resnet', '--dataset', 'none', '--method', 'supervised']

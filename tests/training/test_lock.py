@@ -10,8 +10,9 @@ import pytest
 
 from tests.forked import CONTEXT
 from tests.jobs import Job
-from timm_dfpt.training import compare, lock, run
-from timm_dfpt.training.lock import LOCK, FolderLock, InUseError, locked
+from timm_dfpt.job import lock
+from timm_dfpt.job.lock import LOCK, FolderLock, InUseError, locked
+from timm_dfpt.training import compare, run
 from timm_dfpt.training.trainer import Trainer
 
 

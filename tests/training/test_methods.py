@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from timm_dfpt.job.cli import build_parser, load_recipe, resolve_config
+from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.tasks.methods import METHODS
-from timm_dfpt.training.cli import build_parser, load_recipe, resolve_config
-from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run import main, run, set_up
 
 STUDENT = ['--student', 'resnet18', '--student-kwargs', 'layers=[1, 1, 1, 1]', 'channels=[8, 8, 16, 16]']

@@ -24,15 +24,15 @@ from tests.training.learner_steps import (
     make_student,
     steps,
 )
+from timm_dfpt.job.options import TrainConfig
+from timm_dfpt.job.stopping import NonFiniteLossError
 from timm_dfpt.losses import DFPTWeights
 from timm_dfpt.tasks.baselines import SupervisedTask
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 from timm_dfpt.tasks.evaluation import evaluate
 from timm_dfpt.training.learner import Learner
-from timm_dfpt.training.options import TrainConfig
 from timm_dfpt.training.run import main
 from timm_dfpt.training.run_folder import RunFolder
-from timm_dfpt.training.stopping import NonFiniteLossError
 from timm_dfpt.training.trainer import Trainer
 
 LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-3

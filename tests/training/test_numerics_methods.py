@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tests.training.learner_steps import BATCH, CLASSES, assert_bfloat16_follows_float32, make_student, steps_on
+from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.training.build import create_task
 from timm_dfpt.training.learner import Learner
-from timm_dfpt.training.options import TrainConfig
 
 BATCHES = 4
 # So large that the last stage has 2 x 2 pixels: for a 3 x 3 convolution with a stride of 2 over a single one, oneDNN's

@@ -11,11 +11,11 @@ from timm.task import ClassificationTask
 
 from tests.training.learner_steps import make_student, steps
 from timm_dfpt.data.checks import kind_of
+from timm_dfpt.job.cli import load_recipe
+from timm_dfpt.job.optim import SCHEDULES, check_optimizer, create_scheduler, describe_decay
+from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.training.checkpoint import restore_checkpoint, save_checkpoint
-from timm_dfpt.training.cli import load_recipe
 from timm_dfpt.training.learner import Learner
-from timm_dfpt.training.optim import SCHEDULES, check_optimizer, create_scheduler, describe_decay
-from timm_dfpt.training.options import TrainConfig
 
 OPTIMIZERS = list_optimizers()
 # timm imports these by name, from packages that are for GPUs.

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.jobs import Job
-from timm_dfpt.training.stopping import exit_code
+from timm_dfpt.job.stopping import exit_code
 
 ROOT = Path(__file__).parents[2]
 # Sums in another order: differences of single precision, which AdamW carries on from step to step.

@@ -13,8 +13,8 @@ from PIL import Image as PILImage
 
 import timm_dfpt
 from timm_dfpt.hub.student import save_student
+from timm_dfpt.job.cli import build_parser, load_recipe, resolve_config
 from timm_dfpt.tasks.methods import METHODS
-from timm_dfpt.training.cli import build_parser, load_recipe, resolve_config
 from timm_dfpt.training.run import main, set_up
 
 RECIPES = Path(__file__).parents[2] / 'train' / 'recipes'

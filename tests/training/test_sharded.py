@@ -16,8 +16,8 @@ from torch import nn
 
 from tests.forked import CONTEXT
 from tests.jobs import Job, free_port
+from timm_dfpt.job.devices import ShardedRoot, set_up_sharding, whole_weights
 from timm_dfpt.training.checkpoint import restore_checkpoint, save_checkpoint
-from timm_dfpt.training.devices import ShardedRoot, set_up_sharding, whole_weights
 
 # What accelerate's launcher makes of train/accelerate/fsdp2.yaml.
 FSDP = {

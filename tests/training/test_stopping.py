@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from timm_dfpt.job import stopping
+from timm_dfpt.job.stopping import exit_code
 from timm_dfpt.training import run as run_module
-from timm_dfpt.training import stopping
 from timm_dfpt.training.run import main
-from timm_dfpt.training.stopping import exit_code
 from timm_dfpt.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -10,11 +10,11 @@ from torch import nn
 from timm_dfpt.data.augment import AugmentConfig
 from timm_dfpt.data.datasets import load_splits
 from timm_dfpt.data.loader import create_loader
-from timm_dfpt.hub import teacher_cache
-from timm_dfpt.hub.teacher_cache import TeacherCache, cache_key, check_exact
-from timm_dfpt.training.cli import parse_config
-from timm_dfpt.training.options import TrainConfig
+from timm_dfpt.job.cli import parse_config
+from timm_dfpt.job.options import TrainConfig
+from timm_dfpt.training import teacher_cache
 from timm_dfpt.training.run import run
+from timm_dfpt.training.teacher_cache import TeacherCache, cache_key, check_exact
 
 DATA_CONFIG = {'input_size': (3, 16, 16), 'mean': (0.5,) * 3, 'std': (0.25,) * 3, 'crop_pct': 1.0}
 KEY = {'teacher': 'a'}

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import validated_field
 
-from ..messages import shorten
+from ..utils.messages import shorten
 
 __all__ = ['check_fields', 'limited']
 

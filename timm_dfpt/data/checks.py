@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ..messages import shorten
+from ..utils.messages import shorten
 
 __all__ = ['Kind', 'checked', 'default_of', 'kind_of', 'nearest', 'range_of']
 

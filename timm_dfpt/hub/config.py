@@ -12,9 +12,9 @@ from huggingface_hub.dataclasses import strict
 
 from ..backbone.checks import check_fields, limited
 from ..backbone.types import Feature, Stage, is_module_name
-from ..messages import shorten
 from ..teacher.blocks import PromptConfig
 from ..teacher.prompt_path import Variant
+from ..utils.messages import shorten
 from .sources import parse_source
 
 __all__ = [

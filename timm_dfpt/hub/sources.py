@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import parse_model_name
 
-from ..messages import shorten
+from ..utils.messages import shorten
 
 __all__ = [
     'HUB',

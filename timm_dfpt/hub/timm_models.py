@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from ..messages import shorten
+from ..utils.messages import shorten
 from .base import safe_weights_name
 from .build import CONFIG, WEIGHTS, build_meta, count_values, record_loading, remember_origin
 from .config import check_arg_names

@@ -19,15 +19,15 @@ from ..data.augment import AugmentConfig
 from ..data.datasets import DataSplits, load_splits
 from ..data.loader import create_loader
 from ..hub.timm_models import ModelSource, check_class_order, check_takes, load_weights_file
+from ..job.options import TrainConfig
 from ..losses import DFPTWeights, KDLoss
-from ..messages import shorten
 from ..tasks.base import StudentTask
 from ..tasks.methods import DEFAULT_LOSS, KD_LOSSES, METHODS
 from ..teacher.blocks import PromptConfig
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
+from ..utils.messages import shorten
 from .learner import Learner
-from .options import TrainConfig
 
 __all__ = [
     'create_criterion', 'create_learners', 'create_loaders', 'create_mixup', 'create_student', 'create_task',

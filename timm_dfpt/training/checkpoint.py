@@ -23,7 +23,7 @@ from torch import nn
 
 from ..hub.base import fingerprint
 from ..hub.files import sync
-from .devices import load_optimizer_state, load_weights, optimizer_state, whole_weights
+from ..job.devices import load_optimizer_state, load_weights, optimizer_state, whole_weights
 
 __all__ = [
     'changes', 'describe_teachers', 'latest_checkpoint', 'remove_leftovers', 'restore_checkpoint', 'save_checkpoint',

@@ -16,16 +16,16 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..hub.files import parse_yaml
+from ..job.cli import build_parser, resolve_config
+from ..job.devices import create_accelerator
+from ..job.options import TrainConfig
+from ..job.stopping import NonFiniteLossError, Preempted, exit_code
 from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
-from .cli import build_parser, resolve_config
-from .devices import create_accelerator
 from .export import describe_models
 from .learner import Learner
-from .options import TrainConfig
 from .report import attempt, comparison_text, plot_comparison, summarise
 from .run import Setup, close, describe, example_batch, export_and_measure, set_up, train_side_by_side
 from .run_folder import ComparisonFolder, RunFolder, claimed
-from .stopping import NonFiniteLossError, Preempted, exit_code
 
 __all__ = ['Arm', 'compare', 'main', 'parse_arm']
 

@@ -15,8 +15,8 @@ from ..hub.options import StudentOptions
 from ..hub.prompt_path import PROMPT_WEIGHTS, check_prompt_path, save_prompt_path
 from ..hub.sources import parse_source
 from ..hub.student import check_student, save_student
+from ..job.options import public_options
 from .learner import Learner
-from .options import public_options
 from .report import measure_cost
 from .run_folder import RunFolder
 

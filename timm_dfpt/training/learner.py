@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..job.devices import ShardedRoot, clip_shards, is_sharding, local_part, whole_weights
+from ..job.optim import create_optimizer, create_scheduler
+from ..job.options import TrainConfig
 from ..tasks.base import StudentTask, TeacherLogits
-from .devices import ShardedRoot, clip_shards, is_sharding, local_part, whole_weights
-from .optim import create_optimizer, create_scheduler
-from .options import TrainConfig
 
 __all__ = ['Learner']
 

@@ -22,9 +22,9 @@ from ..hub.repo import empty_folder, push_folder
 from ..hub.repo_folder import write_prompt_path_repo, write_student_repo
 from ..hub.sources import check_repo_id, parse_source
 from ..hub.student import DISTILLATION
-from .options import PATH_OPTIONS, TrainConfig
+from ..job.options import PATH_OPTIONS, TrainConfig
+from ..job.stopping import exit_code
 from .run_folder import RunFolder
-from .stopping import exit_code
 
 __all__ = ['check_targets', 'main', 'publish_run', 'retry_command']
 

@@ -21,21 +21,21 @@ from ..data.loader import default_batch_size
 from ..hub.config import check_data_config, check_label_names
 from ..hub.errors import HubError
 from ..hub.privacy import public
-from ..hub.teacher_cache import TeacherCache, cache_key, check_exact
+from ..job.cli import parse_config
+from ..job.devices import create_accelerator, on_main
+from ..job.optim import describe_average, describe_decay
+from ..job.options import TrainConfig
+from ..job.stopping import exit_code
 from ..tasks.evaluation import evaluate, evaluate_together
 from ..version import __version__
 from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config
 from .checkpoint import describe_teachers
-from .cli import parse_config
-from .devices import create_accelerator, on_main
 from .export import Results, check_export, describe_models, export, export_student
 from .learner import Learner
-from .optim import describe_average, describe_decay
-from .options import TrainConfig
 from .publish import check_targets, publish_run, retry_command
 from .report import attempt, closing_table, plot_curves, verdicts
 from .run_folder import RunFolder, claimed
-from .stopping import exit_code
+from .teacher_cache import TeacherCache, cache_key, check_exact
 from .trainer import Trainer
 
 __all__ = [

@@ -15,11 +15,11 @@ from accelerate import Accelerator
 
 from ..data.checks import default_of
 from ..hub.files import write_text, writing
-from .cli import load_recipe, save_config
-from .devices import on_main
-from .lock import LOCK, InUseError, locked
-from .options import TrainConfig
-from .stopping import Preempted
+from ..job.cli import load_recipe, save_config
+from ..job.devices import on_main
+from ..job.lock import LOCK, InUseError, locked
+from ..job.options import TrainConfig
+from ..job.stopping import Preempted
 
 __all__ = ['ComparisonFolder', 'RunFolder', 'claimed']
 

@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.seeding import derive_seed
-from ..hub.teacher_cache import TeacherCache
+from ..job.options import TrainConfig
+from ..job.stopping import NonFiniteLossError, Preempted, StopRequest, on_stop, stop_signal
 from ..tasks.base import TeacherLogits
 from ..tasks.evaluation import evaluate
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
 from .learner import Learner
-from .options import TrainConfig
 from .report import attempt, epoch_line
 from .run_folder import RunFolder
-from .stopping import NonFiniteLossError, Preempted, StopRequest, on_stop, stop_signal
+from .teacher_cache import TeacherCache
 
 __all__ = ['Trainer']
 

@@ -11,8 +11,8 @@ import yaml
 
 from ..data.checks import default_of, kind_of, nearest, range_of
 from ..hub.files import parse_yaml, write_text
-from ..messages import clip, shorten
 from ..tasks.methods import METHODS
+from ..utils.messages import clip, shorten
 from .devices import launched
 from .options import TrainConfig, resolve_paths
 

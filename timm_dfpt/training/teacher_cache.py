@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .base import fingerprint
-from .files import atomic
+from ..hub.base import fingerprint
+from ..hub.files import atomic
 
 __all__ = ['TeacherCache', 'cache_key', 'check_exact']
 

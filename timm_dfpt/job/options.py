@@ -11,8 +11,8 @@ from ..data.images import parse_color
 from ..hub.config import check_arg_names
 from ..hub.privacy import public
 from ..hub.sources import canonical, resolve_path
-from ..messages import shorten
 from ..tasks.methods import DEFAULT_LOSS, DEFAULT_METHOD, KD_LOSSES, METHODS
+from ..utils.messages import shorten
 from .optim import SCHEDULE_OPTIONS, SCHEDULES, check_optimizer, check_schedule, check_used
 
 __all__ = ['PATH_OPTIONS', 'TrainConfig', 'public_options', 'resolve_paths']

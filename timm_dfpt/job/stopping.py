@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 
-from ..messages import clip
+from ..utils.messages import clip
 
 __all__ = [
     'NonFiniteLossError', 'Preempted', 'StopRequest', 'exit_code', 'lasting_output', 'leave', 'on_stop', 'stop_signal',
