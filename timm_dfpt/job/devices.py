@@ -50,6 +50,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError(f'log_with={config.log_with} needs a package: pip install {config.log_with}.')
     # accelerate warns about the pinned memory of machines without an accelerator.
     warnings.filterwarnings('ignore', message='.*pin_memory.*')
+    _refuse_engines()
     _check_launcher(config)
     accelerator = Accelerator(
         cpu=config.cpu,
@@ -128,7 +129,6 @@ def launched() -> dict[str, tuple[str, Any]]:
     Raises:
         ValueError: If it is something that does not work here.
     """
-    _refuse_engines()
     found: dict[str, tuple[str, Any]] = {}
     precision = _variable('MIXED_PRECISION')
     if precision not in ('', 'no'):
@@ -144,7 +144,7 @@ def launched() -> dict[str, tuple[str, Any]]:
     if steps:
         numbers['grad_accum_steps'] = ('accelerate launch --gradient_accumulation_steps', int, steps)
     for option, (source, kind, text) in numbers.items():
-        if text in ('', 'none'):
+        if text in ('', 'none', 'auto'):  # DeepSpeed's
             continue
         try:
             found[option] = (source, kind(text))
