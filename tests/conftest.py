@@ -8,8 +8,9 @@ import tempfile
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
 
-# A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
+# Started in the background or by nohup, the tests and all that they start would ignore these.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The copies that `datasets` makes of what the tests make must not fill the user's cache.
 if 'HF_DATASETS_CACHE' not in os.environ:

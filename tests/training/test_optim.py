@@ -183,12 +183,9 @@ def test_every_number_has_a_lowest_value():
     assert [name for name in NUMBERS if not {'low', 'above'} & set(fields[name].metadata)] == []
 
 
-@pytest.mark.parametrize('value', ['.nan', '.inf', '-.inf', 'yes', 'many', '-7', '1' + '0' * 400, '[[1]]', '{a: 1}'])
+@pytest.mark.parametrize('value', ['.nan', '.inf', '-.inf', 'yes', 'many', '-7', '[[1]]', '{a: 1}'])
 def test_no_number_may_be_this(value, tmp_path):
     for name in NUMBERS:
-        kind = kind_of(TrainConfig, name)
-        if kind.item is int and value.startswith('10'):
-            continue
         (tmp_path / 'recipe.yaml').write_text(f'{name}: {value}')
         with pytest.raises(ValueError, match=f'^{name} must be ') as caught:
             options(**load_recipe(tmp_path / 'recipe.yaml'))
