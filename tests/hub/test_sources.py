@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from timm_dfpt.hub import save_student
 from timm_dfpt.hub.sources import canonical, parse_source, resolve_path
@@ -155,6 +155,19 @@ def test_pretrained_students_say_what_is_not_pretrained(folder: Path, caplog: py
     caplog.clear()
     ModelSource('test_resnet', 'student').create_student(False, num_classes=3)
     assert 'names weights' not in caplog.text
+
+
+@pytest.mark.parametrize('name', ['fc.weight', 'bn1.running_var'])
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path, name: str, value: float) -> None:
+    """Also where the logits are finite, as after a BatchNorm that divides by infinity."""
+    shutil.copytree(folder / 'test_resnet', tmp_path / 'model')
+    weights = load_file(tmp_path / 'model' / 'model.safetensors')
+    weights[name].view(-1)[0] = value
+    save_file(weights, tmp_path / 'model' / 'model.safetensors')
+    for option in ('teacher', 'student'):
+        with pytest.raises(ValueError, match=f"^{option}=.* cannot be loaded: .*'{name}' holds values"):
+            ModelSource(f'local-dir:{tmp_path / "model"}', option).create(True)
 
 
 class _Odd(torch.nn.Module):

@@ -175,7 +175,15 @@ def _compare_sizes(model: nn.Module, x: torch.Tensor, doubtful: dict[tuple[str, 
             if key in shapes and len(shapes[key]) == len(shape)
         }
     # A model of one size.
-    guesses = {key: guess_layout(shape) for key, shape in doubtful.items() if height == width}
+    guesses = {key: guess_layout(shape, (height, width)) for key, shape in doubtful.items()}
+    unclear = [key for key, layout in guesses.items() if layout is None]
+    # timm's models say how features lie, or it is NCHW.
+    if unclear and not (hasattr(model, 'output_fmt') or hasattr(model, 'pretrained_cfg')):
+        raise ValueError(
+            f'The output of stage {unclear[0][0]!r} of {name_of(model)}, {tuple(doubtful[unclear[0]])}, leaves open '
+            "which axis has the channels, and the model takes images of one size only. Say how its features lie: "
+            "model.output_fmt = 'NCHW' or 'NHWC'."
+        )
     return {key: layout for key, layout in guesses.items() if layout is not None}
 
 

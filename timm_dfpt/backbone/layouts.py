@@ -59,18 +59,25 @@ def compare_layouts(first: torch.Size, second: torch.Size, batches: tuple[int, i
         return 'NLC' if 2 not in grown else None
     if not grown:
         # Without a side that follows the input, such as after pooling.
-        return guess_layout(first) or 'NCHW'
+        return guess_layout(first, (1, 1)) or 'NCHW'
     if 1 not in grown:
         return 'NCHW' if 3 in grown else 'NHWC'
     return 'NHWC' if 3 not in grown else None
 
 
-def guess_layout(shape: torch.Size) -> Layout | None:
-    """Return the layout of features of a square input by which of their axes are equal, `None` if that says nothing."""
+def guess_layout(shape: torch.Size, image_size: tuple[int, int]) -> Layout | None:
+    """Return the layout of features by which of their axes are as the sides of the image, `None` if that says nothing.
+
+    Args:
+        shape: Shape of the features.
+        image_size: Height and width of the input.
+    """
     if len(shape) == 3:
         return 'NLC'
+    height, width = image_size
+    nhwc, nchw = (shape[axis] * width == shape[axis + 1] * height for axis in (1, 2))
     layouts: dict[tuple[bool, bool], Layout] = {(True, False): 'NHWC', (False, True): 'NCHW'}
-    return layouts.get((shape[1] == shape[2], shape[2] == shape[3]))
+    return layouts.get((nhwc, nchw))
 
 
 def find_prefix_tokens(tokens: int, declared: int, image_size: tuple[int, int], reduction: int | None) -> int:

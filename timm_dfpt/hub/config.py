@@ -51,7 +51,8 @@ _FORBIDDEN_ARG = re.compile(
 )
 _REMEDIES = {
     'pretrained': 'give --student-pretrained (a teacher always has its weights)',
-    'checkpoint_path': 'give the weights of a teacher with --teacher-checkpoint',
+    'checkpoint_path': 'give the weights of a teacher with --teacher-checkpoint, those of a student as '
+    '--student local-dir:FOLDER with --student-pretrained',
 }
 _Record = TypeVar('_Record')
 

@@ -17,6 +17,7 @@ __all__ = [
     'MAX_JSON_BYTES',
     'TensorSpec',
     'atomic',
+    'check_finite',
     'check_tensors',
     'parse_yaml',
     'read_json',
@@ -164,7 +165,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         ValueError: If a value is not finite.
     """
     plain = {name: _plain_copy(tensor) for name, tensor in tensors.items()}
-    _check_finite(path.name, plain)
+    check_finite(path.name, plain)
     with atomic(path) as temporary:
         # transformers refuses a file that does not say for which framework it is.
         save_file(plain, temporary, metadata={'format': 'pt'})
@@ -263,11 +264,20 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f'{path.name} is not a safetensors file, or it is cut short ({error}).') from error
-    _check_finite(path.name, tensors)
+    check_finite(path.name, tensors)
     return tensors
 
 
-def _check_finite(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_finite(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors of a file with values that are not finite.
+
+    Args:
+        name: The file, for messages.
+        tensors: The tensors.
+
+    Raises:
+        ValueError: If one of them has such a value.
+    """
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(

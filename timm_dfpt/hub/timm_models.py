@@ -18,7 +18,7 @@ from ..utils.messages import shorten
 from .base import safe_weights_name
 from .build import CONFIG, WEIGHTS, build_meta, count_values, record_loading, remember_origin
 from .config import check_arg_names
-from .files import MAX_JSON_BYTES, read_specs, read_tensors
+from .files import MAX_JSON_BYTES, check_finite, read_specs, read_tensors
 from .repo import Source, open_source
 from .sources import HUB, LOCAL_DIR, parse_source
 from .student import read_student_config, require_weights
@@ -152,6 +152,9 @@ class ModelSource:
             with record_loading() as loaded:
                 model = self._create(pretrained, overlay, **kwargs)
             missing, unexpected = loaded(model)
+        if pretrained:
+            with self._errors('cannot be loaded'):
+                check_finite(weights.name, model.state_dict())
         self._note_origin(model)
         return model, missing, unexpected
 
