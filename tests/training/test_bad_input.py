@@ -159,6 +159,7 @@ CASES = {
         )  # fmt: skip
     },
     'lr 0': (['--lr', '0'], 'lr must be greater than 0'),
+    'too many workers': (['--workers', '100000'], 'workers must be at least 0 and at most 256, got 100000'),
     **{
         f'{name} 0': ([f'--{name}', '0'], f'{name.replace("-", "_")} must be at least 1')
         for name in (

@@ -218,7 +218,9 @@ def read_student_config(source: Source) -> dict[str, Any]:
     cfg = config.get('pretrained_cfg')
     classes = config.get('num_classes')
     if not isinstance(cfg, dict) or type(classes) is not int or not 0 <= classes <= 10**6:
-        raise ValueError(f'{CONFIG} of {source.name} is not of a timm model: it lacks pretrained_cfg or num_classes.')
+        raise ValueError(
+            f'{CONFIG} of {source.name} is not of a timm model: it lacks pretrained_cfg, or num_classes up to 10**6.'
+        )
     check_model_args('model_args', config.get('model_args', {}))
     check_data_config(cfg)
     if config.get('label_names') is not None and isinstance(config['label_names'], list):

@@ -133,7 +133,7 @@ class TrainConfig:
     validation_batch_size: int | None = _opt(
         None, 'batch size of the evaluation over all processes', 'data', low=1, unset='batch_size'
     )
-    workers: int = _opt(0, 'loader processes', 'data', low=0)
+    workers: int = _opt(0, 'loader processes', 'data', low=0, high=256)
     cache_images: Literal['auto', 'on', 'off'] = _opt('auto', 'decode a small dataset once into memory', 'data')
     on_bad_image: Literal['stop', 'skip'] = _opt(
         'stop', 'what to do with an unreadable image; to skip them, all are decoded once before training', 'data'
