@@ -174,12 +174,13 @@ def exit_code(job: Callable[[], Any], remedy: str = 'the same command with --res
     def stop(signum: int) -> None:
         stopped = Preempted(signum, remedy)
         # For what swallows every exception, or waits for its threads.
-        watchdogs.append(threading.Timer(_PATIENCE, _end, (stopped,)))
-        watchdogs[0].daemon = True
-        watchdogs[0].start()
+        watchdog = threading.Timer(_PATIENCE, _end, (stopped,))
+        watchdog.daemon = True
+        watchdog.start()
+        watchdogs.append(watchdog)
         raise stopped
 
-    with lasting_output():
+    with lasting_output(), _repeated_where_lost():
         logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
         try:
             with on_stop(stop):
@@ -200,6 +201,27 @@ def exit_code(job: Callable[[], Any], remedy: str = 'the same command with --res
             for watchdog in watchdogs:
                 watchdog.cancel()
     return 0
+
+
+@contextlib.contextmanager
+def _repeated_where_lost() -> Iterator[None]:
+    """Repeat within the context a signal that arrived where Python ignores exceptions, as in the end of an object."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        global _asked
+        if isinstance(unraisable.exc_value, Preempted):
+            _asked = None
+            # Not from here, where it would be lost again.
+            threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.signum)).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def leave(code: int) -> NoReturn:
