@@ -8,7 +8,8 @@ import timm
 import torch
 
 from timm_dfpt.job.options import TrainConfig
-from timm_dfpt.training.build import create_mixup, create_task, wrap_teacher
+from timm_dfpt.training.build import create_mixup, create_task
+from timm_dfpt.training.models import wrap_teacher
 
 CLASSES, BATCH, SIZE = 5, 6, 16
 KWARGS = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16], 'stem_type': 'deep', 'stem_width': 4}

@@ -1,0 +1,183 @@
+"""The options of a training run, one by one: names, defaults, types, choices and ranges."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from ..tasks.methods import DEFAULT_LOSS, DEFAULT_METHOD, KD_LOSSES, METHODS
+from .optim import SCHEDULES
+
+__all__ = ['Options']
+
+_Interpolation = Literal['', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
+
+
+def _opt(default: Any, help: str, group: str, **more: Any) -> Any:
+    """Describe an option.
+
+    Args:
+        default: Its default.
+        help: What it is.
+        group: Its group in the help.
+        **more: Limits and `choices`, see `checked`; `unset`: what an empty default stands for; `recipe_only`.
+    """
+    metadata = {'help': help, 'group': group, **more}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Options:
+    """Every option of `train/distill.py`, named as in timm's `train.py` where timm has it; see `TrainConfig`."""
+
+    # --- method
+    method: str = _opt(DEFAULT_METHOD, 'what the student is trained with', 'method', choices=METHODS)
+    temperature: float = _opt(4.0, 'softmax temperature T of every distillation term', 'method', above=0)
+    kd_loss: str = _opt(
+        DEFAULT_LOSS, 'distillation loss of the four terms of dfpt and dfpt+', 'method', choices=KD_LOSSES
+    )
+    task_loss_weight: float = _opt(1.0, 'weight of the labels in a plain distillation method', 'method', low=0)
+    distill_loss_weight: float = _opt(2.0, 'weight of the teacher in a plain method (c + d)', 'method', low=0)
+    distill_warmup_epochs: int = _opt(
+        0, 'epochs over which the weight of the teacher grows to its full size in a plain method', 'method', low=0
+    )
+    kd_loss_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the loss, such as beta=2 of dkd', 'method')
+    student_task_weight: float = _opt(1.0, 'dfpt: weight of the labels for the student', 'method', low=0)
+    prompt_task_weight: float = _opt(1.0, 'dfpt: weight of the labels for the prompt path', 'method', low=0)
+    prompt_teacher_weight: float = _opt(1.0, 'dfpt: a, prompt path learns from teacher', 'method', low=0)
+    prompt_student_weight: float = _opt(0.25, 'dfpt: b, prompt path learns from student', 'method', low=0)
+    student_teacher_weight: float = _opt(1.0, 'dfpt: c, student learns from teacher', 'method', low=0)
+    student_prompt_weight: float = _opt(1.0, 'dfpt: d, student learns from prompt path', 'method', low=0)
+    student_prompt_weight_end: float | None = _opt(
+        None, 'dfpt: final value of d, linear from --student-prompt-weight', 'method', low=0, unset='constant'
+    )
+    baselines: list[str] = _opt([], 'methods to train alongside, on the same batches', 'method', choices=METHODS)
+    method_options: dict[str, Any] = _opt(
+        {}, 'options that apply to one method: {dkd: {temperature: 4}} (in recipes only)', 'method', recipe_only=True
+    )
+    # --- models
+    teacher: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the teacher', 'models')
+    teacher_checkpoint: str | None = _opt(None, 'safetensors file with weights for --teacher', 'models')
+    teacher_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the teacher architecture', 'models')
+    teacher_dtype: Literal['float32', 'bfloat16'] = _opt('float32', 'dtype of the frozen weights', 'models')
+    cache_teacher: bool = _opt(False, 'compute the teacher logits once; needs --aug-cycle or --no-aug', 'models')
+    teacher_cache_dir: str = _opt('output/teacher-cache', 'where these logits are kept, for later runs too', 'models')
+    student: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the student', 'models')
+    student_pretrained: bool = _opt(False, 'start the student from its pretrained weights', 'models')
+    student_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the student architecture', 'models')
+    drop: float = _opt(0.0, 'dropout rate of the student', 'models', low=0, below=1)
+    drop_path: float | None = _opt(
+        None, 'stochastic depth rate of the student', 'models', low=0, below=1, unset="the model's own"
+    )
+    # --- prompt path
+    prompt_path: str | None = _opt(None, 'start from a published prompt path: Hub id or folder', 'prompt path')
+    freeze_prompt_path: bool = _opt(False, 'use --prompt-path as it is instead of tuning it on', 'prompt path')
+    prompt_stages: list[str] = _opt([], 'number of stages, or the modules that end one', 'prompt path')
+    prompt_reduction: float = _opt(2.0, 'r1: blocks work on channels / r1', 'prompt path', above=0, high=1024)
+    prompt_partial_ratio: float = _opt(
+        0.5, 'r2: share of channels a partial convolution convolves', 'prompt path', above=0, high=1
+    )
+    prompt_kernel_sizes: list[int] = _opt([1, 3, 5], 'kernel sizes of the partial convolutions', 'prompt path', low=1)
+    prompt_norm: Literal['batch', 'layer', 'none'] = _opt('batch', 'norm layer of the blocks', 'prompt path')
+    prompt_act: str = _opt('relu', 'activation of the blocks', 'prompt path')
+    prompt_fusion: Literal['conv', 'depthwise'] = _opt('conv', 'fusion: conv (1x1, paper) or depthwise', 'prompt path')
+    prompt_block: bool = _opt(True, 'use prompt blocks', 'prompt path')
+    prompt_head: bool = _opt(True, 'give the prompt path a trainable head of its own', 'prompt path')
+    prompt_train_bn: bool = _opt(False, 'dfpt+: train BatchNorm of the backbone copy', 'prompt path')
+    prompt_opt: str = _opt('adamw', 'optimizer of the prompt path (timm)', 'prompt path')
+    prompt_lr: float = _opt(1e-3, 'learning rate of the prompt path', 'prompt path', low=0)
+    prompt_weight_decay: float = _opt(0.01, 'weight decay of the prompt path', 'prompt path', low=0)
+    prompt_backbone_lr_scale: float = _opt(0.3, 'dfpt+: lr of the backbone copy, x prompt_lr', 'prompt path', low=0)
+    # --- data
+    dataset: str | None = _opt(None, 'Hub id, folder of class folders, or parquet', 'data')
+    dataset_config: str | None = _opt(None, 'configuration name of the dataset', 'data')
+    dataset_revision: str | None = _opt(None, 'revision of the dataset on the Hub', 'data')
+    train_split: str | None = _opt(None, 'name of the training split', 'data', unset='found')
+    val_split: str | None = _opt(None, 'name of the validation split', 'data', unset='found')
+    test_split: str | None = _opt(None, 'name of the test split', 'data', unset='found')
+    input_key: str | None = _opt(None, 'image column', 'data', unset='found')
+    target_key: str | None = _opt(None, 'label column', 'data', unset='found')
+    val_fraction: float = _opt(
+        0.1, 'share of the training data to validate on if there is no validation split', 'data', above=0, below=1
+    )
+    input_size: list[int] = _opt([], 'C H W of the images', 'data', low=1, unset="the student's")
+    mean: list[float] = _opt([], 'mean of the images per channel', 'data', low=0, high=1, unset="the student's")
+    std: list[float] = _opt([], 'their standard deviation', 'data', above=0, high=1, unset="the student's")
+    interpolation: _Interpolation = _opt('', 'resize interpolation', 'data', unset="the student's")
+    crop_pct: float | None = _opt(
+        None, 'share of the image that is evaluated', 'data', above=0, high=1, unset="the student's"
+    )
+    batch_size: int | None = _opt(
+        None, 'batch size over all processes', 'data', low=1, unset='128, or less for 10 steps per epoch'
+    )
+    validation_batch_size: int | None = _opt(
+        None, 'batch size of the evaluation over all processes', 'data', low=1, unset='batch_size'
+    )
+    workers: int = _opt(0, 'loader processes', 'data', low=0, high=256)
+    cache_images: Literal['auto', 'on', 'off'] = _opt('auto', 'decode a small dataset once into memory', 'data')
+    on_bad_image: Literal['stop', 'skip'] = _opt(
+        'stop', 'what to do with an unreadable image; to skip them, all are decoded once before training', 'data'
+    )
+    background: str | None = _opt(
+        None, "color behind transparent images, such as white or '255,255,255'", 'data', unset='alpha is dropped'
+    )
+    # --- augmentation
+    no_aug: bool = _opt(False, 'no augmentation', 'augmentation')
+    train_crop_mode: Literal['rrc', 'rkrc', 'rkrr'] | None = _opt(
+        None, 'timm training crop', 'augmentation', unset='rrc, without crop_padding'
+    )
+    crop_padding: int = _opt(0, 'pad by N pixels and crop back, as on CIFAR (instead of rrc)', 'augmentation', low=0)
+    scale: list[float] = _opt([], 'random resize scale', 'augmentation', above=0, high=1, unset="timm's")
+    ratio: list[float] = _opt([], 'random resize aspect ratio', 'augmentation', above=0, unset="timm's")
+    hflip: float = _opt(0.5, 'horizontal flip probability', 'augmentation', low=0, high=1)
+    vflip: float = _opt(0.0, 'vertical flip probability', 'augmentation', low=0, high=1)
+    color_jitter: float | None = _opt(None, 'color jitter factor', 'augmentation', low=0)
+    aa: str | None = _opt(None, "AutoAugment policy, such as 'rand-m9-mstd0.5'", 'augmentation')
+    reprob: float = _opt(0.0, 'random erase probability', 'augmentation', low=0, high=1)
+    aug_cycle: int = _opt(0, 'repeat the augmentation of the first N epochs (0: never)', 'augmentation', low=0)
+    mixup: float = _opt(0.0, 'mixup alpha, on when > 0', 'augmentation', low=0)
+    cutmix: float = _opt(0.0, 'cutmix alpha, on when > 0', 'augmentation', low=0)
+    mixup_prob: float = _opt(1.0, 'probability of mixup or cutmix per batch', 'augmentation', low=0, high=1)
+    smoothing: float = _opt(0.0, 'label smoothing', 'augmentation', low=0, below=1)
+    # --- optimisation
+    epochs: int = _opt(240, 'passes over the training data', 'optimisation', low=1)
+    opt: str = _opt('sgd', "optimizer (timm): sgd has Nesterov's momentum, momentum has the plain one", 'optimisation')
+    lr: float = _opt(0.05, 'learning rate of the student', 'optimisation', above=0)
+    momentum: float = _opt(0.9, 'momentum of the student', 'optimisation', low=0, below=1)
+    weight_decay: float = _opt(5e-4, 'weight decay of the student', 'optimisation', low=0)
+    opt_fused: bool = _opt(False, "torch's fused optimizers: faster on a CPU, other rounding", 'optimisation')
+    clip_grad: float | None = _opt(None, 'clip the gradient norm of each optimizer', 'optimisation', above=0)
+    grad_accum_steps: int = _opt(1, 'steps whose gradients are added up before an update', 'optimisation', low=1)
+    sched: str = _opt('cosine', 'learning rate schedule (timm)', 'optimisation', choices=tuple(SCHEDULES))
+    warmup_epochs: int = _opt(0, 'epochs of linear warm-up; time scale of sched=rsqrt', 'optimisation', low=0)
+    warmup_lr: float = _opt(1e-5, 'learning rate at the start of the warm-up', 'optimisation', low=0)
+    min_lr: float = _opt(0.0, 'learning rate at the end', 'optimisation', low=0)
+    decay_epochs: float | None = _opt(
+        None, 'epochs between decays (sched=step), or of the decay at the end (wsd, rsqrt); below 1 a share of the run',
+        'optimisation', above=0, unset='0.3, or 0.2',
+    )  # fmt: skip
+    decay_milestones: list[int] = _opt([150, 180, 210], 'epochs at which sched=multistep decays', 'optimisation', low=1)
+    decay_rate: float = _opt(0.1, 'factor of a decay (step, multistep), or power (poly)', 'optimisation', above=0)
+    model_ema: bool = _opt(False, 'keep a moving average of the student, publish the better one', 'optimisation')
+    model_ema_warmup: bool = _opt(True, 'let the decay of that average grow with the updates', 'optimisation')
+    model_ema_decay: float = _opt(0.9998, 'its decay, or what that grows to', 'optimisation', low=0, below=1)
+    # --- run
+    seed: int = _opt(42, 'random seed', 'run', low=0, high=2**31 - 1)
+    output: str | None = _opt(None, 'run folder', 'run', unset='output/<dataset>-<student>-<method>-s<seed>')
+    resume: bool = _opt(False, 'continue the run in --output from its last checkpoint, if there is one', 'run')
+    checkpoint_steps: int = _opt(0, 'also checkpoint every N updates (0: at the end of each epoch only)', 'run', low=0)
+    checkpoint_hist: int = _opt(2, 'checkpoints to keep', 'run', low=1)
+    val_interval: int = _opt(1, 'validate every N epochs; the last epoch is always validated', 'run', low=1)
+    export_epochs: list[int] = _opt([], 'also save the student of these epochs, as student-epoch<n>', 'run', low=1)
+    log_interval: int = _opt(50, 'log every N steps', 'run', low=1)
+    log_with: Literal['tensorboard', 'wandb', 'trackio'] | None = _opt(None, 'tracker of accelerate', 'run')
+    mixed_precision: Literal['no', 'bf16', 'fp16'] = _opt('no', 'autocast', 'run')
+    channels_last: bool = _opt(False, 'channels_last memory format', 'run')
+    compile: bool = _opt(False, 'torch.compile student and both paths', 'run')
+    cpu: bool = _opt(False, 'train on the CPU even where there is a GPU', 'run')
+    # --- publishing
+    push_to_hub: str | None = _opt(None, 'publish the student under user/name at the end', 'publishing')
+    push_prompt_path: str | None = _opt(None, 'publish the prompt path under user/name at the end', 'publishing')
+    private: bool = _opt(False, 'publish privately', 'publishing')
+    license: str | None = _opt(None, 'license of what is published', 'publishing')

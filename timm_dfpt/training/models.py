@@ -1,0 +1,158 @@
+"""From the options of a run to its models: the student, and the teacher with or without a second path."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from ..hub.timm_models import ModelSource, check_class_order, check_takes, load_weights_file
+from ..job.options import TrainConfig
+from ..tasks.methods import METHODS
+from ..teacher.blocks import PromptConfig
+from ..teacher.teacher import DualForwardPathTeacher
+from ..teacher.wrapping import wrap
+from ..utils.messages import shorten
+
+__all__ = ['create_student', 'create_teacher', 'load_prompt_path', 'shared_teacher', 'wrap_teacher']
+
+_NORM_LAYERS: dict[str, Literal['batchnorm2d', 'layernorm2d'] | None] = {
+    'batch': 'batchnorm2d', 'layer': 'layernorm2d', 'none': None
+}  # fmt: skip
+
+
+def shared_teacher(
+    config: TrainConfig, class_names: Sequence[str], teachers: dict[str, nn.Module]
+) -> nn.Module | None:
+    """Return the teacher that the options name, one of those that are there already if possible."""
+    if not METHODS[config.method].needs_teacher:
+        return None
+    source = [config.teacher or config.prompt_path, config.teacher_checkpoint, config.teacher_kwargs]
+    key = json.dumps([*source, config.teacher_dtype], default=str)
+    if key not in teachers:
+        if config.teacher is None:
+            # The prompt path knows its teacher.
+            teachers[key] = load_prompt_path(str(config.prompt_path)).unwrap()
+        else:
+            teacher = create_teacher(config, class_names)
+            # Blocks, heads and students stay in float32: only what is frozen is converted.
+            teachers[key] = teacher.to(getattr(torch, config.teacher_dtype))
+    return teachers[key]
+
+
+def create_student(config: TrainConfig, class_names: Sequence[str], input_config: Mapping[str, Any]) -> nn.Module:
+    """Create the student for these classes and inputs, its `pretrained_cfg` saying what it is trained on.
+
+    Raises:
+        ValueError: If the model is unknown or cannot be built so; the message says why.
+    """
+    source = ModelSource(str(config.student), 'student')
+    cfg, size = source.pretrained_cfg(), tuple(input_config['input_size'])
+    kwargs: dict[str, Any] = {'num_classes': len(class_names), 'in_chans': size[0]}
+    if cfg.get('fixed_input_size') and tuple(cfg['input_size'][1:]) != size[1:]:
+        kwargs['img_size'] = size[1:]
+    kwargs |= config.student_kwargs
+    if config.drop:
+        kwargs['drop_rate'] = config.drop
+    if config.drop_path is not None:
+        kwargs['drop_path_rate'] = config.drop_path
+    student: Any = source.create_student(config.student_pretrained, **kwargs)
+    check_takes(student, size, _label('student', config), len(class_names))
+    recorded = {key: input_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
+    student.pretrained_cfg = {
+        **student.pretrained_cfg,
+        **recorded,
+        'num_classes': len(class_names),
+        'label_names': list(class_names),
+    }
+    return student
+
+
+def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
+    """Load the teacher with its weights, and hold its classes against those of the data.
+
+    Raises:
+        ValueError: If the teacher is unknown, its weights cannot be loaded, or it has other classes.
+    """
+    source = ModelSource(str(config.teacher), 'teacher')
+    teacher: Any
+    if config.teacher_checkpoint is None:
+        teacher = source.create_teacher(**config.teacher_kwargs)
+    else:
+        known = config.teacher_kwargs.get('num_classes', len(class_names))
+        if known != len(class_names):
+            raise ValueError(f'teacher_kwargs: num_classes={known}, but the data have {len(class_names)}: leave it out')
+        # Without pretrained weights a head of the right size says nothing: the file must bring every tensor.
+        teacher = source.create(False, **{**config.teacher_kwargs, 'num_classes': known})
+        load_weights_file(teacher, config.teacher_checkpoint, 'teacher_checkpoint')
+    if teacher.num_classes != len(class_names):
+        raise ValueError(
+            f'teacher {config.teacher!r} knows {teacher.num_classes} classes, the data have {len(class_names)}. '
+            'Fine-tune it on these data first (--method supervised --student TEACHER --student-pretrained) and give '
+            'the result as --teacher local-dir:RUN/student.'
+        )
+    size = tuple(resolve_model_data_config(teacher)['input_size'])
+    check_takes(teacher, size, _label('teacher', config), len(class_names))
+    check_class_order(str(config.teacher), teacher.pretrained_cfg.get('label_names') or [], class_names)
+    return teacher
+
+
+def _label(option: str, config: TrainConfig) -> str:
+    kwargs = getattr(config, f'{option}_kwargs')
+    given = f' with {option}_kwargs={shorten(kwargs)}' if kwargs else ''
+    return f'{option}={getattr(config, option)!r}{given}'
+
+
+def load_prompt_path(path: str, model: nn.Module | None = None) -> DualForwardPathTeacher:
+    """Load a tuned prompt path, around `model` or the teacher that it names.
+
+    Raises:
+        ValueError: If it is missing, damaged, or of another teacher.
+    """
+    try:
+        return DualForwardPathTeacher.from_pretrained(path, model=model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'prompt_path={path!r} cannot be loaded: {error}') from error
+
+
+def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeacher:
+    """Give the teacher its second path, new or from `prompt_path`."""
+    variant = METHODS[config.method].variant
+    assert variant is not None
+    if config.prompt_path:
+        teacher = load_prompt_path(config.prompt_path, model)
+        if teacher.variant != variant:
+            raise ValueError(
+                f'prompt_path {config.prompt_path!r} is of the variant {teacher.variant!r}: use --method '
+                f'{teacher.variant}.'
+            )
+        if config.freeze_prompt_path:
+            teacher.prompt_path.requires_grad_(False)
+        return teacher
+    stages: Any = config.prompt_stages or None
+    if stages and len(stages) == 1 and stages[0].isdigit():
+        stages = int(stages[0])
+    try:
+        prompt = PromptConfig(
+            rd_ratio=config.prompt_reduction,
+            partial_ratio=config.prompt_partial_ratio,
+            kernel_sizes=tuple(config.prompt_kernel_sizes),
+            norm_layer=_NORM_LAYERS[config.prompt_norm],
+            act_layer=config.prompt_act,
+            fusion=config.prompt_fusion,
+            block=config.prompt_block,
+            new_head=config.prompt_head,
+        )
+        return wrap(model, stages=stages, prompt=prompt, variant=variant, train_bn=config.prompt_train_bn)
+    except ValueError as error:
+        # What only the blocks and the model can check, under the names of the options.
+        names = {
+            'PromptConfig.kernel_sizes': 'prompt_kernel_sizes', 'PromptConfig.act_layer': 'prompt_act',
+            'stages': 'prompt_stages',
+        }  # fmt: skip
+        message = re.sub(r'^[\w.]+|\bstages(?==)', lambda found: names.get(found[0], found[0]), str(error))
+        raise ValueError(message) from error
