@@ -14,6 +14,7 @@ from timm.layers import use_reentrant_ckpt
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..backbone.heads import replace_head
 from ..backbone.layouts import TokenOrder
 from ..backbone.modes import keep_frozen
 from ..backbone.rules import rule_for
@@ -80,7 +81,7 @@ class PromptPath(nn.Module):
         tree = copy.deepcopy(model, shared).eval()
         remove_hooks(tree)
         if num_classes is not None:
-            _replace_head(tree, self.classifier, num_classes)
+            replace_head(tree, self.classifier, num_classes)
             config = dataclasses.replace(config, new_head=True)
         self.config = config
         param = next(model.parameters())
@@ -281,26 +282,3 @@ def _token_order(model: Any, name: str) -> nn.Module:
     height, width = model.reroll.schedule[block][1]
     places = torch.arange(height * width, dtype=torch.float64).view(1, -1, 1)
     return TokenOrder(model.reroll(places, block).flatten().long())
-
-
-def _replace_head(tree: nn.Module, names: Sequence[str], num_classes: int) -> None:
-    """Give each classifier module new weights for another number of classes.
-
-    Not by `reset_classifier`, which in some families also renews norms before the classifier.
-    """
-    for name in names:
-        old = tree.get_submodule(name)
-        new: nn.Module
-        if isinstance(old, nn.Linear):
-            new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
-        elif isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1):
-            new = nn.Conv2d(old.in_channels, num_classes, 1, bias=old.bias is not None)
-        else:
-            raise ValueError(
-                f'num_classes={num_classes} needs a new head, but {name!r} of {name_of(tree)} is a '
-                f'{type(old).__name__}, which cannot be rebuilt for another number of classes. Leave num_classes=None.'
-            )
-        weight = next(old.parameters())
-        tree.set_submodule(name, new.to(device=weight.device, dtype=weight.dtype))
-    if hasattr(tree, 'num_classes'):
-        tree.num_classes = num_classes  # type: ignore[assignment]
