@@ -30,6 +30,7 @@ from ..tasks.base import TeacherLogits
 from ..tasks.evaluation import evaluate
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
 from .learner import Learner
+from .progress import Note, Progress
 from .report import attempt, epoch_line
 from .run_folder import RunFolder
 from .teacher_cache import TeacherCache
@@ -42,46 +43,6 @@ _MIXUP_STREAM = 3
 _STEP_STREAM = 4
 # Updates in a row that a gradient scaler leaves out, after which there is nothing to wait for any more.
 _MAX_OVERFLOWS = 20
-
-
-@dataclasses.dataclass
-class _Progress:
-    """Where the run is, and what the epoch has summed up so far: what a checkpoint needs beside weights."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    updates: int = 0
-    seconds: float = 0.0
-    # The lines of the metrics file: kept here, it can never be ahead of the weights or behind them.
-    lines: list[str] = dataclasses.field(default_factory=list)
-    # By `learner/term` the sum and the count of this process.
-    sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    # By learner the updates in a row that the gradient scaler left out.
-    overflows_in_a_row: dict[str, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(eq=False)
-class _Note:
-    """What a step of a learner computed, to be looked at later: a device need not wait for us every step."""
-
-    step: int
-    learner: str
-    terms: dict[str, torch.Tensor]
-    rows: torch.Tensor
-
-    def values(self) -> list[float]:
-        """Return the terms as numbers, in one transfer."""
-        values: list[float] = torch.stack([value.float() for value in self.terms.values()]).tolist()
-        return values
-
-    def find_non_finite(self, values: Sequence[float], steps: int) -> str | None:
-        """Say which of the values is not finite, and where, given the steps of an epoch; `None` if all are."""
-        bad = [f'{key} is {value}' for key, value in zip(self.terms, values, strict=True) if not math.isfinite(value)]
-        if not bad:
-            return None
-        rows = ', '.join(map(str, self.rows.tolist()[:16])) + (', ...' if len(self.rows) > 16 else '')
-        where = f'at step {self.step + 1} (epoch {self.step // steps + 1}, training rows {rows})'
-        return f'{self.learner}: {bad[0]} {where}'
 
 
 class Trainer:
@@ -124,9 +85,9 @@ class Trainer:
         self.teacher_cache, self.origin = teacher_cache, dict(origin or {})
         self.steps = len(train_loader)
         self.after_epoch = after_epoch
-        self.progress = _Progress()
+        self.progress = Progress()
         self.stop = StopRequest(accelerator)
-        self._notes: list[_Note] = []
+        self._notes: list[Note] = []
         self._seeds: list[int] = []
         self._clock = time.monotonic()
 
@@ -216,7 +177,7 @@ class Trainer:
         for learner in self.learners:
             learner.set_progress(progress.epoch, progress.updates)
             terms = learner.step(input, target, self._seeds[progress.step_in_epoch], known, self._weight())
-            self._notes.append(_Note(step, learner.name, terms, index))
+            self._notes.append(Note(step, learner.name, terms, index))
             if self.accelerator.sync_gradients:
                 self._count_overflows(learner, step)
                 learner.update_average(progress.updates + 1)
@@ -370,7 +331,7 @@ class Trainer:
         state = restore_checkpoint(self.accelerator, self.folder.checkpoints, self._averages(), self.origin)
         if state is not None:
             state.pop('origin', None)
-            self.progress = _Progress(**{**state, 'sums': self._own_sums(state['sums'])})
+            self.progress = Progress(**{**state, 'sums': self._own_sums(state['sums'])})
         self._write_metrics()
         self._clock = time.monotonic()
 
