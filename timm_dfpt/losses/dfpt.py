@@ -63,13 +63,14 @@ class DFPTWeights:
 def dfpt_losses(
     student_logits: Tensor,
     prompt_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     target: Tensor,
     *,
     temperature: float = 4.0,
     weights: DFPTWeights = DFPTWeights(),  # noqa: B008 - frozen, so one instance can serve every call
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     kd_fn: KDLoss | None = None,
+    prompt_learns: bool = True,
 ) -> dict[str, Tensor]:
     """Both directions of DFPT-KD, ready for one backward.
 
@@ -86,68 +87,71 @@ def dfpt_losses(
     Args:
         student_logits: Logits of the student z_s `[B, K]`.
         prompt_logits: Logits of the prompt path z_p `[B, K]`.
-        teacher_logits: Logits of the original path z_t `[B, K]`; no gradient flows into them.
+        teacher_logits: Logits of the original path z_t `[B, K]`; no gradient flows into them. `None` where nobody
+            learns from it (a = c = 0): its terms are then not computed.
         target: Class indices `[B]` (int64) or class probabilities `[B, K]`, whatever `criterion` understands.
         temperature: Softmax temperature T > 0.
         weights: Weights of the six terms. A term with weight 0 is not part of the loss and is reported detached.
         criterion: Loss on the labels, `(logits [B, K], target) -> scalar`.
         kd_fn: Loss of the four distillation terms in place of `T^2 KL`, called as
             `kd_fn(learner_logits, source_logits, target, temperature)`.
+        prompt_learns: Whether the prompt path is trained. Where it is frozen, `loss` is `L_student` alone, and the
+            prompt path's three terms are not computed.
 
     Returns:
-        `loss`, the weighted sum, and the six unweighted terms `student_task_loss`, `student_teacher_loss`,
+        `loss`, the weighted sum, and the unweighted terms `student_task_loss`, `student_teacher_loss`,
         `student_prompt_loss`, `prompt_task_loss`, `prompt_teacher_loss` and `prompt_student_loss`, all scalars.
 
     Raises:
         TypeError: If logits, target, or temperature have the wrong type.
-        ValueError: If shapes or devices differ, if the temperature is not positive and finite, if `criterion` or
-            `kd_fn` do not return a scalar, or if `kd_fn` needs class indices and the target is soft.
+        ValueError: If the teacher's logits are missing and a or c is not 0, if shapes or devices differ, if the
+            temperature is not positive and finite, if `criterion` or `kd_fn` do not return a scalar, or if `kd_fn`
+            needs class indices and the target is soft.
     """
-    check_logits(student_logits, prompt_logits=prompt_logits, teacher_logits=teacher_logits)
+    known = {'prompt_logits': prompt_logits}
+    if teacher_logits is not None:
+        known['teacher_logits'] = teacher_logits
+    elif weights.student_teacher or (prompt_learns and weights.prompt_teacher):
+        raise ValueError('teacher_logits=None needs DFPTWeights with prompt_teacher=0 and student_teacher=0.')
+    check_logits(student_logits, **known)
     check_target(target, student_logits)
     if isinstance(temperature, Tensor):
         raise TypeError('temperature must be a number: a learned one would get the gradient of both directions.')
     check_temperature(temperature)
 
     with full_precision(student_logits):
-        z_s, z_p, z_t = upcast(student_logits), upcast(prompt_logits), upcast(teacher_logits).detach()
-        s, p, t = z_s, z_p, z_t
+        z_s, z_p = upcast(student_logits), upcast(prompt_logits)
+        networks = {'student': z_s, 'prompt': z_p}
+        if teacher_logits is not None:
+            networks['teacher'] = upcast(teacher_logits).detach()
         if kd_fn is None:
             # Each network takes part in several terms, so its log-softmax is computed once for all of them.
-            s, p, t = (F.log_softmax(z / temperature, dim=1) for z in (z_s, z_p, z_t))
+            networks = {name: F.log_softmax(z / temperature, dim=1) for name, z in networks.items()}
 
-        def distill(learner: Tensor, source: Tensor) -> Tensor:
+        def distill(learner: str, source: str) -> Tensor:
+            mine, theirs = networks[learner], networks[source].detach()
             if kd_fn is None:
-                return kl_from_log_probs(learner, source.detach()) * temperature**2
-            return _scalar('kd_fn', kd_fn(learner, source.detach(), target, temperature))
+                return kl_from_log_probs(mine, theirs) * temperature**2
+            return _scalar('kd_fn', kd_fn(mine, theirs, target, temperature))
 
-        prompt_teacher = distill(p, t)
-        prompt_student = distill(p, s)
-        student_teacher = distill(s, t)
-        student_prompt = distill(s, p)
-        prompt_task = _scalar('criterion', criterion(z_p, target))
-        student_task = _scalar('criterion', criterion(z_s, target))
+        learners = {'prompt': z_p, 'student': z_s} if prompt_learns else {'student': z_s}
+        sources = [name for name in ('teacher', 'student', 'prompt') if name in networks]
+        # Their order is that in which gradients are added up, and decides the last bits.
+        terms = {f'{a}_{b}': distill(a, b) for a in learners for b in sources if a != b}
+        terms |= {f'{name}_task': _scalar('criterion', criterion(z, target)) for name, z in learners.items()}
 
-        a, b, c, d = weights.prompt_teacher, weights.prompt_student, weights.student_teacher, weights.student_prompt
+        def weighted(name: str) -> Tensor:
+            # A constant instead of 0 * term, which a term that is not finite would turn into NaN.
+            weight = getattr(weights, name)
+            return weight * terms[name] if weight else z_s.new_zeros(())
+
         # The two distillation terms are added first: equal ones then sum up without rounding, as 2 * kd would.
-        prompt = _weigh(weights.prompt_task, prompt_task) + (_weigh(a, prompt_teacher) + _weigh(b, prompt_student))
-        student = _weigh(weights.student_task, student_task) + (_weigh(c, student_teacher) + _weigh(d, student_prompt))
+        loss = weighted('student_task') + (weighted('student_teacher') + weighted('student_prompt'))
+        if prompt_learns:
+            loss = loss + (weighted('prompt_task') + (weighted('prompt_teacher') + weighted('prompt_student')))
 
-    terms = {
-        'prompt_teacher': prompt_teacher,
-        'prompt_student': prompt_student,
-        'student_teacher': student_teacher,
-        'student_prompt': student_prompt,
-        'prompt_task': prompt_task,
-        'student_task': student_task,
-    }
     losses = {f'{name}_loss': term if getattr(weights, name) else term.detach() for name, term in terms.items()}
-    return {'loss': student + prompt, **losses}
-
-
-def _weigh(weight: float, term: Tensor) -> Tensor:
-    # A constant instead of 0 * term, which a term that is not finite would turn into NaN.
-    return weight * term if weight else term.new_zeros(())
+    return {'loss': loss, **losses}
 
 
 def _scalar(function: str, value: Tensor) -> Tensor:
