@@ -239,6 +239,18 @@ CASES = {
         'batch_size=1 is one image per process, and BatchNorm needs more.*of at least 2',
     ),
     'frozen without prompt path': (['--freeze-prompt-path'], 'freeze_prompt_path needs a tuned one'),
+    'never tuned without prompt path': (['--prompt-epochs', '0'], 'prompt_epochs=0 needs a tuned one.*--prompt-path'),
+    'frozen and tuned': (
+        ['--freeze-prompt-path', '--prompt-path', 'x', '--prompt-epochs', '2'],
+        'freeze_prompt_path and prompt_epochs=2 contradict each other',
+    ),
+    'tuned without dfpt': (['--method', 'kd', '--prompt-epochs', '1'], 'prompt_epochs=.1. has no effect'),
+    **{
+        f'prompt path tuned for {value}': (
+            ['--prompt-epochs', value], 'prompt_epochs must be a number of epochs up to epochs=.*25%, or all, got'
+        )
+        for value in ('half', '-1', '1.5', '999', '101%', '%', '1e1', '1/2')
+    },
     'prompt path without dfpt': (['--method', 'kd', '--prompt-path', 'x'], 'prompt_path options need method dfpt'),
     'dkd with mixup': (['--kd-loss', 'dkd', '--mixup', '0.2'], 'dkd needs class indices'),
     'two crops': (['--train-crop-mode', 'rrc'], 'contradict each other'),

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
-from timm_dfpt.training import build, export
+from timm_dfpt.training import export, models
 from timm_dfpt.training import run as run_module
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.run import main
@@ -34,7 +34,7 @@ def train(tiny, tmp_path, fresh_accelerate):
 @pytest.fixture
 def teacher_passes(monkeypatch):
     """An entry for each time that the teacher's original path ran."""
-    passes, create = [], build.create_teacher
+    passes, create = [], models.create_teacher
 
     def create_counted(*args):
         teacher = create(*args)
@@ -42,7 +42,7 @@ def teacher_passes(monkeypatch):
         teacher.register_forward_hook(lambda module, *_: passes.append(None) if module is teacher else None)
         return teacher
 
-    monkeypatch.setattr(build, 'create_teacher', create_counted)
+    monkeypatch.setattr(models, 'create_teacher', create_counted)
     return passes
 
 

@@ -117,7 +117,9 @@ def _add_argument(group: Any, field: dataclasses.Field[Any]) -> None:
     elif kind.container is list:
         default = ' '.join(map(str, default))
     notes = '; '.join(filter(None, (range_of(field), f'default: {default}')))
-    options: dict[str, Any] = {'help': f'{field.metadata["help"]} ({notes})', 'default': argparse.SUPPRESS}
+    # argparse takes a percent sign for a placeholder.
+    help = f'{field.metadata["help"]} ({notes})'.replace('%', '%%')
+    options: dict[str, Any] = {'help': help, 'default': argparse.SUPPRESS}
     if kind.container is bool:
         # argparse would read --no-aug as the negation of an option --aug.
         action: Any = 'store_true' if flag.startswith('--no-') else argparse.BooleanOptionalAction

@@ -15,7 +15,7 @@ from ..data.checks import nearest
 
 __all__ = [
     'SCHEDULES', 'SCHEDULE_OPTIONS', 'check_optimizer', 'check_schedule', 'check_used', 'create_optimizer',
-    'create_scheduler', 'describe_average', 'describe_decay',
+    'create_scheduler', 'describe_average', 'describe_decay', 'shortened',
 ]  # fmt: skip
 
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -147,7 +147,7 @@ def create_scheduler(
     *,
     sched: str,
     epochs: int,
-    warmup_epochs: int,
+    warmup_epochs: float,
     warmup_lr: float,
     min_lr: float,
     decay_epochs: float | None,
@@ -201,6 +201,24 @@ def create_scheduler(
         updates_per_epoch=updates_per_epoch,
     )
     return scheduler
+
+
+def shortened(schedule: dict[str, Any], epochs: int | None, updates_per_epoch: int) -> dict[str, Any]:
+    """Return the options of a schedule for what is trained in the first epochs of a run only.
+
+    Args:
+        schedule: The options of the run's schedule, see `create_scheduler`.
+        epochs: Number of these epochs; `None` for all.
+        updates_per_epoch: Updates per epoch.
+
+    Returns:
+        Those of the run where these are all of its epochs. Otherwise a cosine to zero, of which the same share is
+        warm-up, in whole updates.
+    """
+    if epochs is None or not 0 < epochs < schedule['epochs']:
+        return schedule
+    warmup = schedule['warmup_epochs'] * epochs * updates_per_epoch // schedule['epochs'] / updates_per_epoch
+    return {**schedule, 'sched': 'cosine', 'epochs': epochs, 'warmup_epochs': warmup, 'min_lr': 0.0}
 
 
 def check_schedule(

@@ -72,7 +72,11 @@ class Options:
     )
     # --- prompt path
     prompt_path: str | None = _opt(None, 'start from a published prompt path: Hub id or folder', 'prompt path')
-    freeze_prompt_path: bool = _opt(False, 'use --prompt-path as it is instead of tuning it on', 'prompt path')
+    prompt_epochs: str | None = _opt(
+        None, 'tune the prompt path in the first N epochs, or 25% of them, then freeze it; all to the end',
+        'prompt path', unset='all; 25% for a teacher of other classes, or with a = c = 0',
+    )  # fmt: skip
+    freeze_prompt_path: bool = _opt(False, 'use --prompt-path as it is: --prompt-epochs 0', 'prompt path')
     prompt_stages: list[str] = _opt([], 'number of stages, or the modules that end one', 'prompt path')
     prompt_reduction: float = _opt(2.0, 'r1: blocks work on channels / r1', 'prompt path', above=0, high=1024)
     prompt_partial_ratio: float = _opt(

@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +62,36 @@ class TrainConfig(Options):
         for name, (fits, allowed) in limits.items():
             if not fits:
                 raise ValueError(f'{name} must be {allowed}, got {shorten(getattr(self, name))}.')
+        self.tuned_epochs()
         check_schedule(**self.schedule)
         how, prompt_decay = (self.opt_fused, self.cpu), self.prompt_weight_decay
         check_optimizer('opt', self.opt, *how, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum)
         check_optimizer('prompt_opt', self.prompt_opt, *how, lr=self.prompt_lr, weight_decay=prompt_decay)
+
+    def tuned_epochs(self, own_classes: bool = True) -> int:
+        """Return the number of epochs in which the prompt path is tuned: `prompt_epochs`, or what that is by default.
+
+        Args:
+            own_classes: Whether the teacher's classes are those of the data, and its head was made for them.
+
+        Raises:
+            ValueError: If it is no number, or out of range.
+        """
+        if self.freeze_prompt_path:
+            return 0
+        adapts = not own_classes or not (self.prompt_teacher_weight or self.student_teacher_weight)
+        text = self.prompt_epochs or ('25%' if adapts else 'all')
+        if text == 'all':
+            return self.epochs
+        found = re.fullmatch(r'([0-9]+)|([0-9]+(?:\.[0-9]+)?)%', text)
+        # Exact: 7% of 100 epochs are 7 of them. A part of an epoch counts as a whole one.
+        count = math.ceil(Fraction(found[1] or Fraction(found[2]) * self.epochs / 100)) if found else -1
+        if not 0 <= count <= self.epochs:
+            raise ValueError(
+                f'prompt_epochs must be a number of epochs up to epochs={self.epochs}, a share of them such as 25%, or '
+                f'all, got {shorten(text)}.'
+            )
+        return count
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -95,8 +124,13 @@ class TrainConfig(Options):
             raise ValueError(f'prompt_path options need method dfpt or dfpt+, got method={self.method}.')
         if self.method in self.baselines or len(set(self.baselines)) != len(self.baselines):
             raise ValueError(f'baselines={self.baselines} names a method twice (method={self.method}).')
-        if self.freeze_prompt_path and not self.prompt_path:
-            raise ValueError('freeze_prompt_path needs a tuned one to start from: name it with --prompt-path.')
+        if self.freeze_prompt_path and self.prompt_epochs not in (None, '0'):
+            raise ValueError(
+                f'freeze_prompt_path and prompt_epochs={self.prompt_epochs} contradict each other: give one of them.'
+            )
+        if method.variant and self.tuned_epochs() == 0 and not self.prompt_path:
+            option = 'freeze_prompt_path' if self.freeze_prompt_path else f'prompt_epochs={self.prompt_epochs}'
+            raise ValueError(f'{option} needs a tuned one to start from: name it with --prompt-path.')
         used = (self.method, *self.baselines, *([self.kd_loss] if method.variant else []))
         hard = [name for name in used if METHODS[name].needs_hard_labels]
         if (self.mixup or self.cutmix) and hard:

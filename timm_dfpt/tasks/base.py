@@ -16,7 +16,7 @@ from ..teacher.teacher import DualForwardPathTeacher
 __all__ = ['StudentModule', 'StudentTask', 'TeacherLogits', 'check_kd_loss']
 
 TeacherLogits = dict[nn.Module, torch.Tensor]
-"""Logits `[B, K]` of one batch by the frozen teacher that gave them: computed once for all students that need them."""
+"""Logits `[B, K]` of one batch by the frozen model that gave them: computed once for all students that need them."""
 
 
 class StudentModule(nn.Module):
@@ -49,7 +49,13 @@ class StudentModule(nn.Module):
 
 
 class StudentTask(TrainingTask):
-    """A timm task that trains a student, and answers what a trainer asks; these are the answers without a teacher."""
+    """A timm task that trains a student, and answers what a trainer asks; these are the answers without a teacher.
+
+    Attributes:
+        prompt_epochs: Epochs after which `set_progress` freezes the prompt path, if there is one; `None` for never.
+    """
+
+    prompt_epochs: int | None = None
 
     def get_student(self, ema: bool = False) -> nn.Module:
         """Return the student itself, or its moving average, without wrappers of distributed training or compilation."""
@@ -69,6 +75,13 @@ class StudentTask(TrainingTask):
 
     def get_dual_teacher(self) -> DualForwardPathTeacher | None:
         """Return the teacher with both of its paths, if it has a prompt path."""
+        return None
+
+    def get_frozen_path(self) -> nn.Module | None:
+        """Return the prompt path if there is one that is not trained, or not any more.
+
+        `forward` then takes its logits `[B, K]` as `prompt_logits`, if they are known already.
+        """
         return None
 
     def teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
@@ -131,8 +144,8 @@ class StudentTask(TrainingTask):
             teacher_logits: Logits `[B, K]` of the frozen teacher if they are known already.
 
         Returns:
-            `loss` (train on this), `output` (the student's logits), `teacher_output` where there is a teacher, and
-            whatever else is of interest, as scalars.
+            `loss` (train on this), `output` (the student's logits), `teacher_output` and `prompt_output` where these
+            were needed, and whatever else is of interest, as scalars.
         """
         raise NotImplementedError
 

@@ -35,38 +35,59 @@ class DFPTTrainableModule(StudentModule):
     Args:
         student_model: The student.
         teacher: The teacher whose prompt path is trained.
+
+    Attributes:
+        frozen: Whether the prompt path has no parameter to be trained.
     """
 
     def __init__(self, student_model: nn.Module, teacher: DualForwardPathTeacher) -> None:
         super().__init__(student_model)
         self.prompt_path = teacher.prompt_path
         self._teacher = (teacher,)
+        self.frozen = False
+        self.look_for_gradients()
+
+    def look_for_gradients(self) -> None:
+        """Find out whether the prompt path is trained; put it into evaluation otherwise."""
+        self.frozen = not any(p.requires_grad for p in self.prompt_path.parameters())
+        if self.frozen:
+            self.prompt_path.eval()
 
     def train(self, mode: bool = True) -> DFPTTrainableModule:
         """Set the mode of student and prompt path; a prompt path without trainable parameters stays in evaluation."""
         super().train(mode)
-        if not any(p.requires_grad for p in self.prompt_path.parameters()):
-            self.prompt_path.eval()
+        self.look_for_gradients()
         return self
 
     def forward(
-        self, student_input: torch.Tensor, teacher_input: torch.Tensor, teacher_logits: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        student_input: torch.Tensor,
+        teacher_input: torch.Tensor,
+        teacher_logits: torch.Tensor | None = None,
+        prompt_logits: torch.Tensor | None = None,
+        original: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Run all three paths on one batch.
 
         Args:
             student_input: Images `[B, C, H, W]` for the student.
             teacher_input: The same images as the teacher takes them.
             teacher_logits: Logits `[B, K]` of the original path if they are known already.
+            prompt_logits: Logits `[B, K]` of the prompt path, if it is frozen and they are known already.
+            original: Whether the original path is asked for.
 
         Returns:
-            Logits of student, prompt path and original path, `[B, K]` each.
+            Logits of student, prompt path and original path, `[B, K]` each; `None` for the last if not asked for.
         """
         teacher = self._teacher[0]
-        if teacher_logits is None:
-            teacher_logits, prompt_logits = teacher(teacher_input)
-        else:
-            prompt_logits = teacher.prompt(teacher_input)
+        original = original and teacher_logits is None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if prompt_logits is None and original:
+                teacher_logits, prompt_logits = teacher(teacher_input)
+            elif prompt_logits is None:
+                prompt_logits = teacher.prompt(teacher_input)
+            elif original:
+                teacher_logits = teacher.original(teacher_input)
         return self.student(student_input), prompt_logits, teacher_logits
 
 
@@ -85,6 +106,7 @@ class DFPTDistillationTask(StudentTask):
         student_prompt_weight_end: Value that the weight d (`weights.student_prompt`) reaches linearly at the end.
         kd_loss: Another distillation loss than the paper's, `(learner_logits, source_logits, target, temperature) ->
             scalar`, such as `timm_dfpt.losses.dkd_loss`.
+        prompt_epochs: Epochs after which `set_progress` freezes the prompt path; `None` for never, 0 for at once.
         backbone_lr_scale: DFPT-KD+: learning rate of the backbone copy in relation to the rest of the prompt path.
         input_config: What the loader gives: `input_size` `(C, H, W)`, `mean`, `std`. By default what the student's
             `pretrained_cfg` says.
@@ -115,6 +137,7 @@ class DFPTDistillationTask(StudentTask):
         weights: DFPTWeights | None = None,
         student_prompt_weight_end: float | None = None,
         kd_loss: KDLoss | None = None,
+        prompt_epochs: int | None = None,
         backbone_lr_scale: float = 0.3,
         input_config: Mapping[str, Any] | None = None,
         teacher_input_config: Mapping[str, Any] | None = None,
@@ -139,6 +162,9 @@ class DFPTDistillationTask(StudentTask):
         self.student_prompt_weight_end = student_prompt_weight_end
         self.kd_loss = kd_loss
         self.backbone_lr_scale = backbone_lr_scale
+        self.prompt_epochs = prompt_epochs
+        if prompt_epochs == 0:
+            self.freeze_prompt_path()
         if verbose:
             _logger.info(f'DFPTDistillationTask: {self.weights}, temperature={temperature}')
 
@@ -197,6 +223,28 @@ class DFPTDistillationTask(StudentTask):
         """Return the original path: the frozen model itself."""
         return self.teacher.model
 
+    def freeze_prompt_path(self) -> None:
+        """Train the prompt path no more: evaluation, no gradient, and none of its terms in the loss.
+
+        Optimizers must leave its parameters out from then on, and DistributedDataParallel must be wrapped around anew.
+        """
+        path = self._trainable().prompt_path
+        path.requires_grad_(False)
+        for param in path.parameters():
+            param.grad = None
+        self._trainable().look_for_gradients()
+
+    def get_frozen_path(self) -> nn.Module | None:
+        """Return the prompt path if it is frozen."""
+        module = self._trainable()
+        return module.prompt_path if module.frozen else None
+
+    @property
+    def needs_teacher_logits(self) -> bool:
+        """Whether the student (c) learns from the original path, or the prompt path (a) as long as it is trained."""
+        weights = self.weights
+        return bool(weights.student_teacher or (weights.prompt_teacher and not self._trainable().frozen))
+
     def get_dual_teacher(self) -> DualForwardPathTeacher:
         """Return the teacher with both of its paths."""
         return self.teacher
@@ -227,28 +275,44 @@ class DFPTDistillationTask(StudentTask):
         return groups
 
     def set_progress(self, epoch: int, update: int, total: int) -> None:
-        """Set the weight d, where it changes."""
+        """Freeze the prompt path after its epochs, and set the weight d where it changes."""
+        if self.prompt_epochs is not None and epoch >= self.prompt_epochs and not self._trainable().frozen:
+            self.freeze_prompt_path()
         if self.student_prompt_weight_end is not None:
             start = self.first_weights.student_prompt
             now = start + (self.student_prompt_weight_end - start) * (update / max(1, total - 1))
             self.weights = dataclasses.replace(self.first_weights, student_prompt=now)
 
     def forward(
-        self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        teacher_logits: torch.Tensor | None = None,
+        prompt_logits: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Run student and both paths, and compute every loss term.
+        """Run student and both paths, the original one where somebody learns from it, and compute the loss terms.
 
         Args:
             input: Images `[B, C, H, W]` as the student takes them.
             target: Class indices `[B]` or probabilities `[B, K]`.
             teacher_logits: Logits `[B, K]` of the original path if they are known already (a cache).
+            prompt_logits: Logits `[B, K]` of the prompt path, if it is frozen and they are known already.
 
         Returns:
-            `loss` (train on this), `output` (student logits), `prompt_output`, `teacher_output`, the six unweighted
-            terms of `dfpt_losses`, and `agree_student_prompt`, `agree_student_teacher`, `agree_prompt_teacher`: the
-            share of the batch on which two of them name the same class.
+            `loss` (train on this), `output` (student logits), `prompt_output`, `teacher_output`, the unweighted terms
+            of `dfpt_losses`, and `agree_student_prompt`, `agree_student_teacher`, `agree_prompt_teacher`: the share of
+            the batch on which two of them name the same class. Those of the original path are missing where nobody
+            learns from it, and those that the prompt path learns from where it is frozen.
         """
-        student, prompt, teacher = self.trainable_module(input, self.adapter(input), teacher_logits)
+        original, frozen = self.needs_teacher_logits, self._trainable().frozen
+        if not original:
+            # Whether somebody else knows them must not decide what is shown.
+            teacher_logits = None
+        if not frozen:
+            prompt_logits = None
+        known = prompt_logits is not None and (teacher_logits is not None or not original)
+        teacher_input = input if known else self.adapter(input)
+        student, prompt, teacher = self.trainable_module(input, teacher_input, teacher_logits, prompt_logits, original)
         losses = dfpt_losses(
             student,
             prompt,
@@ -258,16 +322,15 @@ class DFPTDistillationTask(StudentTask):
             weights=self.weights,
             criterion=self.criterion,
             kd_fn=self.kd_loss,
+            prompt_learns=not frozen,
         )
-        return {
-            **losses,
-            'output': student,
-            'prompt_output': prompt,
-            'teacher_output': teacher,
-            'agree_student_prompt': _agreement(student, prompt),
-            'agree_student_teacher': _agreement(student, teacher),
-            'agree_prompt_teacher': _agreement(prompt, teacher),
-        }
+        outputs = {'output': student, 'prompt_output': prompt}
+        agreements = {'agree_student_prompt': _agreement(student, prompt)}
+        if teacher is not None:
+            outputs['teacher_output'] = teacher
+            agreements['agree_student_teacher'] = _agreement(student, teacher)
+            agreements['agree_prompt_teacher'] = _agreement(prompt, teacher)
+        return {**losses, **outputs, **agreements}
 
     def _trainable(self) -> DFPTTrainableModule:
         module = unwrap_model(self.trainable_module)

@@ -233,6 +233,7 @@ def create_task(
         teacher,
         weights=DFPTWeights(**{name: getattr(config, f'{name}_weight') for name in names}),
         student_prompt_weight_end=config.student_prompt_weight_end,
+        prompt_epochs=config.tuned_epochs(),
         backbone_lr_scale=config.prompt_backbone_lr_scale,
         **common,
     )

@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from timm.utils import unwrap_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..job.devices import ShardedRoot, clip_shards, is_sharding, local_part, whole_weights
-from ..job.optim import create_optimizer, create_scheduler
+from ..job.optim import create_optimizer, create_scheduler, shortened
 from ..job.options import TrainConfig
 from ..tasks.base import StudentTask, TeacherLogits
 
@@ -52,13 +53,18 @@ class Learner:
             optimizers.append(_prompt_optimizer(config, groups))
         if config.compile:
             task.compile()
-        self.schedulers = [create_scheduler(each, updates_per_epoch, **config.schedule) for each in optimizers]
+        schedules = [config.schedule, shortened(config.schedule, task.prompt_epochs, updates_per_epoch)]
+        self.schedulers = [
+            create_scheduler(optimizer, updates_per_epoch, **schedule)
+            for optimizer, schedule in zip(optimizers, schedules, strict=False)
+        ]
         self.total_updates = config.epochs * updates_per_epoch
         self._sharded = is_sharding(accelerator)
         if self._sharded:
             task.trainable_module = ShardedRoot(task.trainable_module)
         # Together, since sharding replaces the parameters that an optimizer knows.
         task.trainable_module, *self.optimizers = accelerator.prepare(task.trainable_module, *optimizers)
+        """Those that make updates: the student's, and the prompt path's until it is frozen."""
         self.overflowed = False
         """Whether the gradient scaler left out an optimizer in the last update, since its gradient was not finite."""
         self.published = 'student_ema' if config.model_ema else 'student'
@@ -99,6 +105,17 @@ class Learner:
         """The frozen model this student learns from."""
         return self.task.get_teacher()
 
+    @property
+    def frozen_models(self) -> list[nn.Module]:
+        """What this student learns from and is not trained: the teacher, and a prompt path that is frozen."""
+        return [model for model in (self.teacher, self.task.get_frozen_path()) if model is not None]
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the prompt path is frozen, or will be before the end."""
+        epochs = self.task.prompt_epochs
+        return self.task.get_frozen_path() is not None or (epochs is not None and epochs < self.config.epochs)
+
     def train(self) -> None:
         """Put what is trained, and nothing else, into training mode."""
         self._whole.close()
@@ -116,10 +133,13 @@ class Learner:
             epoch: Epochs completed.
             update: Updates completed.
         """
+        self.task.set_progress(epoch, update, self.total_updates)
+        if len(self.optimizers) > 1 and self.task.get_frozen_path() is not None:
+            del self.optimizers[1:], self.schedulers[1:]
+            self.task.trainable_module = _wrap_anew(self.accelerator, self.module)
         for scheduler in self.schedulers:
             if scheduler is not None:
                 scheduler.step_update(update)
-        self.task.set_progress(epoch, update, self.total_updates)
 
     def step(
         self,
@@ -155,12 +175,14 @@ class Learner:
         return {**terms, **norms}
 
     def _forward(self, input: torch.Tensor, target: torch.Tensor, known: TeacherLogits) -> dict[str, torch.Tensor]:
-        teacher = self.teacher
+        models = {'teacher': self.teacher, 'prompt': self.task.get_frozen_path()}
+        frozen = {name: model for name, model in models.items() if model is not None}
         with self.accelerator.autocast():
-            if teacher is None:
-                return self.task(input, target)
-            result = self.task(input, target, known.get(teacher))
-        known[teacher] = result['teacher_output']
+            logits = {f'{name}_logits': known[model] for name, model in frozen.items() if model in known}
+            result = self.task(input, target, **logits)
+        for name, model in frozen.items():
+            if f'{name}_output' in result:
+                known[model] = result[f'{name}_output']
         return result
 
     def _clip_gradients(self) -> dict[str, torch.Tensor]:
@@ -199,7 +221,10 @@ class Learner:
         if self.accelerator.num_processes == 1:
             return
         # Else every process would evaluate, and average into its EMA, a student with batch statistics of its own.
-        buffers = [buffer for buffer in self.module.buffers() if buffer.is_floating_point()]
+        # What is frozen stays as it is to the bit, which a mean of equal numbers need not be.
+        path = self.task.get_frozen_path()
+        frozen = {id(buffer) for buffer in path.buffers()} if path is not None else set()
+        buffers = [each for each in self.module.buffers() if each.is_floating_point() and id(each) not in frozen]
         if buffers:
             means: Any = self.accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), 'mean')
             for buffer, mean in zip(buffers, means.split([buffer.numel() for buffer in buffers]), strict=True):
@@ -236,6 +261,16 @@ class Learner:
             outputs['teacher'] = self.task.teacher_logits(input)
         known[self.teacher] = outputs['teacher']
         return outputs
+
+
+def _wrap_anew(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Return another DistributedDataParallel in the place of one that waits for gradients of what is frozen since."""
+    if not isinstance(module, DistributedDataParallel):
+        return module
+    options: dict[str, Any] = {'device_ids': module.device_ids, 'output_device': module.output_device}
+    if accelerator.ddp_handler is not None:
+        options |= accelerator.ddp_handler.to_kwargs()
+    return DistributedDataParallel(module.module, **options)
 
 
 def _student_optimizer(config: TrainConfig, task: StudentTask) -> torch.optim.Optimizer:

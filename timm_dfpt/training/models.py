@@ -130,8 +130,6 @@ def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeache
                 f'prompt_path {config.prompt_path!r} is of the variant {teacher.variant!r}: use --method '
                 f'{teacher.variant}.'
             )
-        if config.freeze_prompt_path:
-            teacher.prompt_path.requires_grad_(False)
         return teacher
     stages: Any = config.prompt_stages or None
     if stages and len(stages) == 1 and stages[0].isdigit():

@@ -190,14 +190,14 @@ def plot_curves(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     matplotlib.use('agg')
     from matplotlib import pyplot as plt  # costs 0.3 s
 
-    epochs = [line['epoch'] for line in lines]
     learners = [name for name, value in lines[0].items() if isinstance(value, dict)]
     main = learners[0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
-    for key in lines[0][main]['train']:
-        if key.endswith('loss'):
-            label = key.removesuffix('_loss').replace('task', 'labels').replace('_', ' learns from ', 1)
-            left.plot(epochs, [line[main]['train'][key] for line in lines], label=label)
+    # Terms of a prompt path that is frozen after some epochs end there.
+    for key in dict.fromkeys(key for line in lines for key in line[main]['train'] if key.endswith('loss')):
+        label = key.removesuffix('_loss').replace('task', 'labels').replace('_', ' learns from ', 1)
+        known = [line for line in lines if key in line[main]['train']]
+        left.plot([line['epoch'] for line in known], [line[main]['train'][key] for line in known], label=label)
     left.set(xlabel='epoch', ylabel='nats (terms unweighted)', yscale='log', title='training loss')
     left.legend(fontsize='small')
     for learner in learners:

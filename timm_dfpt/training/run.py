@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ..data.datasets import DataSplits
-from ..data.fingerprint import dataset_fingerprint, describe_data
+from ..data.fingerprint import describe_data
 from ..data.loader import default_batch_size
 from ..hub.config import check_data_config, check_label_names
 from ..hub.errors import HubError
@@ -31,11 +31,11 @@ from ..version import __version__
 from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config
 from .checkpoint import describe_teachers
 from .export import Results, check_export, describe_models, export, export_student
+from .kept_logits import keep_logits
 from .learner import Learner
 from .publish import check_targets, publish_run, retry_command
 from .report import attempt, closing_table, plot_curves, verdicts
 from .run_folder import RunFolder, claimed
-from .teacher_cache import TeacherCache, cache_key, check_exact
 from .trainer import Trainer
 
 __all__ = [
@@ -252,7 +252,7 @@ def train_side_by_side(
     learners = setup.create_learners(arms)
     on_main(accelerator, lambda: check_export(learners, describe(setup, command)))
     _report_teacher(setup, learners[0])
-    teacher_cache = open_teacher_cache(setup, learners[0])
+    kept = keep_logits(config, learners[0], setup.data, setup.input_config, accelerator)
     folder.open(config, accelerator)
     accelerator.print(f'run folder: {folder}')
     if config.log_with:
@@ -279,7 +279,7 @@ def train_side_by_side(
         folder=folder,
         mixup=create_mixup(config, setup.data.num_classes),
         after_epoch=keep_students,
-        teacher_cache=teacher_cache,
+        kept=kept,
         origin=origin,
     )
     return learners, trainer.fit()
@@ -291,37 +291,14 @@ def _report_teacher(setup: Setup, learner: Learner) -> None:
     dual_teacher = learner.task.get_dual_teacher()
     if dual_teacher is not None:
         say(dual_teacher.summary())
+        tuned, epochs = learner.task.prompt_epochs, learner.config.epochs
+        if tuned and tuned < epochs:
+            say(f'the prompt path is tuned in the first {tuned} of {epochs} epochs and then frozen')
     if learner.teacher is not None:
         forward = learner.task.teacher_logits
         before = evaluate(lambda x: {'teacher': forward(x)}, setup.loaders['val'], setup.accelerator)
         top1 = before['teacher']['top1']
         say(f'teacher {learner.config.teacher}: {top1:.2f}% top-1 on the validation data')
-
-
-def open_teacher_cache(setup: Setup, learner: Learner) -> TeacherCache | None:
-    """Open the logits that are kept of the learner's teacher, if the options ask for that.
-
-    Raises:
-        ValueError: If they would not be those that the teacher gives in training.
-    """
-    config, accelerator = setup.config, setup.accelerator
-    if not config.cache_teacher:
-        return None
-    if accelerator.num_processes > 1:
-        raise ValueError('cache_teacher works in one process only: leave it out, or start a single one.')
-    if learner.teacher is None:
-        raise ValueError(f'cache_teacher needs a teacher, and {learner.name} has none: name another method first.')
-    size, seed = tuple(setup.input_config['input_size']), torch.Generator().manual_seed(config.seed)
-    assert config.batch_size is not None
-    images = torch.randn(config.batch_size, *size, generator=seed).to(accelerator.device)
-    if config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    with accelerator.autocast():
-        check_exact(learner.task.teacher_logits, images)
-    data = dataset_fingerprint(setup.data.train)
-    key = cache_key(dataclasses.asdict(config), learner.teacher, data, setup.input_config, accelerator.device)
-    folder, rows, classes = Path(config.teacher_cache_dir), len(setup.data.train), setup.data.num_classes
-    return TeacherCache(folder, key, rows, classes, config.aug_cycle or 1)
 
 
 def measure(setup: Setup, learners: Sequence[Learner]) -> list[Results]:

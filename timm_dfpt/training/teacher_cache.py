@@ -1,4 +1,4 @@
-"""Logits of the frozen teacher, computed once and kept on disk: exact, or refused.
+"""Logits of a frozen model, computed once and kept on disk: exact, or refused.
 
 A row's logits are asked for again in a batch of other rows. On the machines tried they have the same bits there, as
 long as the batch has the same size; `check_exact` makes sure of it before the cache is used.
@@ -20,6 +20,7 @@ from torch import nn
 
 from ..hub.base import fingerprint
 from ..hub.files import atomic
+from ..teacher.teacher import DualForwardPathTeacher
 
 __all__ = ['TeacherCache', 'cache_key', 'check_exact']
 
@@ -34,9 +35,14 @@ _OPTIONS = (
 
 
 def cache_key(
-    options: Mapping[str, Any], teacher: nn.Module, data: str, input_config: Mapping[str, Any], device: torch.device
+    options: Mapping[str, Any],
+    teacher: nn.Module,
+    data: str,
+    input_config: Mapping[str, Any],
+    device: torch.device,
+    paths: DualForwardPathTeacher | None = None,
 ) -> dict[str, Any]:
-    """Return everything that may change a bit of the teacher's logits, as plain JSON types.
+    """Return everything that may change a bit of the teacher's logits, or its prompt path's, as plain JSON types.
 
     Args:
         options: Options of the run by name.
@@ -44,6 +50,7 @@ def cache_key(
         data: `dataset_fingerprint` of the training split.
         input_config: What the loader makes of images.
         device: Where the teacher runs.
+        paths: The teacher with both of its paths, where logits of the frozen prompt path are meant.
     """
     cpu = (torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()) if device.type == 'cpu' else None
     key = {
@@ -56,7 +63,15 @@ def cache_key(
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         'cpu': cpu,
     }
-    return json.loads(json.dumps(key, sort_keys=True))
+    if paths is not None:
+        path = paths.prompt_path
+        key['prompt_path'] = {
+            'weights': dataclasses.asdict(fingerprint(path)),
+            'variant': path.variant,
+            'stages': [stage.module for stage in path.stages],
+            'config': dataclasses.asdict(path.config),
+        }
+    return json.loads(json.dumps(key, sort_keys=True, default=str))
 
 
 @torch.no_grad()

@@ -26,14 +26,13 @@ from tqdm.auto import tqdm
 from ..data.seeding import derive_seed
 from ..job.options import TrainConfig
 from ..job.stopping import NonFiniteLossError, Preempted, StopRequest, on_stop, stop_signal
-from ..tasks.base import TeacherLogits
 from ..tasks.evaluation import evaluate
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
+from .kept_logits import KeptLogits
 from .learner import Learner
 from .progress import Note, Progress
 from .report import attempt, epoch_line
 from .run_folder import RunFolder
-from .teacher_cache import TeacherCache
 
 __all__ = ['Trainer']
 
@@ -61,7 +60,7 @@ class Trainer:
         folder: The run folder.
         mixup: timm's mixup, if any.
         after_epoch: Called with each epoch's line of `metrics.jsonl` before its checkpoint; again after a stop between.
-        teacher_cache: Logits of the first learner's teacher that are kept for later epochs and runs.
+        kept: Logits of what the first learner hears that are kept for later epochs and runs.
         origin: What the run is made from besides its options, in the main process; see `describe_data` and
             `describe_teachers`. A checkpoint of another origin is refused.
     """
@@ -77,12 +76,12 @@ class Trainer:
         folder: RunFolder,
         mixup: Mixup | None = None,
         after_epoch: Callable[[Mapping[str, Any]], None] | None = None,
-        teacher_cache: TeacherCache | None = None,
+        kept: KeptLogits | None = None,
         origin: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.accelerator, self.learners = config, accelerator, list(learners)
         self.train_loader, self.val_loader, self.folder, self.mixup = train_loader, val_loader, folder, mixup
-        self.teacher_cache, self.origin = teacher_cache, dict(origin or {})
+        self.kept, self.origin = kept, dict(origin or {})
         self.steps = len(train_loader)
         self.after_epoch = after_epoch
         self.progress = Progress()
@@ -140,6 +139,8 @@ class Trainer:
         self._seeds = [self._derive_seed(_STEP_STREAM, step) for step in range(self.steps)]
         for learner in self.learners:
             learner.train()
+            # Before the first step accumulates: what ends with an epoch may wrap anew what is trained.
+            learner.set_progress(progress.epoch, progress.updates)
         for input, target, index in loader:
             # One context for all learners: each would count a step of the accumulation of its own.
             with accelerator.accumulate(*(learner.module for learner in self.learners)):
@@ -172,8 +173,8 @@ class Trainer:
             random.seed(seed)
             np.random.seed(seed % 2**32)
             input, target = self.mixup(input, target)
-        known = self._cached_logits(index)
-        cached = bool(known)
+        cached = self.kept.get(progress.epoch, index) if self.kept is not None else {}
+        known = dict(cached)
         for learner in self.learners:
             learner.set_progress(progress.epoch, progress.updates)
             terms = learner.step(input, target, self._seeds[progress.step_in_epoch], known, self._weight())
@@ -181,9 +182,9 @@ class Trainer:
             if self.accelerator.sync_gradients:
                 self._count_overflows(learner, step)
                 learner.update_average(progress.updates + 1)
-        teacher = self.learners[0].teacher
-        if self.teacher_cache is not None and teacher is not None and not cached:
-            self.teacher_cache.put(progress.epoch, index, known[teacher])
+        if self.kept is not None:
+            computed = {model: logits for model, logits in known.items() if model not in cached}
+            self.kept.put(progress.epoch, index, computed)
         if self.accelerator.sync_gradients:
             progress.updates += 1
 
@@ -191,13 +192,6 @@ class Trainer:
         """Return the weight of a micro-batch in its update: the last of an epoch may be made from fewer."""
         usual, rest = self.config.grad_accum_steps, self.steps % self.config.grad_accum_steps
         return usual / rest if rest and self.progress.step_in_epoch >= self.steps - rest else 1.0
-
-    def _cached_logits(self, index: torch.Tensor) -> TeacherLogits:
-        teacher = self.learners[0].teacher
-        if self.teacher_cache is None or teacher is None:
-            return {}
-        logits = self.teacher_cache.get(self.progress.epoch, index, self.accelerator.device)
-        return {} if logits is None else {teacher: logits}
 
     def _count_overflows(self, learner: Learner, step: int) -> None:
         in_a_row = self.progress.overflows_in_a_row
@@ -309,8 +303,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._look()
-        if self.teacher_cache is not None:
-            self.teacher_cache.flush()
+        if self.kept is not None:
+            self.kept.flush()
         progress, now = self.progress, time.monotonic()
         progress.seconds += now - self._clock
         self._clock = now

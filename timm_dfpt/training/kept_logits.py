@@ -1,0 +1,104 @@
+"""Which logits of a run are kept: those of the teacher, and from the freeze on those of its prompt path."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.datasets import DataSplits
+from ..data.fingerprint import dataset_fingerprint
+from ..job.options import TrainConfig
+from ..tasks.base import TeacherLogits
+from .learner import Learner
+from .teacher_cache import TeacherCache, cache_key, check_exact
+
+__all__ = ['KeptLogits', 'keep_logits']
+
+
+class KeptLogits:
+    """Logits of the frozen models that a learner hears, each model's in a file of its own.
+
+    Args:
+        learner: The learner.
+        open_cache: Opens the file of a model.
+        device: Where logits are to be.
+    """
+
+    def __init__(self, learner: Learner, open_cache: Callable[[nn.Module], TeacherCache], device: torch.device) -> None:
+        self.learner, self.open_cache, self.device = learner, open_cache, device
+        self.caches: dict[nn.Module, TeacherCache] = {}
+
+    def get(self, epoch: int, rows: torch.Tensor) -> TeacherLogits:
+        """Return what is known of a batch.
+
+        Args:
+            epoch: Number of the epoch.
+            rows: Rows of the batch, int64 `[B]`.
+        """
+        known = {}
+        for model in self.learner.frozen_models:
+            if model not in self.caches:
+                self.caches[model] = self.open_cache(model)
+            logits = self.caches[model].get(epoch, rows, self.device)
+            if logits is not None:
+                known[model] = logits
+        return known
+
+    def put(self, epoch: int, rows: torch.Tensor, computed: TeacherLogits) -> None:
+        """Keep what was computed for a batch; see `TeacherCache.put`."""
+        for model, cache in self.caches.items():
+            if model in computed:
+                cache.put(epoch, rows, computed[model])
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        for cache in self.caches.values():
+            cache.flush()
+
+
+def keep_logits(
+    config: TrainConfig, learner: Learner, data: DataSplits, input_config: Mapping[str, Any], accelerator: Accelerator
+) -> KeptLogits | None:
+    """Prepare for keeping logits, if the options ask for that.
+
+    Args:
+        config: The options.
+        learner: The first learner, whose frozen models are meant.
+        data: The splits.
+        input_config: What the loader makes of images.
+        accelerator: Devices and processes.
+
+    Raises:
+        ValueError: If they would not be those that the models give in training.
+    """
+    if not config.cache_teacher:
+        return None
+    if accelerator.num_processes > 1:
+        raise ValueError('cache_teacher works in one process only: leave it out, or start a single one.')
+    teacher = learner.teacher
+    if teacher is None:
+        raise ValueError(f'cache_teacher needs a teacher, and {learner.name} has none: name another method first.')
+    size, seed = tuple(input_config['input_size']), torch.Generator().manual_seed(config.seed)
+    assert config.batch_size is not None
+    images = torch.randn(config.batch_size, *size, generator=seed).to(accelerator.device)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    learner.eval()
+    with accelerator.autocast():
+        check_exact(learner.task.teacher_logits, images)
+        if learner.freezes:
+            check_exact(learner.task.prompt_logits, images)
+    fingerprint, options = dataset_fingerprint(data.train), dataclasses.asdict(config)
+
+    def open_cache(model: nn.Module) -> TeacherCache:
+        path = None if model is teacher else learner.task.get_dual_teacher()
+        key = cache_key(options, teacher, fingerprint, input_config, accelerator.device, path)
+        folder, rows = Path(config.teacher_cache_dir), len(data.train)
+        return TeacherCache(folder, key, rows, data.num_classes, config.aug_cycle or 1)
+
+    return KeptLogits(learner, open_cache, accelerator.device)
