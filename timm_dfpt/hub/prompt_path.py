@@ -14,8 +14,10 @@ from timm.data import resolve_model_data_config
 from timm.models._input import get_model_args
 from torch import nn
 
+from ..backbone.calibration import calibration_input
 from ..backbone.stages import find_stages
 from ..backbone.types import Stage
+from ..teacher.checks import find_classifier
 from ..teacher.prompt_path import PromptPath
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import open_stages
@@ -177,15 +179,19 @@ def _check_fits(twin: Any, record: PromptPathRecord, name: str, found: Mapping[s
     check_base(record, fingerprint(twin), shapes_only=True)
     try:
         with bounded(len(found), count_values(found)), torch.device('meta'):
-            _check_stages(find_stages(twin, _modules(record), _input_size(twin, record)), record)
+            size = _input_size(twin, record)
+            _check_stages(find_stages(twin, _modules(record), size), record)
             path = PromptPath(
                 twin,
                 record.stages,
                 record.prompt,
                 variant=record.variant,
-                classifier=record.classifier,
+                classifier=find_classifier(twin, record.classifier, record.num_classes),
                 num_classes=_new_classes(twin, record),
+                x=calibration_input(twin, size),
             )
+            if path.classifier != record.classifier:
+                raise ValueError(f'its classifier is {path.classifier}, not {record.classifier}')
     except BUILD_ERRORS as error:
         raise ValueError(f'The base model cannot be opened as the prompt path asks: {error}') from error
     check_tensors(name, found, specs_of(path))
@@ -221,6 +227,8 @@ def _modules(record: PromptPathRecord) -> list[str]:
 
 def _new_classes(base: Any, record: PromptPathRecord) -> int | None:
     """Return the number of classes where it is not the base's."""
+    if not find_classifier(base, record.classifier, record.num_classes):
+        return record.num_classes
     return record.num_classes if record.num_classes != getattr(base, 'num_classes', record.num_classes) else None
 
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbone.calibration import calibration_input
+from ..backbone.heads import ENCODER_HEAD
+from ..backbone.modes import evaluating
 from ..backbone.types import name_of
 from .hooks import Injection
 from .teacher import DualForwardPathTeacher
@@ -69,38 +72,75 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return tensor.device.type == 'meta' or not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def find_classifier(model: nn.Module, classifier: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the classifier modules.
+def find_classifier(
+    model: nn.Module,
+    classifier: str | Sequence[str] | None,
+    num_classes: int | None = None,
+    input_size: tuple[int, int, int] | None = None,
+) -> tuple[str, ...]:
+    """Return the names of the classifier modules, none for an encoder that is to get a classifier.
+
+    Args:
+        model: The model.
+        classifier: Their names, as far as they are known; `()` says that there are none.
+        num_classes: Number of classes of a new head, which an encoder must get.
+        input_size: `(C, H, W)` that the model takes; by default the smallest.
 
     Raises:
-        ValueError: If there is none, or it cannot be found.
+        ValueError: If there is none and `num_classes` is None, or it cannot be found.
     """
     kind = name_of(model)
+    modules = dict(model.named_modules())
     names = classifier
+    if names is None and ENCODER_HEAD in modules:
+        names = ENCODER_HEAD
     if names is None:
         names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
     get_classifier: Any = getattr(model, 'get_classifier', None)
     if names is None and get_classifier is not None:
         found = get_classifier()
-        names = next((name for name, module in model.named_modules() if module is found), None)
-    modules = dict(model.named_modules())
-    if getattr(model, 'num_classes', None) == 0 and not _has_weights(modules, names or ()):
-        remedy = (
-            'Create it with its classes, e.g. timm.create_model(name, pretrained=True, num_classes=1000).'
-            if get_classifier is not None
-            else 'It is an encoder without a classifier: wrap a classifier of the same family instead, or a module of '
-            'your own with this encoder and a head, with stages=[...] and classifier=....'
+        names = next((name for name, module in modules.items() if module is found), None)
+    names = (names,) if isinstance(names, str) else tuple(names) if names is not None else None
+    bare = getattr(model, 'num_classes', None) == 0 and not _has_weights(modules, names or ())
+    if bare or names == () or (names == (ENCODER_HEAD,) and ENCODER_HEAD not in modules):
+        if num_classes is None:
+            raise ValueError(
+                f'{kind} is an encoder without a classifier{" (num_classes=0)" if bare else ""}, so it has no logits '
+                'to start from: give num_classes=K, the number of your classes, and its prompt path gets a head of its '
+                'own.'
+            )
+        return ()
+    if names is None:
+        last = _last_linear(model, input_size) if num_classes is not None else ''
+        if last is None:
+            return ()
+        raise ValueError(
+            f'{kind} does not say which module is its classifier; name it, e.g. classifier="{last or "fc"}".'
+            + (f' If {last} is none and its outputs are features: classifier=().' if last else '')
         )
-        raise ValueError(f'{kind} has num_classes=0, so it has no logits to teach with. {remedy}')
-    if not names:
-        raise ValueError(f'{kind} does not say which module is its classifier; name it, e.g. classifier="fc".')
-    names = (names,) if isinstance(names, str) else tuple(names)
     missing = [name for name in names if name not in modules]
     if missing:
         raise ValueError(f'{kind} has no module {missing[0]!r}; name its classifier, e.g. classifier="fc".')
     return names
 
 
-def _has_weights(modules: dict[str, nn.Module], names: str | Sequence[str]) -> bool:
-    names = [names] if isinstance(names, str) else names
+def _last_linear(model: nn.Module, input_size: tuple[int, int, int] | None) -> str | None:
+    """Return the linear layer or 1x1 convolution whose output is the model's, which may well be a classifier."""
+    outputs: dict[str, Any] = {}
+    handles = [
+        module.register_forward_hook(lambda module, args, output, name=name: outputs.update({name: output}))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+    x = calibration_input(model, input_size)
+    try:
+        with evaluating(model), torch.no_grad():
+            output = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next((name for name, found in outputs.items() if found is output), None)
+
+
+def _has_weights(modules: dict[str, nn.Module], names: Sequence[str]) -> bool:
     return any(next(modules[name].parameters(), None) is not None for name in names if name in modules)

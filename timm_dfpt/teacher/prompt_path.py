@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +14,7 @@ from timm.layers import use_reentrant_ckpt
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..backbone.heads import replace_head
+from ..backbone.heads import add_head, replace_head
 from ..backbone.layouts import TokenOrder
 from ..backbone.modes import keep_frozen
 from ..backbone.rules import rule_for
@@ -47,12 +47,16 @@ class PromptPath(nn.Module):
         stages: Where the blocks go.
         config: How blocks and head are built.
         variant: `'dfpt'` or `'dfpt+'`.
-        classifier: Names of the classifier modules, as in timm's `pretrained_cfg['classifier']`.
+        classifier: Names of the classifier modules, as in timm's `pretrained_cfg['classifier']`; none for an encoder,
+            which gets one.
         num_classes: Number of classes `K` of a head with new weights; `None` starts from the teacher's head.
         train_bn: `'dfpt+'` only: the backbone copy's BatchNorm layers use and update batch statistics in training.
         save_memory: `'dfpt'` only: do not save inputs of frozen layers for the backward pass; the results are the same.
+        x: Encoders only: images `[B, C, H, W]` that the model takes; by default of the smallest size.
 
     Attributes:
+        classifier: Names of the classifier modules.
+        heads: Names of the modules that make up the head: the classifier, and what an encoder got along with it.
         num_classes: Number of its logits, as `wrap` saw them.
     """
 
@@ -69,6 +73,7 @@ class PromptPath(nn.Module):
         num_classes: int | None = None,
         train_bn: bool = False,
         save_memory: bool = True,
+        x: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.variant: Variant = variant
@@ -80,8 +85,14 @@ class PromptPath(nn.Module):
         shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())} if variant == 'dfpt' else {}
         tree = copy.deepcopy(model, shared).eval()
         remove_hooks(tree)
+        self.heads = self.classifier
         if num_classes is not None:
-            replace_head(tree, self.classifier, num_classes)
+            if self.classifier:
+                replace_head(tree, self.classifier, num_classes)
+            else:
+                known = set(tree.modules())
+                self.classifier = add_head(tree, num_classes, init_scale=0, x=x)
+                self.heads = _outermost(name for name, m in tree.named_modules() if m not in known and _has_weights(m))
             config = dataclasses.replace(config, new_head=True)
         self.config = config
         param = next(model.parameters())
@@ -101,7 +112,7 @@ class PromptPath(nn.Module):
         self.head = nn.ModuleList()
         if variant == 'dfpt':
             if config.new_head:
-                for name in self.classifier:
+                for name in self.heads:
                     leaf = copy.deepcopy(tree.get_submodule(name)).to(dtype).requires_grad_(True)
                     leaf.register_forward_pre_hook(CastInput())
                     tree.set_submodule(name, leaf)
@@ -111,7 +122,7 @@ class PromptPath(nn.Module):
             self._shared_tree = (tree,)
         else:
             self.backbone = tree.to(dtype).requires_grad_(True)
-            for name in self.classifier:
+            for name in self.heads:
                 tree.get_submodule(name).requires_grad_(config.new_head)
         self._hook_blocks()
         # Modules of the original path, and those that share their weights.
@@ -150,7 +161,7 @@ class PromptPath(nn.Module):
             self.keep_frozen()
 
     def _pair_with(self, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-        own = self.classifier if self.head else ()
+        own = self.heads if self.head else ()
         modules = dict(model.named_modules(remove_duplicate=False))
         twins = []
         for name, mine in self.model.named_modules():
@@ -172,7 +183,7 @@ class PromptPath(nn.Module):
                 if module.training and not (self.train_bn and self.training and isinstance(module, _BATCH_NORMS)):
                     module.training = False
             if not self.config.new_head:
-                keep_frozen(part for name in self.classifier for part in self.backbone.get_submodule(name).modules())
+                keep_frozen(part for name in self.heads for part in self.backbone.get_submodule(name).modules())
             return
         for _, mine in self._twins:
             if mine.training:
@@ -272,6 +283,18 @@ def match_dtype(x: Any, model: nn.Module) -> Any:
 def _asking_for_gradient(leaf: Any) -> Any:
     plain = isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.requires_grad
     return leaf.detach().requires_grad_() if plain else leaf
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _outermost(names: Iterable[str]) -> tuple[str, ...]:
+    found: list[str] = []
+    for name in names:
+        if not any(name.startswith(f'{outer}.') for outer in found):
+            found.append(name)
+    return tuple(found)
 
 
 def _token_order(model: Any, name: str) -> nn.Module:

@@ -26,7 +26,7 @@ class DualForwardOutput(NamedTuple):
     """Logits of both paths for one batch.
 
     Args:
-        original: Logits `z_t` of the pre-trained teacher `[B, K]`, without gradient.
+        original: Logits `z_t` of the pre-trained teacher `[B, K]`, without gradient; of an encoder what it returns.
         prompt: Logits `z_p` of the prompt path `[B, K]`.
     """
 
@@ -62,7 +62,7 @@ class DualForwardPathTeacher(nn.Module):
         bypassed: Stages around which the model passes features on to later layers; for `summary`.
 
     Attributes:
-        num_classes: Number of logits of the original path, as `wrap` saw them.
+        num_classes: Number of logits of the original path, as `wrap` saw them; 0 for an encoder, which has none.
     """
 
     hub: ClassVar[HubFunctions]
@@ -168,7 +168,10 @@ class DualForwardPathTeacher(nn.Module):
         return DualForwardOutput(original, self.prompt_path(x, record))
 
     def original(self, x: Any) -> torch.Tensor:
-        """Return the pre-trained teacher's logits `z_t` `[B, K]`, bit for bit those of the model before wrapping."""
+        """Return the pre-trained teacher's logits `z_t` `[B, K]`, bit for bit those of the model before wrapping.
+
+        Of an encoder this is what it returns, features and no logits.
+        """
         self._check_in_use()
         if torch.compiler.is_compiling() or self.model._compiled_call_impl is not None:
             # Else its hook does it.
@@ -192,7 +195,7 @@ class DualForwardPathTeacher(nn.Module):
         head: list[nn.Parameter] = [p for p in path.head.parameters() if p.requires_grad]
         backbone: list[nn.Parameter] = []
         if path.variant == 'dfpt+':
-            in_head = {id(p) for n in path.classifier for p in path.model.get_submodule(n).parameters()}
+            in_head = {id(p) for n in path.heads for p in path.model.get_submodule(n).parameters()}
             for param in path.backbone.parameters():
                 if param.requires_grad:
                     (head if id(param) in in_head else backbone).append(param)
@@ -246,6 +249,13 @@ class DualForwardPathTeacher(nn.Module):
         lines = [
             f'DualForwardPathTeacher(variant={self.variant!r}) on {name_of(self.model)}: '
             f'{total:,} frozen parameters',
+        ]
+        if not self.num_classes:
+            lines.append(
+                f'an encoder: the original path has no logits; the prompt path has {self.prompt_path.num_classes} '
+                f'(new head: {", ".join(self.prompt_path.heads)})'
+            )
+        lines += [
             f'{"block after":<32} {"layout":<6} {"channels":>8} {"reduction":>9}',
         ]
         for stage in self.stages:

@@ -1,13 +1,15 @@
 """`wrap`: from a model to a teacher with two forward paths, proven on this very model."""
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from ..backbone.calibration import Calibration, calibrate, calibration_input
+from ..backbone.heads import pool_features, watch_inputs
 from ..backbone.modes import evaluating, look_through
 from ..backbone.stages import find_taps
 from ..backbone.types import Stage, name_of
@@ -46,12 +48,16 @@ def wrap(
     parameter is reached by the gradient. `teacher.unwrap()` gives the model back as it was.
 
     Args:
-        model: Any timm classifier; with `stages=[...]` (and `classifier=`) any model.
+        model: Any timm model; with `stages=[...]` (and `classifier=`) any model.
         stages: `None` for the model's own stages, a number, or the names of the modules that end a stage.
-        num_classes: Give the prompt path a new head for this number of classes; `None` copies the model's head.
+        num_classes: Give the prompt path a new head for this number of classes; `None` copies the model's head. An
+            encoder (timm's models of `num_classes=0`, and any that returns features) needs it: its head is where timm's
+            `reset_classifier` would put it, else behind the mean of its tokens or its map, and starts with logits of
+            zero.
         prompt: Shape of prompt blocks, fusion and head; `None` for the defaults.
         variant: `'dfpt'` tunes blocks and head only; `'dfpt+'` also a trainable copy of the backbone.
-        classifier: Name (or names) of the classifier module; by default what timm or `get_classifier()` says.
+        classifier: Name (or names) of the classifier module; by default what timm or `get_classifier()` says; `()`
+            where there is none.
         train_bn: With `'dfpt+'`, let the copy's BatchNorm layers use batch statistics in training. The default
             (ours) keeps them in evaluation, so that the prompt path starts as the teacher in training, too.
         save_memory: With `'dfpt'`, do not save inputs of frozen convolution and BatchNorm layers for the backward pass.
@@ -111,7 +117,7 @@ def open_stages(
         raise ValueError("train_bn=True needs variant='dfpt+': the backbone of 'dfpt' is frozen.")
     if not isinstance(prompt, PromptConfig):
         raise TypeError(f'prompt must be a PromptConfig, got {type(prompt).__name__}.')
-    names = find_classifier(model, classifier)
+    names = find_classifier(model, classifier, num_classes, input_size)
     taps = find_taps(model, stages)
     x = calibration_input(model, input_size)
     found = calibrate(model, taps, x)
@@ -132,11 +138,12 @@ def open_stages(
             num_classes=num_classes,
             train_bn=train_bn,
             save_memory=save_memory,
+            x=x,
         )
     modules = {stage.module for stage in opened}
     teacher = DualForwardPathTeacher(model, path, prefix, [name for name in found.bypassed if name in modules])
     try:
-        _verify(teacher, x, num_classes)
+        _verify(teacher, x, num_classes, encoder=not names)
     except Exception:
         teacher.unwrap()
         raise
@@ -161,20 +168,25 @@ def _stages_to_open(model: nn.Module, found: Calibration, closed: set[str], name
     return stages
 
 
-def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int | None) -> None:
+def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int | None, encoder: bool) -> None:
     """Prove the teacher on one batch, with the blocks in evaluation so that no statistic moves."""
     kind = name_of(teacher.model)
-    with evaluating(teacher.prompt_path), torch.inference_mode(False), torch.enable_grad():
-        (original, shared), prompt = teacher(x), teacher.prompt(x)
+    speaking = contextlib.nullcontext() if num_classes is None else _speaking(teacher.prompt_path)
+    with evaluating(teacher.prompt_path), torch.inference_mode(False), torch.enable_grad(), speaking:
+        with watch_inputs(teacher.prompt_path.model.get_submodule(teacher.prompt_path.heads[0])) as seen:
+            (original, shared), prompt = teacher(x), teacher.prompt(x)
         if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2:
             raise ValueError(f'{kind} must return logits [B, K], got {_describe(prompt)}.')
         check_finite(teacher.model, original)
-        teacher.num_classes, teacher.prompt_path.num_classes = original.shape[1], prompt.shape[1]
-        if num_classes is None and not _close(original, prompt):
-            difference = (original - prompt).abs().max().item()
+        teacher.num_classes, teacher.prompt_path.num_classes = 0 if encoder else original.shape[1], prompt.shape[1]
+        # The logits of a new head are others, but what enters it is what an encoder returns.
+        ends = (pool_features(teacher.model, original), seen[-1].flatten(1)) if encoder else (original, prompt)
+        comparable = ends[0].shape == ends[1].shape if encoder else num_classes is None
+        if comparable and not _close(*ends):
+            difference = (ends[0] - ends[1]).abs().max().item()
             raise ValueError(
-                f'{kind}: prompt logits differ from the original by {difference:.2e} before training: the forward is '
-                'not deterministic in eval mode. Name other modules in stages=[...].'
+                f'{kind}: prompt {"features" if encoder else "logits"} differ from the original by {difference:.2e} '
+                'before training: the forward is not deterministic in eval mode. Name other modules in stages=[...].'
             )
         named = [(name, p) for name, p in teacher.prompt_path.named_parameters() if p.requires_grad]
         grads = torch.autograd.grad(prompt.float().square().sum(), [p for _, p in named], allow_unused=True)
@@ -188,6 +200,23 @@ def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int |
         if teacher.prefix and not (shared.device.type == 'meta' or torch.equal(shared, prompt)):
             _logger.info(f'{kind}: the computation before {teacher.stages[0].module} is not shared between the paths.')
             teacher.stop_sharing_prefix()
+
+
+@contextlib.contextmanager
+def _speaking(path: PromptPath) -> Iterator[None]:
+    """Give a new head of zeros other weights for the time of the proof: what it returns would prove nothing."""
+    weights = [next(path.model.get_submodule(name).parameters()) for name in path.classifier]
+    silent = [weight for weight in weights if not (weight.is_meta or weight.any())]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for weight in silent:
+                weight.copy_(torch.randn(weight.shape, generator=generator).mul_(weight[0].numel() ** -0.5))
+        yield
+    finally:
+        with torch.no_grad():
+            for weight in silent:
+                weight.zero_()
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
