@@ -3,6 +3,7 @@
     python -m benchmarks.step                          # the table, kept in benchmarks/results/step.md
     python -m benchmarks.step resnet50-resnet18 --size 224 --rounds 15
     python -m benchmarks.step --compile                # compiled, kept in benchmarks/results/step-compiled.md
+    python -m benchmarks.step --freeze                 # before and after the freeze, in results/step-freeze.md
     python -m benchmarks.step --plot                   # cost against batch size and teacher depth
     python -m benchmarks.step resnet50-resnet18 --profile
 
@@ -28,8 +29,9 @@ import torch
 from timm_dfpt.teacher.blocks import FusionBlock, PromptBlock
 
 from .measure import interleaved, spread
-from .ways import RESULTS, WAYS, Pair, Steps, all_pairs, cifar_pair, count_floor
+from .ways import RESULTS, USUAL, WAYS, Pair, Steps, all_pairs, cifar_pair, count_floor
 
+_FREEZE = ('quickstart', 'resnet50-resnet18', 'convnext_tiny-mobilenetv3_small_100', 'vit_small-mobilenetv3_small_100')
 # Of the profile: kinds of operators by what is found in the names of an operator and of its callers, the first counts.
 _STEP, _BLOCK, _BACKWARD = 'one step', 'a block', 'autograd::engine'
 _KINDS = {
@@ -45,7 +47,7 @@ _KINDS = {
 
 
 def measure(
-    pair: Pair, rounds: int, ways: Sequence[str] = tuple(WAYS), compile_backend: str | None = None
+    pair: Pair, rounds: int, ways: Sequence[str] = USUAL, compile_backend: str | None = None
 ) -> dict[str, Any]:
     """Measure ways of taking a step, (a) among them, on one pair."""
     steps = Steps(pair, ways, compile_backend)
@@ -97,7 +99,7 @@ def table(results: Sequence[dict[str, Any]], rounds: int, how: str) -> str:
         f'timm {timm.__version__}, torch {torch.__version__}, {platform.machine()} CPU, 1 thread, float32, {rounds} '
         'rounds: median (quartiles). Made by `python -m benchmarks.step`. A step is forward, backward and optimizers.',
         '',
-        *(f'- ({way}) {name}' for way, name in WAYS.items()),
+        *(f'- ({way}) {WAYS[way]}' for way in results[0]['seconds']),
         '',
         'Batches: ' + ', '.join(f'{r["pair"]} {"x".join(map(str, r["shape"]))}' for r in results) + '.',
         '',
@@ -211,8 +213,9 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5, help='times each way is timed')
     parser.add_argument('--batch', type=int, default=4, help='batch size of the pairs with 1000 classes')
     parser.add_argument('--size', type=int, default=96, help='image size of these pairs')
-    parser.add_argument('--ways', default=''.join(WAYS), help='letters of the ways to measure, a among them')
+    parser.add_argument('--ways', default=USUAL, help='letters of the ways to measure, a among them')
     parser.add_argument('--compile', action='store_true', help='compile with inductor')
+    parser.add_argument('--freeze', action='store_true', help='measure before and after the freeze of the prompt path')
     parser.add_argument('--plot', action='store_true', help='plot cost against batch size and depth instead')
     parser.add_argument('--profile', action='store_true', help='print where the time goes instead')
     args = parser.parse_args()
@@ -222,7 +225,13 @@ def main() -> None:
         plot(args.rounds)
         return
     known = {pair.name: pair for pair in all_pairs(args.batch, args.size)}
-    names = args.pairs or (['quickstart', 'resnet32x4-resnet8x4'] if args.compile else list(known))
+    usual, kind, how = list(known), '', 'eager'
+    if args.compile:
+        usual, kind, how = ['quickstart', 'resnet32x4-resnet8x4'], '-compiled', 'compiled with inductor'
+    elif args.freeze:
+        usual, kind, how = list(_FREEZE), '-freeze', 'before and after the freeze of the prompt path'
+        args.ways = ''.join(way for way in WAYS if way not in 'bc')
+    names = args.pairs or usual
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f'{unknown[0]!r} is no pair; there are {", ".join(known)}')
@@ -236,10 +245,10 @@ def main() -> None:
     for name in names:
         results.append(measure(known[name], args.rounds, args.ways, 'inductor' if args.compile else None))
         print('\n'.join(_rows(results[-1])), flush=True)
-        text = table(results, args.rounds, 'compiled with inductor' if args.compile else 'eager')
+        text = table(results, args.rounds, how)
         if not args.pairs:
             # After each pair: a table of some of them is better than none.
-            (RESULTS / ('step-compiled.md' if args.compile else 'step.md')).write_text(text, encoding='utf-8')
+            (RESULTS / f'step{kind}.md').write_text(text, encoding='utf-8')
     print(text)
 
 

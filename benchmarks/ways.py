@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dfpt.models
+from timm_dfpt.losses import DFPTWeights
 from timm_dfpt.tasks.baselines import LogitLossTask
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 
@@ -31,7 +32,16 @@ WAYS = {
     'c': 'DFPT-KD, two plain forwards',
     'd': 'DFPT-KD',
     'e': 'DFPT-KD+',
+    'f': 'DFPT-KD, path frozen',
+    'g': 'DFPT-KD, a = c = 0',
+    'h': 'DFPT-KD, a = c = 0, path frozen',
+    'i': 'DFPT-KD+, a = c = 0',
+    'j': 'DFPT-KD+, a = c = 0, path frozen',
+    'k': 'DFPT-KD, a = c = 0, path frozen, its logits kept',
 }
+USUAL = 'abcde'
+"""Ways of a run at whose end the path is still tuned, with the default weights."""
+_PLUS, _ALONE, _FROZEN = 'eij', 'ghijk', 'fhjk'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +115,14 @@ class Steps:
         compile_backend: Compile with this backend.
     """
 
-    def __init__(self, pair: Pair, ways: Sequence[str] = tuple(WAYS), compile_backend: str | None = None) -> None:
+    def __init__(self, pair: Pair, ways: Sequence[str] = USUAL, compile_backend: str | None = None) -> None:
         torch.manual_seed(0)
         self.pair = pair
         self.teacher, self.student = pair.teacher(), pair.student()
         self.input = torch.randn(pair.shape)
         num_classes: Any = self.teacher.num_classes
         self.target = torch.randint(num_classes, pair.shape[:1])
+        self.kept = torch.randn(pair.shape[0], num_classes)
         self.tasks = {way: self._create(way) for way in ways}
         self.optimizers = {way: create_optimizers(task) for way, task in self.tasks.items()}
         for task in self.tasks.values():
@@ -133,16 +144,23 @@ class Steps:
             if way == 'a':
                 return LogitDistillationTask(student, teacher.requires_grad_(False), verbose=False)
             return LogitLossTask(student, teacher, input_config=config, teacher_input_config=config, verbose=False)
-        wrapped = timm_dfpt.wrap(teacher, variant='dfpt+' if way == 'e' else 'dfpt')
+        wrapped = timm_dfpt.wrap(teacher, variant='dfpt+' if way in _PLUS else 'dfpt')
         if way == 'c':
             wrapped.stop_sharing_prefix()
         return DFPTDistillationTask(
-            student, wrapped, input_config=config, teacher_input_config=config, verbose=False
+            student,
+            wrapped,
+            weights=DFPTWeights(prompt_teacher=0, student_teacher=0, student_prompt=2) if way in _ALONE else None,
+            prompt_epochs=0 if way in _FROZEN else None,
+            input_config=config,
+            teacher_input_config=config,
+            verbose=False,
         )
 
     def forward(self, way: str) -> dict[str, torch.Tensor]:
         """Run the forward of a step."""
-        return self.tasks[way](self.input, self.target)
+        known = {'prompt_logits': self.kept} if way == 'k' else {}
+        return self.tasks[way](self.input, self.target, **known)
 
     def step(self, way: str) -> None:
         """Run a whole step."""
@@ -178,7 +196,8 @@ def create_optimizers(task: TrainingTask, fused: bool = False) -> list[torch.opt
     optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(student.parameters(), 1e-3, momentum=0.9, fused=fused)]
     if isinstance(task, DFPTDistillationTask):
         params = [p for group in task.teacher.parameter_groups() for p in group['params']]
-        optimizers.append(torch.optim.AdamW(params, 1e-5, fused=fused))
+        if params:
+            optimizers.append(torch.optim.AdamW(params, 1e-5, fused=fused))
     return optimizers
 
 

@@ -25,7 +25,7 @@ from .machine import computing, timed
 __all__ = ['ARMS', 'PAIRS', 'Row', 'measure', 'prepare']
 
 # By worth; the letters are ways of `benchmarks.ways`.
-ARMS = {'timm kd': 'a', 'kd': 'b', 'dfpt': 'd', 'dfpt+': 'e', 'frozen path': 'd', 'scratch': ''}
+ARMS = {'timm kd': 'a', 'kd': 'b', 'dfpt': 'd', 'dfpt+': 'e', 'frozen path': 'f', 'scratch': ''}
 PAIRS = {
     'resnet50 -> resnet18': ('resnet50', 'resnet18'),
     'vit_base -> vit_tiny': ('vit_base_patch16_224', 'vit_tiny_patch16_224'),
@@ -137,10 +137,6 @@ class Step:
         if row.channels_last:
             self.task.to(memory_format=torch.channels_last)
         self.optimizers = create_optimizers(self.task)
-        if row.arm == 'frozen path':
-            teacher: Any = self.task.teacher
-            teacher.prompt_path.requires_grad_(False).eval()
-            del self.optimizers[1:]
         generator = torch.Generator().manual_seed(0)
         self.input = torch.randn(pair.shape, generator=generator).to(device)
         if row.channels_last:

@@ -169,6 +169,9 @@ def _record(
 ) -> dict[str, Any]:
     config = learner.config
     options = public_options(config)
+    if learner.freezes:
+        # Of what is given as a share of the run, or not at all, what became of it.
+        options['prompt_epochs'] = str(learner.task.prompt_epochs)
     return {
         'method': config.method,
         'teacher': options['teacher'],
