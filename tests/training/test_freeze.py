@@ -85,7 +85,7 @@ def whole(tmp_path_factory):
 
 
 def test_the_path_at_the_end_is_that_of_its_last_epoch(whole):
-    """All weights and statistics, and the state of its optimizer; the student goes on."""
+    """All weights and statistics; the student goes on, and what the path's optimizer remembers is kept no longer."""
     folder, end = whole
     checkpoints = sorted((folder / 'checkpoints').glob('step-*'))
     assert len(checkpoints) == 3 * STEPS
@@ -96,7 +96,8 @@ def test_the_path_at_the_end_is_that_of_its_last_epoch(whole):
     assert all(equal(path_in(each), last) for each in frozen)
     assert all(torch.equal(end[0][name], value) for name, value in last.items())
     states = [torch.load(each / 'optimizer_1.bin', weights_only=True)['state'] for each in (frozen[0], frozen[-1])]
-    assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
+    assert states[0]
+    assert not states[1]
     student = [load_file(each / 'model.safetensors')['student.conv1.0.weight'] for each in frozen]
     assert all(not torch.equal(a, b) for a, b in zip(student, student[1:], strict=False))
 
@@ -224,5 +225,5 @@ def test_a_step_on_kept_logits_runs_the_student_alone(tiny, tmp_path, fresh_acce
         passes.clear()
     for name in (STUDENT, PATH, 'metrics.jsonl'):
         assert (tmp_path / 'plain' / name).read_bytes() == (tmp_path / 'kept' / name).read_bytes()
-    # The second epoch of the frozen path finds the logits of its 9 steps; two passes make sure that they may be kept.
+    # The second epoch of the frozen path finds the logits of its 9 steps; two passes make sure that they can be kept.
     assert counts[0] - counts[1] == 9 - 2

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..data.datasets import DataSplits
 from ..data.fingerprint import dataset_fingerprint
+from ..job.devices import whole_weights
 from ..job.options import TrainConfig
 from ..tasks.base import TeacherLogits
 from .learner import Learner
@@ -19,19 +21,23 @@ from .teacher_cache import TeacherCache, cache_key, check_exact
 
 __all__ = ['KeptLogits', 'keep_logits']
 
+_logger = logging.getLogger(__name__)
+
 
 class KeptLogits:
     """Logits of the frozen models that a learner hears, each model's in a file of its own.
 
     Args:
         learner: The learner.
-        open_cache: Opens the file of a model.
+        open_cache: Opens the file of a model; returns `None` for one whose logits cannot be kept.
         device: Where logits are to be.
     """
 
-    def __init__(self, learner: Learner, open_cache: Callable[[nn.Module], TeacherCache], device: torch.device) -> None:
+    def __init__(
+        self, learner: Learner, open_cache: Callable[[nn.Module], TeacherCache | None], device: torch.device
+    ) -> None:
         self.learner, self.open_cache, self.device = learner, open_cache, device
-        self.caches: dict[nn.Module, TeacherCache] = {}
+        self.caches: dict[nn.Module, TeacherCache | None] = {}
 
     def get(self, epoch: int, rows: torch.Tensor) -> TeacherLogits:
         """Return what is known of a batch.
@@ -44,7 +50,8 @@ class KeptLogits:
         for model in self.learner.frozen_models:
             if model not in self.caches:
                 self.caches[model] = self.open_cache(model)
-            logits = self.caches[model].get(epoch, rows, self.device)
+            cache = self.caches[model]
+            logits = cache.get(epoch, rows, self.device) if cache is not None else None
             if logits is not None:
                 known[model] = logits
         return known
@@ -52,12 +59,12 @@ class KeptLogits:
     def put(self, epoch: int, rows: torch.Tensor, computed: TeacherLogits) -> None:
         """Keep what was computed for a batch; see `TeacherCache.put`."""
         for model, cache in self.caches.items():
-            if model in computed:
+            if cache is not None and model in computed:
                 cache.put(epoch, rows, computed[model])
 
     def flush(self) -> None:
         """Bring everything to the disk."""
-        for cache in self.caches.values():
+        for cache in filter(None, self.caches.values()):
             cache.flush()
 
 
@@ -88,16 +95,22 @@ def keep_logits(
     images = torch.randn(config.batch_size, *size, generator=seed).to(accelerator.device)
     if config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    learner.eval()
     with accelerator.autocast():
         check_exact(learner.task.teacher_logits, images)
-        if learner.freezes:
-            check_exact(learner.task.prompt_logits, images)
     fingerprint, options = dataset_fingerprint(data.train), dataclasses.asdict(config)
 
-    def open_cache(model: nn.Module) -> TeacherCache:
-        path = None if model is teacher else learner.task.get_dual_teacher()
-        key = cache_key(options, teacher, fingerprint, input_config, accelerator.device, path)
+    def open_cache(model: nn.Module) -> TeacherCache | None:
+        paths = None if model is teacher else learner.task.get_dual_teacher()
+        with whole_weights(learner.module):
+            if paths is not None:
+                # Only now: blocks that are not tuned yet add zero, whatever they compute.
+                try:
+                    with accelerator.autocast():
+                        check_exact(learner.task.prompt_logits, images)
+                except ValueError as error:
+                    _logger.warning(f'The prompt path is computed in every step. {error}')
+                    return None
+            key = cache_key(options, teacher, fingerprint, input_config, accelerator.device, paths)
         folder, rows = Path(config.teacher_cache_dir), len(data.train)
         return TeacherCache(folder, key, rows, data.num_classes, config.aug_cycle or 1)
 

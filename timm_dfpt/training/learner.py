@@ -135,6 +135,8 @@ class Learner:
         """
         self.task.set_progress(epoch, update, self.total_updates)
         if len(self.optimizers) > 1 and self.task.get_frozen_path() is not None:
+            # Checkpoints go on having the optimizer, but nothing needs what it remembers.
+            self.optimizers[1].state.clear()
             del self.optimizers[1:], self.schedulers[1:]
             self.task.trainable_module = _wrap_anew(self.accelerator, self.module)
         for scheduler in self.schedulers:
