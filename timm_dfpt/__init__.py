@@ -18,7 +18,7 @@ from .hub import (
 )
 from .losses import DFPTWeights
 from .tasks import DFPTDistillationTask
-from .teacher import DualForwardOutput, DualForwardPathTeacher, PromptConfig, wrap
+from .teacher import DualForwardOutput, DualForwardPathTeacher, PromptConfig, fit_head, wrap
 from .version import __version__
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     'PromptConfig',
     '__version__',
     'find_stages',
+    'fit_head',
     'from_pretrained',
     'load_student',
     'load_teacher',

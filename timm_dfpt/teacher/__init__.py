@@ -1,6 +1,7 @@
 """The teacher with two forward paths: blocks, hooks, and `wrap`."""
 from .blocks import PromptConfig
+from .fitted_head import FittedHead, fit_head
 from .teacher import DualForwardOutput, DualForwardPathTeacher
 from .wrapping import wrap
 
-__all__ = ['DualForwardOutput', 'DualForwardPathTeacher', 'PromptConfig', 'wrap']
+__all__ = ['DualForwardOutput', 'DualForwardPathTeacher', 'FittedHead', 'PromptConfig', 'fit_head', 'wrap']

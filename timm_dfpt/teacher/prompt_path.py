@@ -88,7 +88,7 @@ class PromptPath(nn.Module):
         self.heads = self.classifier
         if num_classes is not None:
             if self.classifier:
-                replace_head(tree, self.classifier, num_classes)
+                replace_head(tree, self.classifier, num_classes, init_scale=0)
             else:
                 known = set(tree.modules())
                 self.classifier = add_head(tree, num_classes, init_scale=0, x=x)
