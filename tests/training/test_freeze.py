@@ -19,7 +19,9 @@ from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.job.stopping import Preempted
 from timm_dfpt.tasks.baselines import LogitLossTask
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
+from timm_dfpt.teacher.fitted_head import reorder_classes
 from timm_dfpt.teacher.prompt_path import PromptPath
+from timm_dfpt.training.build import create_task
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.run import run
 from timm_dfpt.training.run_folder import RunFolder
@@ -30,6 +32,7 @@ OPTIONS = {
     'method': 'dfpt+', 'teacher': 'resnet18', 'student': 'resnet18', 'dataset': 'none', 'cpu': True, 'epochs': 3,
     'prompt_epochs': '1', 'batch_size': BATCH, 'prompt_lr': 1e-2, 'clip_grad': 1.0, 'model_ema': True, 'drop': 0.1,
 }  # fmt: skip
+DATA_CONFIG = {'input_size': (3, SIZE, SIZE), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
 PATH = 'prompt_path/prompt_path.safetensors'
 STUDENT = 'student/model.safetensors'
 
@@ -43,8 +46,7 @@ def make_trainer(make_accelerator, folder, **options):
     loaders = [accelerator.prepare(torch.utils.data.DataLoader(data, batch_size=BATCH)) for _ in range(2)]
     torch.manual_seed(1)
     model = timm.create_model('resnet18', num_classes=CLASSES, **KWARGS).eval()
-    size = {'input_size': (3, SIZE, SIZE), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
-    common = {'input_config': size, 'teacher_input_config': size, 'verbose': False}
+    common = {'input_config': DATA_CONFIG, 'teacher_input_config': DATA_CONFIG, 'verbose': False}
     paths = timm_dfpt.wrap(model, variant='dfpt+', train_bn=True)
     tasks = [
         DFPTDistillationTask(make_student(), paths, prompt_epochs=config.tuned_epochs(), **common),
@@ -182,9 +184,21 @@ def test_epochs_in_which_the_path_is_tuned(given, epochs, expected):
     assert options_of(epochs=epochs, **given).tuned_epochs() == expected
 
 
-def test_a_teacher_of_other_classes_is_adapted_in_a_quarter_of_the_run():
-    assert options_of(epochs=30).tuned_epochs(own_classes=False) == 8
-    assert options_of(epochs=30, prompt_epochs='all').tuned_epochs(own_classes=False) == 30
+@pytest.mark.parametrize(
+    ('given', 'head', 'expected'),
+    [({}, 'fitted', 8), ({'prompt_epochs': 'all'}, 'fitted', 30), ({}, 'reordered', 30), ({}, 'own', 30)],
+)
+def test_a_teacher_of_other_classes_is_adapted_in_a_quarter_of_the_run(make_accelerator, given, head, expected):
+    torch.manual_seed(0)
+    teacher = timm.create_model('resnet18', num_classes=CLASSES, **KWARGS).eval()
+    if head == 'reordered':
+        teacher = reorder_classes(teacher, range(CLASSES)[::-1])
+    if head == 'fitted':
+        loader = torch.utils.data.DataLoader(Batches(6 * BATCH), batch_size=BATCH)
+        teacher = timm_dfpt.fit_head(teacher, ((images, labels) for images, labels, _ in loader), CLASSES)
+    options = options_of(epochs=30, **given)
+    task = create_task(options, make_student(), timm_dfpt.wrap(teacher), DATA_CONFIG, make_accelerator())
+    assert task.prompt_epochs == expected
 
 
 @pytest.mark.parametrize('sched', ['cosine', 'step', 'constant'])

@@ -21,6 +21,7 @@ from ..job.options import TrainConfig
 from ..losses import DFPTWeights, KDLoss
 from ..tasks.base import StudentTask
 from ..tasks.methods import DEFAULT_LOSS, KD_LOSSES, METHODS
+from ..teacher.fitted_head import fitted_head_of
 from ..teacher.teacher import DualForwardPathTeacher
 from .learner import Learner
 from .models import create_student, shared_teacher, wrap_teacher
@@ -227,13 +228,15 @@ def create_task(
             distill_warmup_epochs=config.distill_warmup_epochs,
             **common,
         )
+    assert isinstance(teacher, DualForwardPathTeacher)
+    head = fitted_head_of(teacher.model)
     names = [field.name for field in dataclasses.fields(DFPTWeights)]
     return method.task(
         student,
         teacher,
         weights=DFPTWeights(**{name: getattr(config, f'{name}_weight') for name in names}),
         student_prompt_weight_end=config.student_prompt_weight_end,
-        prompt_epochs=config.tuned_epochs(),
+        prompt_epochs=config.tuned_epochs(own_classes=head is None or head.how != 'fitted'),
         backbone_lr_scale=config.prompt_backbone_lr_scale,
         **common,
     )
