@@ -333,6 +333,35 @@ def test_what_is_evaluated():
         assert torch.equal(task.teacher_logits(images), task.get_teacher()(images))
 
 
+def test_an_original_path_that_nobody_learns_from_is_not_run():
+    alone = DFPTWeights(prompt_teacher=0.0, student_teacher=0.0)
+    task, calls = make_task(weights=alone), []
+    task.get_teacher().register_forward_hook(lambda *_: calls.append(1))
+    images, target = make_batch()
+    result = task(images, target)
+    # Whether somebody else knows the logits must not decide what is shown.
+    given = task(images, target, teacher_logits=torch.zeros_like(result['output']))
+    assert result.keys() == given.keys()
+    assert not [key for key in result if 'teacher' in key]
+    assert not calls
+    assert list(task.eval().eval_outputs(images)) == ['student', 'prompt_path']
+    assert not calls
+    assert list(task.eval_outputs(images, task.teacher_logits(images)))[2:] == ['teacher']
+    assert task.shows_teacher
+
+
+@pytest.mark.parametrize('weights', [{}, {'prompt_teacher': 0.0}, {'student_teacher': 0.0}])
+def test_a_teacher_of_other_classes_teaches_through_its_prompt_path_alone(weights):
+    teacher = timm_dfpt.wrap(timm.create_model('test_resnet', num_classes=9), num_classes=7)
+    student = make_student()
+    with pytest.raises(ValueError, match=r"'teacher': 9.*are 0\.$"):
+        DFPTDistillationTask(student, teacher, weights=DFPTWeights(**weights))
+    alone = DFPTWeights(prompt_teacher=0.0, student_teacher=0.0)
+    task = DFPTDistillationTask(student, teacher, weights=alone, verbose=False)
+    assert task(*make_batch())['loss'].isfinite()
+    assert not task.shows_teacher
+
+
 def test_other_classes_are_refused():
     with pytest.raises(ValueError, match=r"'student': 5.*'teacher': 7|num_classes"):
         make_task(student=timm.create_model('test_resnet', num_classes=5))

@@ -77,6 +77,23 @@ def test_rivals_run_alone_and_as_the_loss_of_dfpt(method, tiny, dfpt, tmp_path):
     assert weights(tmp_path / 'dfpt' / 'student') != weights(dfpt / 'student')
 
 
+def test_a_teacher_that_nobody_learns_from_is_shown_at_the_end_only(tiny, tmp_path):
+    alone = ('--prompt-teacher-weight', '0', '--student-teacher-weight', '0', '--prompt-epochs', 'all')
+    options = ('--method', 'dfpt', *teacher(tiny), '--epochs', '1', *alone, '--aug-cycle', '1')
+    summary = run(config_of(argv(tiny, tmp_path / 'run', *options)))
+    line = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())['dfpt']
+    assert set(line['val']) == {'student', 'prompt_path'}
+    assert not [key for key in line['train'] if 'teacher' in key]
+    assert 0 < summary['models']['teacher']['metrics']['top1'] <= 100
+    cache = ('--cache-teacher', '--teacher-cache-dir', str(tmp_path / 'cache'))
+    with pytest.raises(ValueError, match='cache_teacher: nobody learns from the teacher itself'):
+        run(config_of(argv(tiny, tmp_path / 'refused', *options, *cache)))
+    # Another student has use for these logits, and changes nothing.
+    run(config_of(argv(tiny, tmp_path / 'both', *options, *cache, '--baselines', 'kd')))
+    assert len(list((tmp_path / 'cache').iterdir())) == 1
+    assert weights(tmp_path / 'both' / 'student') == weights(tmp_path / 'run' / 'student')
+
+
 def test_weight_of_the_teacher_grows(tiny, tmp_path):
     config = config_of(
         argv(tiny, tmp_path, '--method', 'dkd', *teacher(tiny), '--distill-warmup-epochs', '4', '--epochs', '6')

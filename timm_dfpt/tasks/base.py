@@ -84,6 +84,16 @@ class StudentTask(TrainingTask):
         """
         return None
 
+    @property
+    def needs_teacher_logits(self) -> bool:
+        """Whether a step needs the frozen teacher's logits."""
+        return self.get_teacher() is not None
+
+    @property
+    def shows_teacher(self) -> bool:
+        """Whether there is a teacher, and its classes are the student's, so that its accuracy means something."""
+        return self.get_teacher() is not None
+
     def teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
         """Return the frozen teacher's logits `[B, K]` for images `[B, C, H, W]` as the loader gives them.
 
@@ -109,7 +119,7 @@ class StudentTask(TrainingTask):
 
         Returns:
             Logits `[B, K]`: `student`, `student_ema` where there is an average, `prompt_path` where there is one, and
-            `teacher` where they are given or come with the prompt path.
+            `teacher` where they are given or needed in every step.
         """
         outputs = {'student': self.get_student()(input)}
         if self.has_ema():

@@ -152,13 +152,14 @@ class DFPTDistillationTask(StudentTask):
         model = look_through(model)
         check_student(student_model, model)
         teacher = model if isinstance(model, DualForwardPathTeacher) else wrap(model)
-        check_classes(student_model, teacher)
+        weights = weights or DFPTWeights()
+        check_classes(student_model, teacher, original=_count_original(weights))
         self.teacher = teacher.to(self.device)
         self.trainable_module: nn.Module = DFPTTrainableModule(student_model, teacher)
         self.adapter = adapt_inputs(student_model, teacher.model, input_config, teacher_input_config).to(self.device)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.temperature = temperature
-        self.weights = self.first_weights = weights or DFPTWeights()
+        self.weights = self.first_weights = weights
         self.student_prompt_weight_end = student_prompt_weight_end
         self.kd_loss = kd_loss
         self.backbone_lr_scale = backbone_lr_scale
@@ -245,6 +246,11 @@ class DFPTDistillationTask(StudentTask):
         weights = self.weights
         return bool(weights.student_teacher or (weights.prompt_teacher and not self._trainable().frozen))
 
+    @property
+    def shows_teacher(self) -> bool:
+        """Whether the original path's classes are the student's, as far as it is known."""
+        return _count_original(self.weights) or self.teacher.same_classes
+
     def get_dual_teacher(self) -> DualForwardPathTeacher:
         """Return the teacher with both of its paths."""
         return self.teacher
@@ -258,13 +264,14 @@ class DFPTDistillationTask(StudentTask):
         return self.teacher.prompt(self.adapter(input))
 
     def eval_outputs(self, input: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Run what is evaluated: the student and both paths; see `StudentTask.eval_outputs`."""
+        """Run what is evaluated: the student, the prompt path, and the original path where it is needed or known."""
         outputs = super().eval_outputs(input)
-        if teacher_logits is None:
+        if teacher_logits is None and _count_original(self.weights):
             teacher_logits, prompt_logits = self.teacher(self.adapter(input))
         else:
             prompt_logits = self.prompt_logits(input)
-        return {**outputs, 'prompt_path': prompt_logits, 'teacher': teacher_logits}
+        outputs['prompt_path'] = prompt_logits
+        return outputs if teacher_logits is None else {**outputs, 'teacher': teacher_logits}
 
     def prompt_param_groups(self) -> list[dict[str, Any]]:
         """Return the parameters of blocks, head and (DFPT-KD+) backbone copy; see `StudentTask.prompt_param_groups`."""
@@ -336,6 +343,11 @@ class DFPTDistillationTask(StudentTask):
         module = unwrap_model(self.trainable_module)
         assert isinstance(module, DFPTTrainableModule)
         return module
+
+
+def _count_original(weights: DFPTWeights) -> bool:
+    """Say whether somebody learns from the original path at some time."""
+    return bool(weights.prompt_teacher or weights.student_teacher)
 
 
 def _agreement(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

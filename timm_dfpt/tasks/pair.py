@@ -56,26 +56,37 @@ def _memory_of(tensor: torch.Tensor) -> tuple[Any, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
-def check_classes(student: nn.Module, teacher: nn.Module) -> None:
+def check_classes(student: nn.Module, teacher: nn.Module, original: bool = True) -> None:
     """Refuse a student and a teacher with different numbers of classes, as far as they are known.
 
     Args:
         student: The student.
         teacher: The teacher.
+        original: Whether somebody learns from the original path of a teacher with two of them.
 
     Raises:
         ValueError: If they differ.
     """
     counts = {'student': _classes_of(student)}
     if isinstance(teacher, DualForwardPathTeacher):
-        counts |= {'teacher': teacher.num_classes, 'prompt path': teacher.prompt_path.num_classes}
+        counts |= {'teacher': teacher.num_classes} if original else {}
+        counts |= {'prompt path': teacher.prompt_path.num_classes}
+        if original and not teacher.num_classes:
+            raise ValueError(
+                'The teacher is an encoder, whose original path has no logits to learn from: set the weights '
+                'prompt_teacher (a) and student_teacher (c) to 0.'
+            )
     else:
         counts['teacher'] = _classes_of(teacher)
     known = {name: count for name, count in counts.items() if count}
     if len(set(known.values())) > 1:
         raise ValueError(
             f'Teacher and student must have the same classes, but num_classes is {known}. Fine-tune the teacher on '
-            'these classes first, or create the student with num_classes of the teacher.'
+            'these classes first, or create the student with num_classes of the teacher'
+            + (
+                ', or learn from the prompt path alone: the weights prompt_teacher (a) and student_teacher (c) are 0.'
+                if known['student'] == known.get('prompt path') else '.'
+            )
         )
 
 

@@ -58,6 +58,7 @@ class PromptPath(nn.Module):
         classifier: Names of the classifier modules.
         heads: Names of the modules that make up the head: the classifier, and what an encoder got along with it.
         num_classes: Number of its logits, as `wrap` saw them.
+        starts_as_teacher: Whether its head was the teacher's at the start, and so its classes are.
     """
 
     num_classes: int
@@ -86,6 +87,7 @@ class PromptPath(nn.Module):
         tree = copy.deepcopy(model, shared).eval()
         remove_hooks(tree)
         self.heads = self.classifier
+        self.starts_as_teacher = num_classes is None
         if num_classes is not None:
             if self.classifier:
                 replace_head(tree, self.classifier, num_classes, init_scale=0)

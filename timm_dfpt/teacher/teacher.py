@@ -108,6 +108,11 @@ class DualForwardPathTeacher(nn.Module):
         return self.prompt_path.config
 
     @property
+    def same_classes(self) -> bool:
+        """Whether the original path has the classes of the prompt path."""
+        return self.prompt_path.starts_as_teacher and self.num_classes == self.prompt_path.num_classes
+
+    @property
     def shares_prefix(self) -> bool:
         """Whether `teacher(x)` computes what lies before the first block once for both paths."""
         # Recomputation in the backward pass would find the record gone.

@@ -288,7 +288,8 @@ def _collect(
         'format_version': 1,
         'command': command,
         **{key: first[key] for key in kept},
-        'teacher': next((teacher for teacher in teachers if teacher), None),
+        # One of other classes has no accuracy.
+        'teacher': next((teacher for teacher in teachers if teacher and teacher['metrics']), None),
         'seeds': list(seeds),
         'reference': reference,
         'train_seconds': [run['train_seconds'] for run in runs],

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,19 @@ _logger = logging.getLogger(__name__)
 
 
 class KeptLogits:
-    """Logits of the frozen models that a learner hears, each model's in a file of its own.
+    """Logits of the frozen models that learners hear, each model's in a file of its own.
 
     Args:
-        learner: The learner.
+        learners: The learners. The teacher of the first is kept if one of them hears it, and its path once it is
+            frozen.
         open_cache: Opens the file of a model; returns `None` for one whose logits cannot be kept.
         device: Where logits are to be.
     """
 
     def __init__(
-        self, learner: Learner, open_cache: Callable[[nn.Module], TeacherCache | None], device: torch.device
+        self, learners: Sequence[Learner], open_cache: Callable[[nn.Module], TeacherCache | None], device: torch.device
     ) -> None:
-        self.learner, self.open_cache, self.device = learner, open_cache, device
+        self.learners, self.open_cache, self.device = list(learners), open_cache, device
         self.caches: dict[nn.Module, TeacherCache | None] = {}
 
     def get(self, epoch: int, rows: torch.Tensor) -> TeacherLogits:
@@ -47,7 +48,7 @@ class KeptLogits:
             rows: Rows of the batch, int64 `[B]`.
         """
         known = {}
-        for model in self.learner.frozen_models:
+        for model in _models(self.learners):
             if model not in self.caches:
                 self.caches[model] = self.open_cache(model)
             cache = self.caches[model]
@@ -68,14 +69,25 @@ class KeptLogits:
             cache.flush()
 
 
+def _models(learners: Sequence[Learner]) -> list[nn.Module]:
+    first, *others = learners
+    heard = any(first.teacher is model for learner in others for model in learner.frozen_models)
+    teacher = [first.teacher] if heard and first.teacher is not None else []
+    return list(dict.fromkeys([*teacher, *first.frozen_models]))
+
+
 def keep_logits(
-    config: TrainConfig, learner: Learner, data: DataSplits, input_config: Mapping[str, Any], accelerator: Accelerator
+    config: TrainConfig,
+    learners: Sequence[Learner],
+    data: DataSplits,
+    input_config: Mapping[str, Any],
+    accelerator: Accelerator,
 ) -> KeptLogits | None:
     """Prepare for keeping logits, if the options ask for that.
 
     Args:
         config: The options.
-        learner: The first learner, whose frozen models are meant.
+        learners: The learners, see `KeptLogits`.
         data: The splits.
         input_config: What the loader makes of images.
         accelerator: Devices and processes.
@@ -87,16 +99,25 @@ def keep_logits(
         return None
     if accelerator.num_processes > 1:
         raise ValueError('cache_teacher works in one process only: leave it out, or start a single one.')
+    learner = learners[0]
     teacher = learner.teacher
     if teacher is None:
         raise ValueError(f'cache_teacher needs a teacher, and {learner.name} has none: name another method first.')
+    heard = teacher in _models(learners)
+    if not (heard or learner.freezes):
+        raise ValueError(
+            'cache_teacher: nobody learns from the teacher itself (prompt_teacher_weight and student_teacher_weight '
+            'are 0), and its prompt path is trained to the end: leave --cache-teacher out, or freeze the path with '
+            '--prompt-epochs.'
+        )
     size, seed = tuple(input_config['input_size']), torch.Generator().manual_seed(config.seed)
     assert config.batch_size is not None
     images = torch.randn(config.batch_size, *size, generator=seed).to(accelerator.device)
     if config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    with accelerator.autocast():
-        check_exact(learner.task.teacher_logits, images)
+    if heard:
+        with accelerator.autocast():
+            check_exact(learner.task.teacher_logits, images)
     fingerprint, options = dataset_fingerprint(data.train), dataclasses.asdict(config)
 
     def open_cache(model: nn.Module) -> TeacherCache | None:
@@ -114,4 +135,4 @@ def keep_logits(
         folder, rows = Path(config.teacher_cache_dir), len(data.train)
         return TeacherCache(folder, key, rows, data.num_classes, config.aug_cycle or 1)
 
-    return KeptLogits(learner, open_cache, accelerator.device)
+    return KeptLogits(learners, open_cache, accelerator.device)

@@ -107,8 +107,9 @@ class Learner:
 
     @property
     def frozen_models(self) -> list[nn.Module]:
-        """What this student learns from and is not trained: the teacher, and a prompt path that is frozen."""
-        return [model for model in (self.teacher, self.task.get_frozen_path()) if model is not None]
+        """What is heard in a step and not trained: the teacher, and a prompt path that is frozen."""
+        teacher = self.teacher if self.task.needs_teacher_logits else None
+        return [model for model in (teacher, self.task.get_frozen_path()) if model is not None]
 
     @property
     def freezes(self) -> bool:
@@ -250,13 +251,13 @@ class Learner:
         return next((name for name, value in tensors.items() if not value.isfinite().all()), None)
 
     def outputs_with_teacher(self, input: torch.Tensor, known: TeacherLogits) -> dict[str, torch.Tensor]:
-        """Return what the task evaluates, and the teacher's logits whatever the method.
+        """Return what the task evaluates, and the teacher's logits whatever the method, if it has the same classes.
 
         Args:
             input: Images `[B, C, H, W]`.
             known: Teachers' logits for this batch; read, and written where they are computed.
         """
-        if self.teacher is None:
+        if self.teacher is None or not self.task.shows_teacher:
             return self.task.eval_outputs(input)
         outputs = self.task.eval_outputs(input, known.get(self.teacher))
         if 'teacher' not in outputs:

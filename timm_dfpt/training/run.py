@@ -252,7 +252,7 @@ def train_side_by_side(
     learners = setup.create_learners(arms)
     on_main(accelerator, lambda: check_export(learners, describe(setup, command)))
     _report_teacher(setup, learners[0])
-    kept = keep_logits(config, learners[0], setup.data, setup.input_config, accelerator)
+    kept = keep_logits(config, learners, setup.data, setup.input_config, accelerator)
     folder.open(config, accelerator)
     accelerator.print(f'run folder: {folder}')
     if config.log_with:
@@ -294,7 +294,7 @@ def _report_teacher(setup: Setup, learner: Learner) -> None:
         tuned, epochs = learner.task.prompt_epochs, learner.config.epochs
         if tuned and tuned < epochs:
             say(f'the prompt path is tuned in the first {tuned} of {epochs} epochs and then frozen')
-    if learner.teacher is not None:
+    if learner.task.shows_teacher:
         forward = learner.task.teacher_logits
         before = evaluate(lambda x: {'teacher': forward(x)}, setup.loaders['val'], setup.accelerator)
         top1 = before['teacher']['top1']
