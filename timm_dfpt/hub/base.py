@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from ..backbone.input_size import published_state
 from .build import BUILD_ERRORS, CONFIG, WEIGHTS, build_meta, remember_origin
 from .config import Fingerprint, PromptPathRecord
 from .errors import HubError
@@ -90,17 +91,19 @@ def hub_repo_of(base_model: str | None) -> str | None:
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Return what identifies a base model: its shapes and its weights, as hashes.
 
-    The shapes alone are hashed of a model on the meta device.
+    The shapes alone are hashed of a model on the meta device. Of a model that was set to another input size it is what
+    was published.
     """
     shapes, weights = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    state = published_state(model)
+    for name, tensor in sorted(state.items()):
         shapes.update(f'{name} {list(tensor.shape)} {tensor.dtype}\n'.encode())
         if tensor.device.type != 'meta':
             plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             weights.update(plain.numpy().data)
-    parameters = list(model.parameters())
-    dtype: Any = str(parameters[0].dtype).removeprefix('torch.')
-    count = sum(p.numel() for p in parameters)
+    parameters = dict(model.named_parameters())
+    dtype: Any = str(next(iter(parameters.values())).dtype).removeprefix('torch.')
+    count = sum(state.get(name, p).numel() for name, p in parameters.items())
     return Fingerprint(dtype, count, shapes.hexdigest(), weights.hexdigest())
 
 

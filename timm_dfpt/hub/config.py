@@ -108,6 +108,7 @@ class PromptPathRecord:
         base_architecture: Name of the base's architecture in timm; `None` for a model that is not timm's.
         base_model_args: Arguments that the architecture is created with.
         base_fingerprint: What the base must be.
+        input_size: `(height, width)` that the base was set to; `None` for its own.
         num_classes: Number of classes of the prompt path.
         stages: Behind which modules the blocks stand.
         classifier: Names of the classifier modules.
@@ -141,6 +142,11 @@ class PromptPathRecord:
         lambda names: 0 < len(names) <= _MAX_STAGES and all(map(is_module_name, names)),
     )
     prompt: PromptConfig
+    input_size: tuple[int, int] | None = limited(
+        'null or a height and a width from 1 to 4096',
+        lambda size: size is None or all(0 < side <= _MAX_SIDE for side in size),
+        default=None,
+    )
     label_names: list[str] | None = None
     data_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     train_bn: bool = False
@@ -183,6 +189,8 @@ class PromptPathRecord:
         values['format_version'] = FORMAT_VERSION
         if 'base_fingerprint' in values:
             values['base_fingerprint'] = _read(Fingerprint, values['base_fingerprint'], 'base_fingerprint')
+        if isinstance(size := values.get('input_size'), list):
+            values['input_size'] = tuple(size)
         if 'prompt' in values:
             values['prompt'] = _read(PromptConfig, values['prompt'], 'prompt')
         stages = values.get('stages')

@@ -15,6 +15,7 @@ from timm.models._input import get_model_args
 from torch import nn
 
 from ..backbone.calibration import calibration_input
+from ..backbone.input_size import input_size_of, set_input_size
 from ..backbone.stages import find_stages
 from ..backbone.types import Stage
 from ..teacher.checks import find_classifier
@@ -114,6 +115,7 @@ def _record_of(teacher: DualForwardPathTeacher, options: PromptPathOptions) -> P
         base_architecture=architecture,
         base_model_args=get_model_args(base) if architecture else {},
         base_fingerprint=fingerprint(base),
+        input_size=input_size_of(base),
         num_classes=num_classes,
         stages=teacher.stages,
         classifier=path.classifier,
@@ -136,7 +138,8 @@ def build_teacher(source: Source, model: nn.Module | None = None) -> DualForward
 
     Args:
         source: Folder or repository.
-        model: The base model. Default: rebuilt through timm from its recorded id and revision.
+        model: The base model. Default: rebuilt through timm from its recorded id and revision. Where the prompt path
+            is of another input size than its own, a copy of it is set to that.
 
     Returns:
         The teacher, in evaluation mode.
@@ -159,6 +162,14 @@ def build_teacher(source: Source, model: nn.Module | None = None) -> DualForward
     else:
         _check_fits(_meta_twin(model), record, name, found)
     check_base(record, fingerprint(model))
+    size = input_size_of(model)
+    if size not in (None, record.input_size):
+        wanted = 'its own input size' if record.input_size is None else f'input_size={record.input_size}'
+        raise ValueError(f'{source.name} was tuned on the base model at {wanted}, not at {size}.')
+    if record.input_size is not None and size is None:
+        # The model that was given stays as it is.
+        model = copy.deepcopy(model)
+        set_input_size(model, record.input_size)
     teacher = _wrap(model, record)
     teacher.prompt_path.load_state_dict(read_tensors(weights), strict=True)
     return teacher.eval()
@@ -179,6 +190,8 @@ def _check_fits(twin: Any, record: PromptPathRecord, name: str, found: Mapping[s
     check_base(record, fingerprint(twin), shapes_only=True)
     try:
         with bounded(len(found), count_values(found)), torch.device('meta'):
+            if record.input_size is not None:
+                set_input_size(twin, record.input_size)
             size = _input_size(twin, record)
             _check_stages(find_stages(twin, _modules(record), size), record)
             path = PromptPath(

@@ -298,7 +298,7 @@ def check_takes(model: nn.Module, size: Sequence[int], label: str, classes: int)
     model.eval()
     try:
         with torch.no_grad():
-            output = model(torch.zeros(1, *size))
+            output = model(torch.zeros(1, *size, dtype=next(model.parameters()).dtype))
     except Exception as error:
         why = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
         raise ValueError(

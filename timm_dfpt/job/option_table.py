@@ -61,6 +61,9 @@ class Options:
     teacher_checkpoint: str | None = _opt(None, 'safetensors file with weights for --teacher', 'models')
     teacher_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the teacher architecture', 'models')
     teacher_dtype: Literal['float32', 'bfloat16'] = _opt('float32', 'dtype of the frozen weights', 'models')
+    teacher_input_size: list[int] = _opt(
+        [], 'side (or height and width) of the images that the teacher sees', 'models', low=1, unset="the teacher's own"
+    )
     cache_teacher: bool = _opt(False, 'compute the teacher logits once; needs --aug-cycle or --no-aug', 'models')
     teacher_cache_dir: str = _opt('output/teacher-cache', 'where these logits are kept, for later runs too', 'models')
     student: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the student', 'models')

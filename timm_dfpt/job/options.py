@@ -58,6 +58,7 @@ class TrainConfig(Options):
             'min_lr': (self.min_lr <= self.lr, f'at most lr={self.lr:g}'),
             'export_epochs': (max(self.export_epochs, default=0) <= self.epochs, f'at most epochs={self.epochs}'),
             'input_size': (len(self.input_size) in (0, 3), 'C H W, such as 3 224 224'),
+            'teacher_input_size': (len(self.teacher_input_size) <= 2, 'a side or H W, such as 224 or 224 320'),
         }
         for name, (fits, allowed) in limits.items():
             if not fits:
@@ -94,6 +95,12 @@ class TrainConfig(Options):
         return count
 
     @property
+    def teacher_size(self) -> tuple[int, int] | None:
+        """Height and width of the images that the teacher sees, `None` for its own."""
+        size = self.teacher_input_size
+        return (size[0], size[-1]) if size else None
+
+    @property
     def schedule(self) -> dict[str, Any]:
         """The options of the learning rate schedule, as `create_scheduler` takes them."""
         return {name: getattr(self, name) for name in SCHEDULE_OPTIONS}
@@ -108,6 +115,11 @@ class TrainConfig(Options):
             if self.teacher is not None:
                 raise ValueError(
                     f'method={self.method} trains without a teacher: leave --teacher out, or choose a method.'
+                )
+            if self.teacher_input_size:
+                raise ValueError(
+                    f'teacher_input_size={self.teacher_input_size} needs a teacher: leave it out, since '
+                    f'method={self.method} trains without one.'
                 )
             if self.baselines:
                 raise ValueError(f'baselines need a teacher: choose another method than {self.method}.')
@@ -230,7 +242,7 @@ class TrainConfig(Options):
         # Another name than those of the table is refused by the checks of the result.
         known = METHODS.get(method, METHODS[self.method])
         if not known.needs_teacher:
-            dropped |= {'teacher': None, 'teacher_checkpoint': None, 'cache_teacher': False}
+            dropped |= {'teacher': None, 'teacher_checkpoint': None, 'teacher_input_size': [], 'cache_teacher': False}
         if not known.variant:
             dropped |= {'prompt_path': None, 'push_prompt_path': None, 'freeze_prompt_path': False}
         own = self.method_options.get(method, {})

@@ -21,6 +21,10 @@ def input_config_of(model: nn.Module) -> dict[str, Any]:
     the average of three means.
     """
     config = dict(resolve_model_data_config(model))
+    patches: Any = getattr(model, 'patch_embed', None)
+    if getattr(patches, 'strict_img_size', False) and patches.img_size:
+        # As it was created with img_size=..., of which its `pretrained_cfg` knows nothing.
+        config['input_size'] = (config['input_size'][0], *patches.img_size)
     channels = getattr(model, 'in_chans', None)
     if isinstance(channels, int):
         config['input_size'] = (channels, *config['input_size'][1:])

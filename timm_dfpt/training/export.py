@@ -93,7 +93,8 @@ def describe_models(
         example: A batch `[B, C, H, W]` to measure with, if there is one.
 
     Returns:
-        By name of the learner, for `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`;
+        By name of the learner, for `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`,
+        and `input_size` (height and width) where it is not the student's;
         of a student with a moving average also which of them is published (`weights`), and the metrics of the `other`.
         `None` stands for what could not be measured.
     """
@@ -111,6 +112,10 @@ def describe_models(
                 costs_of_teachers[id(learner.teacher)] = cost
             key = learner.published if role == 'student' else role
             entries[role] = {'name': model.name, **_metrics(result, split, key), 'cost': cost}
+            # The loader's, unless the images are resized for the teacher.
+            size = getattr(getattr(learner.task, 'adapter', None), 'size', None)
+            if role != 'student' and size:
+                entries[role]['input_size'] = list(size)
         if learner.average is not None:
             (other,) = _WEIGHTS.keys() - {learner.published}
             entries['student']['weights'] = _WEIGHTS[learner.published]

@@ -10,6 +10,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from ..backbone.input_size import input_size_of, set_input_size
 from ..hub.timm_models import ModelSource, check_class_order, check_takes, load_weights_file
 from ..job.options import TrainConfig
 from ..tasks.methods import METHODS
@@ -32,11 +33,12 @@ def shared_teacher(
     if not METHODS[config.method].needs_teacher:
         return None
     source = [config.teacher or config.prompt_path, config.teacher_checkpoint, config.teacher_kwargs]
-    key = json.dumps([*source, config.teacher_dtype], default=str)
+    key = json.dumps([*source, config.teacher_dtype, config.teacher_input_size], default=str)
     if key not in teachers:
         if config.teacher is None:
             # The prompt path knows its teacher.
             teachers[key] = load_prompt_path(str(config.prompt_path)).unwrap()
+            _check_input_size(config, input_size_of(teachers[key]))
         else:
             teacher = create_teacher(config, class_names)
             # Blocks, heads and students stay in float32: only what is frozen is converted.
@@ -89,6 +91,12 @@ def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module
         # Without pretrained weights a head of the right size says nothing: the file must bring every tensor.
         teacher = source.create(False, **{**config.teacher_kwargs, 'num_classes': known})
         load_weights_file(teacher, config.teacher_checkpoint, 'teacher_checkpoint')
+    if config.teacher_size:
+        try:
+            # What is resampled must not depend on whether it was converted before, as where it is loaded again.
+            set_input_size(teacher.to(getattr(torch, config.teacher_dtype)), config.teacher_size)
+        except ValueError as error:
+            raise ValueError(f'teacher_input_size={config.teacher_input_size}: {error}') from error
     if teacher.num_classes != len(class_names):
         raise ValueError(
             f'teacher {config.teacher!r} knows {teacher.num_classes} classes, the data have {len(class_names)}. '
@@ -119,12 +127,24 @@ def load_prompt_path(path: str, model: nn.Module | None = None) -> DualForwardPa
         raise ValueError(f'prompt_path={path!r} cannot be loaded: {error}') from error
 
 
+def _check_input_size(config: TrainConfig, size: tuple[int, int] | None) -> None:
+    """Refuse a prompt path that was tuned at another input size of the teacher than the options say."""
+    if size != config.teacher_size:
+        own = '' if size is None else f'give --teacher-input-size {size[0]} {size[1]}'
+        raise ValueError(
+            f'prompt_path={config.prompt_path!r} was tuned with the teacher at {size or "its own input size"}, not at '
+            f'{config.teacher_size or "its own"}: {own or "leave --teacher-input-size out"}.'
+        )
+
+
 def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeacher:
     """Give the teacher its second path, new or from `prompt_path`."""
     variant = METHODS[config.method].variant
     assert variant is not None
     if config.prompt_path:
         teacher = load_prompt_path(config.prompt_path, model)
+        if teacher.model is not model:
+            _check_input_size(config, input_size_of(teacher.model))
         if teacher.variant != variant:
             raise ValueError(
                 f'prompt_path {config.prompt_path!r} is of the variant {teacher.variant!r}: use --method '

@@ -117,7 +117,7 @@ def closing_table(summary: Mapping[str, Any]) -> str:
     split = summary['eval_split']
     models = dict(summary['models'])
     models |= {f'student of {method}': model for method, model in summary.get('baselines', {}).items()}
-    rows = [(f'{name} ({model["name"]})', model) for name, model in models.items()]
+    rows = [(f'{name} ({model["name"]}{_size_text(model)})', model) for name, model in models.items()]
     for name, model in models.items():
         if 'weights' in model:
             # Student and moving average, of which one is published.
@@ -135,6 +135,10 @@ def closing_table(summary: Mapping[str, Any]) -> str:
     ]
     cells = [[name, *(cell(model) for _, cell in columns)] for name, model in rows]
     return markdown_table(['model', *(title for title, _ in columns)], cells, pad=True)
+
+
+def _size_text(model: Mapping[str, Any]) -> str:
+    return f' at {model["input_size"][0]} x {model["input_size"][1]}' if model.get('input_size') else ''
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
