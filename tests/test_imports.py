@@ -14,7 +14,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / 'timm_dfpt'
 # From the ground up; a room imports itself and what is below it. The package's own `__init__` imports any of them.
 GROUND = ('version', 'utils')
-ROOMS = (GROUND, ('models', 'data', 'backbone', 'losses'), ('teacher',), ('tasks',), ('hub',), ('job',), ('training',))
+ROOMS = (
+    GROUND, ('models', 'data', 'backbone', 'losses'), ('teacher',), ('tasks',), ('hub',), ('deploy',), ('job',),
+    ('training',),
+)  # fmt: skip
 # Stands by itself: it imports any room, and none imports it.
 APART = 'testing'
 

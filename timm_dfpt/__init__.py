@@ -7,6 +7,7 @@ together with the student.
 """
 from . import models
 from .backbone import find_stages
+from .deploy import export_onnx, export_pt2
 from .hub import (
     from_pretrained,
     load_student,
@@ -28,6 +29,8 @@ __all__ = [
     'DualForwardPathTeacher',
     'PromptConfig',
     '__version__',
+    'export_onnx',
+    'export_pt2',
     'find_stages',
     'fit_head',
     'from_pretrained',

@@ -183,6 +183,12 @@ class Options:
     channels_last: bool = _opt(False, 'channels_last memory format', 'run')
     compile: bool = _opt(False, 'torch.compile student and both paths', 'run')
     cpu: bool = _opt(False, 'train on the CPU even where there is a GPU', 'run')
+    # --- export
+    export: list[str] = _opt(
+        [], 'also write the student as ONNX (float32, float16, int8), as a program of torch (pt2)', 'export',
+        choices=('onnx', 'pt2'),
+    )  # fmt: skip
+    include_preprocessing: bool = _opt(False, 'exported files take pixels (uint8) and normalise them', 'export')
     # --- publishing
     push_to_hub: str | None = _opt(None, 'publish the student under user/name at the end', 'publishing')
     push_prompt_path: str | None = _opt(None, 'publish the prompt path under user/name at the end', 'publishing')

@@ -156,6 +156,8 @@ class TrainConfig(Options):
                 )
         if self.cache_teacher:
             self._check_cache()
+        if self.include_preprocessing and not self.export:
+            raise ValueError('include_preprocessing is of exported files: name their format with --export onnx.')
         if self.train_crop_mode and self.crop_padding:
             raise ValueError('train_crop_mode and crop_padding contradict each other: give one of them.')
         if self.no_aug:

@@ -32,6 +32,8 @@ __all__ = ['Arm', 'compare', 'main', 'parse_arm']
 _TIMED_STEPS = 10
 # Given by the arms and the seeds.
 _NOT_OPTIONS = ('method', 'baselines', 'seed')
+# Of one student that is shipped.
+_OF_A_RUN = ('export', 'include_preprocessing')
 # What an arm may change. All the rest is what makes the students comparable: data, batches, student, epochs.
 _ARM_GROUPS = ('method', 'prompt path')
 _ARM_OPTIONS = (
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
     """
     parser = build_parser(
         'Compare distillation methods: for each seed the students train side by side on the same batches.',
-        without=_NOT_OPTIONS,
+        without=(*_NOT_OPTIONS, *_OF_A_RUN),
     )
     group = parser.add_argument_group('comparison')
     group.add_argument('--methods', nargs='*', default=[], metavar='METHOD', help='methods, or scratch for none')

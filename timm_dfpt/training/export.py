@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as serialize
 from torch import nn
 
+from ..deploy.form import deployed_form, has_deployed_form
 from ..hub.build import WEIGHTS
 from ..hub.options import StudentOptions
 from ..hub.prompt_path import PROMPT_WEIGHTS, check_prompt_path, save_prompt_path
@@ -17,7 +19,7 @@ from ..hub.sources import parse_source
 from ..hub.student import check_student, save_student
 from ..job.options import public_options
 from .learner import Learner
-from .report import measure_cost
+from .report import attempt, measure_cost
 from .run_folder import RunFolder
 
 __all__ = ['Results', 'check_export', 'describe_models', 'export', 'export_student']
@@ -36,6 +38,7 @@ class _Model:
     forward: Callable[[torch.Tensor], torch.Tensor]
     parameters: Sequence[nn.Parameter]
     files: Sequence[Path]
+    module: nn.Module | None = None
 
 
 def check_export(learners: Sequence[Learner], facts: Mapping[str, Any]) -> None:
@@ -94,8 +97,9 @@ def describe_models(
 
     Returns:
         By name of the learner, for `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`,
-        and `input_size` (height and width) where it is not the student's;
-        of a student with a moving average also which of them is published (`weights`), and the metrics of the `other`.
+        and `input_size` (height and width) where it is not the student's; of a student that is deployed in another form
+        (`timm.utils.reparameterize_model`) `cost` is of that form, and `cost_as_trained` of the one that is saved; of a
+        student with a moving average also which of them is published (`weights`), and the metrics of the `other`.
         `None` stands for what could not be measured.
     """
     costs_of_teachers: dict[int, dict[str, Any] | None] = {}
@@ -116,12 +120,29 @@ def describe_models(
             size = getattr(getattr(learner.task, 'adapter', None), 'size', None)
             if role != 'student' and size:
                 entries[role]['input_size'] = list(size)
+            deployed = _deployed_cost(model, example)
+            entries[role] |= {'cost': deployed, 'cost_as_trained': cost} if deployed else {}
         if learner.average is not None:
             (other,) = _WEIGHTS.keys() - {learner.published}
             entries['student']['weights'] = _WEIGHTS[learner.published]
             entries['student']['other'] = {'weights': _WEIGHTS[other], **_metrics(result, split, other)}
         described[learner.name] = entries
     return described
+
+
+def _deployed_cost(model: _Model, example: torch.Tensor | None) -> dict[str, float | None] | None:
+    """Measure what a student costs in the form that is deployed, if that is another than the one it is saved in."""
+    module = model.module
+    if module is None or example is None or not has_deployed_form(module):
+        return None
+
+    def measured() -> dict[str, float | None]:
+        deployed = deployed_form(module).to(example.device)
+        cost = measure_cost(deployed, list(deployed.parameters()), example, [])
+        weights = {name: tensor.contiguous() for name, tensor in deployed.state_dict().items()}
+        return {**cost, 'size_bytes': len(serialize(weights))}
+
+    return attempt('folding the student', measured)
 
 
 def _metrics(result: Results, split: str, key: str) -> dict[str, Any]:
@@ -145,7 +166,8 @@ def _models(learner: Learner) -> dict[str, _Model]:
             models['prompt_path'] = _Model(config.method, task.prompt_logits, parameters, files)
     # In the precision of its weights, as the others: accelerate wraps what is trained in autocast.
     student = learner.accelerator.unwrap_model(learner.published_student, keep_fp32_wrapper=False)
-    models['student'] = _Model(str(config.student), student, list(student.parameters()), [folder.student / WEIGHTS])
+    files = [folder.student / WEIGHTS]
+    models['student'] = _Model(str(config.student), student, list(student.parameters()), files, student)
     return models
 
 

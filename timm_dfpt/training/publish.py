@@ -31,7 +31,7 @@ __all__ = ['check_targets', 'main', 'publish_run', 'retry_command']
 # Options that say nothing about what was trained.
 _NOT_RECIPE = (
     'output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval',
-    'teacher_cache_dir',
+    'teacher_cache_dir', 'export', 'include_preprocessing',
 )  # fmt: skip
 
 

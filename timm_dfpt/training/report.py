@@ -124,6 +124,11 @@ def closing_table(summary: Mapping[str, Any]) -> str:
             both = [(f'{name}, {model["weights"]}', model), (f'{name}, {model["other"]["weights"]}', model['other'])]
             at = next(i for i, (_, each) in enumerate(rows) if each is model)
             rows[at : at + 1] = [(f'{both[0][0]}, published ({model["name"]})', model), both[1]]
+    for name, model in models.items():
+        if 'cost_as_trained' in model:
+            at = next(i for i, (_, each) in enumerate(rows) if each is model)
+            rows[at] = (f'{rows[at][0]}, deployed', model)
+            rows.insert(at + 1, (f'{name}, as trained', {**model, 'cost': model['cost_as_trained']}))
     columns = [(f'{split} top-1 %', lambda m: _cell(m['metrics'], 'top1', '.2f'))]
     if any('top5' in (model['metrics'] or {}) for model in models.values()):
         columns.append((f'{split} top-5 %', lambda m: _cell(m['metrics'], 'top5', '.2f')))

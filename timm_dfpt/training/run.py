@@ -18,8 +18,11 @@ from accelerate.utils import set_seed
 from ..data.datasets import DataSplits
 from ..data.fingerprint import describe_data
 from ..data.loader import default_batch_size
+from ..deploy.measure import check_formats
+from ..deploy.onnx_files import EXTRA, missing_packages
 from ..hub.config import check_data_config, check_label_names
 from ..hub.errors import HubError
+from ..hub.export_table import exports_table
 from ..hub.privacy import public
 from ..job.cli import parse_config
 from ..job.devices import create_accelerator, on_main
@@ -36,6 +39,7 @@ from .learner import Learner
 from .publish import check_targets, publish_run, retry_command
 from .report import attempt, closing_table, plot_curves, verdicts
 from .run_folder import RunFolder, claimed
+from .runtimes import export_files
 from .trainer import Trainer
 
 __all__ = [
@@ -163,6 +167,7 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
         ValueError: If an option does not fit the data or the models; nothing has been trained then.
     """
     check_targets(config.push_to_hub, config.push_prompt_path)
+    check_formats(config.export)
     accelerator = create_accelerator(config)
     with claimed(config, accelerator) as folder:
         return _run(folder.resumed(config), folder, accelerator, command)
@@ -187,10 +192,18 @@ def _run(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, comma
             'baselines': {name: each['student'] for name, each in models.items()},
         }
         folder.write_summary(summary)
+        if config.export:
+            exports = attempt('exporting', lambda: export_files(setup.config, setup.data, setup.input_config, folder))
+            summary['exports'] = exports or []
+            folder.write_summary(summary)
         title = f'{config.method}: {public(config.student, local=True)}'
         attempt('drawing the curves', lambda: plot_curves(folder.read_metrics(), folder.curves, title))
         for line in (closing_table(summary), *verdicts(summary)):
             print(line)
+        if summary.get('exports'):
+            print(exports_table(summary['exports'], pad=True))
+        elif not config.export and missing_packages():
+            print(f'for ONNX files, measured in onnxruntime: {EXTRA}, then the same again with --resume --export onnx')
         print(f'student: timm.create_model({f"local-dir:{folder.student}"!r}, pretrained=True)')
         _publish(config, folder)
     close(setup)

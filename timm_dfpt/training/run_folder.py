@@ -30,7 +30,7 @@ _FORMAT_VERSION = 1
 _MAY_DIFFER = (
     'output', 'resume', 'log_with', 'log_interval', 'checkpoint_hist', 'checkpoint_steps', 'workers', 'cache_images',
     'cache_teacher', 'teacher_cache_dir',
-    'push_to_hub', 'push_prompt_path', 'private', 'license',
+    'push_to_hub', 'push_prompt_path', 'private', 'license', 'export', 'include_preprocessing',
 )  # fmt: skip
 
 
@@ -50,6 +50,8 @@ class RunFolder:
         self.checkpoints = self.path / 'checkpoints'
         self.student = self.path / 'student'
         self.prompt_path = self.path / 'prompt_path'
+        self.exported = self.path / 'exported'
+        """The student in the formats of other runtimes."""
         self.curves = self.path / 'curves.png'
         self.summary = self.path / 'summary.json'
         """What the run was and reached; written at its end."""
