@@ -20,6 +20,7 @@ from .hub import (
 from .losses import DFPTWeights
 from .tasks import DFPTDistillationTask
 from .teacher import DualForwardOutput, DualForwardPathTeacher, PromptConfig, fit_head, wrap
+from .teacher.statistics import adapt_statistics
 from .version import __version__
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     'DualForwardPathTeacher',
     'PromptConfig',
     '__version__',
+    'adapt_statistics',
     'export_onnx',
     'export_pt2',
     'find_stages',

@@ -6,11 +6,13 @@ import dataclasses
 import logging
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from .class_names import match_classes
 from .image_split import ImageSplit
 from .images import parse_color
 from .inspection import inspect_splits, warn_of_copies
@@ -66,6 +68,7 @@ def load_splits(
     seed: int = 0,
     on_bad_image: str = 'stop',
     background: str | None = None,
+    teacher_classes: Sequence[str] | None = None,
 ) -> DataSplits:
     """Load a dataset for image classification and check it before any work starts.
 
@@ -92,9 +95,11 @@ def load_splits(
         seed: Seed of that split, not negative.
         on_bad_image: `'stop'`: an unreadable image is an error. `'skip'`: it is left out, with a warning naming it.
         background: Colour behind transparent images, see `parse_color`; by default transparency is dropped.
+        teacher_classes: Train without labels, and take these names of classes: there need be no labels, those of the
+            training split are dropped, and those of others are kept where all of their classes are among these.
 
     Returns:
-        The splits. Rows of a split are numbered without what was left out.
+        The splits. Rows without a label have the class number -1, and are numbered without what was left out.
 
     Raises:
         FileNotFoundError: If the dataset is not found.
@@ -109,43 +114,56 @@ def load_splits(
     if background is not None:
         parse_color(background)
     named = {'train': train_split, 'val': val_split, 'test': test_split}
+    unlabelled = teacher_classes is not None
     available = open_dataset(
         dataset,
         dataset_config=dataset_config,
         dataset_revision=dataset_revision,
         named_splits=named,
         target_key=target_key,
+        unlabelled=unlabelled,
     )
     roles = assign_roles(list(available), named)
     found = {role: available[name] for role, name in roles.items()}
     image = _find_image_column(found['train'], input_key)
-    label = _find_label_column(found['train'], target_key, image)
+    label = None if unlabelled else _find_label_column(found['train'], target_key, image)
     for role, split in found.items():
         for column, option in ((image, '--input-key'), (label, '--target-key')):
-            if column not in split.column_names:
+            if column is not None and column not in split.column_names:
                 raise ValueError(
                     f'split {roles[role]!r} has no column {column!r}, it has {split.column_names}; name one that all '
                     f'splits have with {option}'
                 )
 
-    if 'test' in found and test_split is None and _is_unlabelled(found['test'], label):
-        _logger.warning('Split %r has no labels and is not used', roles['test'])
-        del found['test']
-    class_names, labels = _number_classes(found, label, roles)
+    if teacher_classes is not None:
+        class_names = list(teacher_classes)
+        labels = {role: _labels_if_any(split, target_key, image, class_names) for role, split in found.items()}
+    else:
+        assert label is not None
+        if 'test' in found and test_split is None and _is_unlabelled(found['test'], label):
+            _logger.warning('Split %r has no labels and is not used', roles['test'])
+            del found['test']
+        class_names, labels = _number_classes(found, label, roles)
     splits = {
         role: ImageSplit(roles[role], _undecoded(split, image), image, torch.from_numpy(labels[role]), background)
         for role, split in found.items()
     }
     splits = inspect_splits(splits, on_bad_image)
-    _check_classes(splits, class_names)
+    if not unlabelled:
+        _check_classes(splits, class_names)
 
     val_from = f'split {roles.get("val")!r}'
     if 'val' not in splits:
         name = roles['train']
-        train_rows, val_rows = _stratified_split(splits['train'], class_names, val_fraction, seed)
+        if unlabelled:
+            train_rows, val_rows = _random_split(splits['train'], val_fraction, seed)
+        else:
+            train_rows, val_rows = _stratified_split(splits['train'], class_names, val_fraction, seed)
         splits['val'] = splits['train'].select(val_rows, name=f'{name} (held out)')
         splits['train'] = splits['train'].select(train_rows)
-        val_from = f'{val_fraction:.1%} of split {name!r}, stratified, seed {seed}'
+        val_from = f'{val_fraction:.1%} of split {name!r}, {"at random" if unlabelled else "stratified"}, seed {seed}'
+    if unlabelled:
+        splits['train'] = splits['train'].without_labels()
     warn_of_copies(splits)
     return DataSplits(splits['train'], splits['val'], splits.get('test'), class_names, val_from)
 
@@ -281,6 +299,35 @@ def _local_classes(dataset: Dataset, column: str, where: str) -> tuple[list[str]
     if twice:
         raise ValueError(f'{where} has several classes named {twice[0]!r} (in unicode NFC); rename or join them')
     return names, local
+
+
+def _labels_if_any(dataset: Dataset, named: str | None, image: str, class_names: list[str]) -> np.ndarray:
+    """Return the class numbers `[N]` among `class_names`, -1 everywhere if there are no labels or others."""
+    none = np.full(len(dataset), -1, dtype=np.int64)
+    try:
+        column = _find_label_column(dataset, named, image)
+        names, local = _local_classes(dataset, column, f'column {column!r}')
+    except ValueError:
+        return none
+    used = np.unique(local)
+    numbers = match_classes(names, class_names) or match_classes([names[i] for i in used], class_names)
+    if numbers is None:
+        return none
+    by_local = np.full(len(names), -1, dtype=np.int64)
+    by_local[range(len(names)) if len(numbers) == len(names) else used] = numbers
+    return by_local[local]
+
+
+def _random_split(split: ImageSplit, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split off `fraction` of the rows, one at least; returns the rows left and the rows split off."""
+    if len(split) < 2:
+        raise ValueError(
+            f'split {split.name!r} has a single image, which cannot be both learnt from and validated on; add images '
+            'or give a validation split (--val-split)'
+        )
+    count = min(max(1, round(len(split) * fraction)), len(split) - 1)
+    order = np.random.Generator(np.random.PCG64([seed])).permutation(len(split))
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def _check_classes(splits: dict[str, ImageSplit], class_names: list[str]) -> None:

@@ -79,7 +79,9 @@ def _scan(path: str, above: tuple[str, ...] = ()) -> _Folder:
     return found
 
 
-def open_folder(path: Path, named: Mapping[str, str | None], target_key: str | None = None) -> dict[str, Dataset]:
+def open_folder(
+    path: Path, named: Mapping[str, str | None], target_key: str | None = None, unlabelled: bool = False
+) -> dict[str, Dataset]:
     """Open a folder of images.
 
     Names that begin with a point, and the folders that systems leave behind, are left out at every level. Links are
@@ -91,6 +93,8 @@ def open_folder(path: Path, named: Mapping[str, str | None], target_key: str | N
         named: For `train`, `val` and `test` the split that the user named, or `None`; a folder in a folder is written
             `a/b`, and `.` is the folder itself.
         target_key: Column of the labels, if the user named one: then they are in the metadata file.
+        unlabelled: Whether a split need not have classes: one that has none, or images next to them, is a single list
+            of all images in it, without the column `label`.
 
     Returns:
         Split name to dataset. Images are referred to by path, class names are those of all splits.
@@ -104,6 +108,8 @@ def open_folder(path: Path, named: Mapping[str, str | None], target_key: str | N
         return open_metadata(root.path, _relative(root), split_by_folder=True)
     if tables:
         return {name: open_metadata(f.path, _relative(f))['train'] for name, f in tables.items()}
+    if unlabelled:
+        return _open_unlabelled(root, named)
     splits = _splits(root, named)
     classes = sorted({name for split in splits.values() for name in split})
     if not classes:
@@ -112,6 +118,35 @@ def open_folder(path: Path, named: Mapping[str, str | None], target_key: str | N
             'folders above them), or a metadata.csv with the columns file_name and label, found neither'
         )
     return {name: _read(name, split, classes) for name, split in splits.items()}
+
+
+def _open_unlabelled(root: _Folder, named: Mapping[str, str | None]) -> dict[str, Dataset]:
+    given = {name: folder for name in named.values() if name and (folder := _find(root, name)) is not None}
+    usual = {name: folder for name, folder in root.parts.items() if role_of(name) and root not in given.values()}
+    # A folder next to others that are none is hardly a split: dates and the like, or classes.
+    usual = usual if given or (len(usual) == len(root.parts) and not root.images) else {}
+    folders = {**usual, **given} or {'train': root}
+    folders = {name: folders[name] for name in assign_roles(list(folders), named).values()}
+    empty = [folder.path for folder in folders.values() if not folder.filled]
+    if empty:
+        raise ValueError(f'{printable(empty[0])!r} holds no image ({", ".join(IMG_EXTENSIONS)}); add some or remove it')
+    classes = sorted({name for folder in folders.values() if not folder.images for name in folder.parts})
+    return {
+        name: _read_flat(folder)
+        if folder.images
+        else _read(name, {label: [part] for label, part in folder.parts.items()}, classes)
+        for name, folder in folders.items()
+    }
+
+
+def _read_flat(folder: _Folder) -> Dataset:
+    from datasets import Dataset, Features, Image  # costs 0.5 s
+
+    files: dict[str, str] = {}
+    for path, real in _images([folder]):
+        files.setdefault(real, path)
+    cells = [{'bytes': None, 'path': pack_path(path)} for path in files.values()]
+    return Dataset.from_dict({'image': cells}, features=Features({'image': Image(decode=False)}))
 
 
 def _unwrapped(folder: _Folder, named: Mapping[str, str | None]) -> _Folder:

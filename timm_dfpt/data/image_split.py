@@ -26,7 +26,7 @@ class ImageSplit:
         name: Name for messages, such as `train`.
         dataset: The rows, images not decoded.
         image_column: Column of the images.
-        labels: Class number of each row, int64 `[N]`.
+        labels: Class number of each row, int64 `[N]`; -1 for none.
         background: Colour behind transparent images, see `decode_image`.
     """
 
@@ -38,6 +38,15 @@ class ImageSplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every row has a class number."""
+        return bool((self.labels >= 0).all())
+
+    def without_labels(self) -> ImageSplit:
+        """Return the same images without their class numbers."""
+        return dataclasses.replace(self, labels=torch.full_like(self.labels, -1))
 
     def encoded(self, rows: Sequence[int]) -> list[EncodedImage]:
         """Fetch images as they are stored: bytes, a path, or `None` where a row has no image."""

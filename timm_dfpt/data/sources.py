@@ -30,6 +30,7 @@ def open_dataset(
     dataset_revision: str | None = None,
     named_splits: Mapping[str, str | None],
     target_key: str | None = None,
+    unlabelled: bool = False,
 ) -> dict[str, Dataset]:
     """Open a dataset, whatever it is, as one `datasets.Dataset` per split.
 
@@ -41,6 +42,7 @@ def open_dataset(
         dataset_revision: Revision on the Hub.
         named_splits: For `train`, `val` and `test` the split that the user named, or `None`.
         target_key: Column of the labels, if the user named one.
+        unlabelled: Whether a folder need not have class folders.
 
     Returns:
         Split name to dataset. Images of a folder are referred to by path (see `unpack_path`).
@@ -84,7 +86,7 @@ def open_dataset(
             '--dataset-config out'
         )
     saved = _open_saved(path)
-    return saved if saved else open_folder(path, named_splits, target_key)
+    return saved if saved else open_folder(path, named_splits, target_key, unlabelled)
 
 
 def _load(path: str, config_name: str | None, **kwargs: Any) -> dict[str, Dataset]:

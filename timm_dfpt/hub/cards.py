@@ -13,6 +13,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..tasks.evaluation import SCORES
 from ..tasks.methods import METHODS
 from ..version import __version__
 from .config import PromptPathRecord
@@ -116,6 +117,7 @@ def student_card(
     """
     run = (run or RunFacts()).public()
     classes, cfg = config['num_classes'], config['pretrained_cfg']
+    purpose = f'for images of {classes} classes' if classes else 'a backbone without classes'
     taught = f', taught by `{run.teacher}` with {_method_name(run.method)}' if run.teacher else ''
     facts = {
         'Architecture': f'`{config["architecture"]}`' + _args_text(config.get('model_args')),
@@ -126,13 +128,14 @@ def student_card(
         'Prompt path': _link(run.prompt_path),
         **_common_facts(run, license),
     }
+    task = 'image-classification' if classes else 'image-feature-extraction'
     data = _card_data(
         repo_id,
         license,
         run,
         role='student',
         library_name='timm',
-        tags=['image-classification', 'timm', *([] if registered_by else ['transformers']), *_tags(run.method)],
+        tags=[task, 'timm', *([] if registered_by or not classes else ['transformers']), *_tags(run.method)],
         base_model=run.student_base,
         base_model_relation='finetune' if run.student_base else None,
     )
@@ -141,7 +144,7 @@ def student_card(
         data,
         run,
         repo_id=repo_id,
-        summary=f'`{config["architecture"]}` with {params:,} parameters, for images of {classes} classes{taught}.',
+        summary=f'`{config["architecture"]}` with {params:,} parameters, {purpose}{taught}.',
         facts=_cells(facts),
         architecture=config['architecture'],
         registered_by=registered_by,
@@ -213,10 +216,8 @@ def prompt_path_card(
         data,
         run,
         repo_id=repo_id,
-        summary=(
-            f'A prompt path of {params:,} parameters for the frozen teacher `{base}`: with it the teacher says what a '
-            f'smaller student can learn, for {config.num_classes} classes.'
-        ),
+        summary=f'A prompt path of {params:,} parameters for the frozen teacher `{base}`: with it the teacher says '
+        f'what a smaller student can learn, for {config.num_classes} classes.',
         facts=_cells(facts),
         base_model=config.base_model,
         base_link=_link(base_link) if base_link else f'`{base}`',
@@ -271,9 +272,9 @@ def _card_data(repo_id: str, license: str | None, run: RunFacts, role: str, **va
     ]
     return ModelCardData(
         license=license,
-        pipeline_tag='image-classification',
+        pipeline_tag=values['tags'][0],
         datasets=[dataset] if dataset else None,
-        metrics=['accuracy'] if results else None,
+        metrics=['accuracy'] if any('top1' in metrics for metrics in splits.values()) else None,
         model_name=repo_id.split('/')[-1] if results else None,
         eval_results=results or None,
         **{key: value for key, value in values.items() if value is not None},
@@ -294,8 +295,10 @@ def _table(run: RunFacts) -> str:
         return ''
     split = run.eval_split or next(iter(run.rows[0].splits), '')
     metrics = [row.splits.get(split, {}) for row in run.rows]
-    shown = [key for key in ('top1', 'top5') if any(key in m for m in metrics)]
-    head = ['', 'model', *(f'{split} top-{key[3:]} %' for key in shown), 'parameters']
+    labelled = any('top1' in m for m in metrics)
+    titles = {'top1': SCORES['top1'], 'top5': 'top-5 %'} if labelled else SCORES
+    shown = [key for key in titles if any(key in m for m in metrics)]
+    head = ['', 'model', *(f'{split} {titles[key]}' for key in shown), 'parameters']
     rows = []
     for row, measured in zip(run.rows, metrics, strict=True):
         cells = [_ROLES.get(row.role, row.role.replace('_', ' ')), _cell(row.name)]

@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import nn
 
+from ..data.class_names import are_numbers
 from ..utils.messages import shorten
 from .base import safe_weights_name
 from .build import CONFIG, WEIGHTS, build_meta, count_values, record_loading, remember_origin
@@ -263,7 +264,7 @@ def check_class_order(teacher: str, known: Sequence[str], class_names: Sequence[
             'config.json.'
         )
     where = next(i for i, (a, b) in enumerate(zip(known, class_names, strict=True)) if a != b)
-    if _are_numbers(known) != _are_numbers(class_names):
+    if are_numbers(known) != are_numbers(class_names):
         _logger.warning(
             f'Either the teacher {teacher!r} or the data have numbers for names of the classes (class {where} is '
             f'{known[where]!r} for the teacher and {class_names[where]!r} in the data): that their order is the same '
@@ -277,20 +278,14 @@ def check_class_order(teacher: str, known: Sequence[str], class_names: Sequence[
     )
 
 
-def _are_numbers(names: Sequence[str]) -> bool:
-    # What integer labels are called, here and in a student that was trained on them, and what `save_student` writes
-    # where it is given none: no names of their own.
-    return all(name.removeprefix('LABEL_').removeprefix('-').isdecimal() for name in names)
-
-
-def check_takes(model: nn.Module, size: Sequence[int], label: str, classes: int) -> None:
+def check_takes(model: nn.Module, size: Sequence[int], label: str, classes: int | None) -> None:
     """Run a model in evaluation on an empty image; it is in training afterwards.
 
     Args:
         model: The model.
         size: `(C, H, W)` of the image.
         label: The option that names the model, for messages.
-        classes: Number of classes.
+        classes: Number of classes; `None` for any number of features.
 
     Raises:
         ValueError: If it cannot take images of this size, or gives no logits `[B, K]`.
@@ -305,10 +300,12 @@ def check_takes(model: nn.Module, size: Sequence[int], label: str, classes: int)
             f'{label} cannot take images of input_size={size}: {why}. Give another '
             '--input-size, or the arguments of the architecture that fit it.'
         ) from error
-    if not isinstance(output, torch.Tensor) or output.shape != (1, classes):
+    wanted = classes if classes is not None or not isinstance(output, torch.Tensor) else output.shape[-1]
+    if not isinstance(output, torch.Tensor) or output.shape != (1, wanted):
+        needed = f'logits [1, {classes}]' if classes is not None else 'features [1, D]'
         gives = f'a tensor {list(output.shape)}' if isinstance(output, torch.Tensor) else f'a {type(output).__name__}'
         raise ValueError(
-            f'{label} gives {gives} for one image, not logits [1, {classes}]. Leave out the arguments of the '
+            f'{label} gives {gives} for one image, not {needed}. Leave out the arguments of the '
             'architecture that change its output, or name a classifier.'
         )
     model.train()

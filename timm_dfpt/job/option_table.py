@@ -105,6 +105,12 @@ class Options:
     test_split: str | None = _opt(None, 'name of the test split', 'data', unset='found')
     input_key: str | None = _opt(None, 'image column', 'data', unset='found')
     target_key: str | None = _opt(None, 'label column', 'data', unset='found')
+    unlabelled: bool = _opt(
+        False, 'train without labels, even if there are some: on what the teacher says, whose classes count', 'data'
+    )
+    adapt_statistics: bool = _opt(
+        True, 'unlabelled: estimate the BatchNorm statistics of the teacher anew on the training images', 'data'
+    )
     val_fraction: float = _opt(
         0.1, 'share of the training data to validate on if there is no validation split', 'data', above=0, below=1
     )

@@ -81,7 +81,8 @@ class TrainConfig(Options):
         if self.freeze_prompt_path:
             return 0
         adapts = not own_classes or not (self.prompt_teacher_weight or self.student_teacher_weight)
-        text = self.prompt_epochs or ('25%' if adapts else 'all')
+        # Without labels the path is what its statistics make of it.
+        text = self.prompt_epochs or ('0' if self.unlabelled else '25%' if adapts else 'all')
         if text == 'all':
             return self.epochs
         found = re.fullmatch(r'([0-9]+)|([0-9]+(?:\.[0-9]+)?)%', text)
@@ -140,11 +141,14 @@ class TrainConfig(Options):
             raise ValueError(
                 f'freeze_prompt_path and prompt_epochs={self.prompt_epochs} contradict each other: give one of them.'
             )
-        if method.variant and self.tuned_epochs() == 0 and not self.prompt_path:
+        adapted = self.unlabelled and self.adapt_statistics
+        if method.variant and self.tuned_epochs() == 0 and not (self.prompt_path or adapted):
             option = 'freeze_prompt_path' if self.freeze_prompt_path else f'prompt_epochs={self.prompt_epochs}'
             raise ValueError(f'{option} needs a tuned one to start from: name it with --prompt-path.')
         used = (self.method, *self.baselines, *([self.kd_loss] if method.variant else []))
         hard = [name for name in used if METHODS[name].needs_hard_labels]
+        if self.unlabelled:
+            self._check_unlabelled([name for name in used if not METHODS[name].needs_teacher] or hard)
         if (self.mixup or self.cutmix) and hard:
             raise ValueError(f'{hard[0]} needs class indices and cannot be used with mixup or cutmix: set both to 0.')
         for name, options in self.method_options.items():
@@ -161,9 +165,9 @@ class TrainConfig(Options):
         if self.train_crop_mode and self.crop_padding:
             raise ValueError('train_crop_mode and crop_padding contradict each other: give one of them.')
         if self.no_aug:
-            _refuse_augmentation({name: getattr(self, name) for name in _AUGMENTATIONS if self._differs(name)})
+            _refuse_augmentation({name: getattr(self, name) for name in _AUGMENTATIONS if self.differs(name)})
 
-    def _differs(self, name: str) -> bool:
+    def differs(self, name: str) -> bool:
         """Say whether an option is another than by default."""
         return bool(getattr(self, name) != default_of(self.__dataclass_fields__[name]))
 
@@ -177,6 +181,16 @@ class TrainConfig(Options):
         grows = dual and self.student_prompt_weight_end
         if not any(getattr(self, name) for name in names) and not grows:
             raise ValueError(f'{", ".join(names)} are all 0: the student has nothing to learn from. Raise one of them.')
+
+    def _check_unlabelled(self, needing: Sequence[str]) -> None:
+        if needing:
+            raise ValueError(f'{needing[0]} learns from labels and cannot be used with --unlabelled: leave one out.')
+        method = METHODS[self.method]
+        weights = (self.student_prompt_weight, self.student_teacher_weight, self.student_prompt_weight_end)
+        if not (any(weights) if method.variant else self.distill_loss_weight):
+            raise ValueError(
+                'unlabelled: the student learns from the teacher alone, whose weights are all 0: raise one of them.'
+            )
 
     def _check_kwargs(self) -> None:
         sources = {
@@ -192,6 +206,8 @@ class TrainConfig(Options):
     def _check_cache(self) -> None:
         if not METHODS[self.method].needs_teacher:
             raise ValueError(f'cache_teacher needs a teacher: choose another method than {self.method}.')
+        if not METHODS[self.method].needs_classes:
+            raise ValueError(f'cache_teacher keeps logits, and method={self.method} learns features: leave it out.')
         if self.mixup or self.cutmix:
             raise ValueError('cache_teacher knows single images, which mixup and cutmix blend: set both to 0.')
         if not (self.no_aug or self.aug_cycle):
@@ -214,14 +230,21 @@ class TrainConfig(Options):
         """
         if self.no_aug:
             _refuse_augmentation({name: given[name] for name in _AUGMENTATIONS if name in given})
-        for name in filter(self._differs, given):
+        for name in filter(self.differs, given):
             check_used(name, getattr(self, name), self.opt, self.sched, self.warmup_epochs)
+        labels = ('task_loss_weight', 'student_task_weight', 'prompt_task_weight', 'smoothing')
+        for name in filter(self.differs, given):
+            if (self.unlabelled and name in labels) or (name == 'adapt_statistics' and not self.unlabelled):
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r} has no effect {"with" if self.unlabelled else "without"} '
+                    '--unlabelled: leave it out.'
+                )
         methods = methods or (self.method, *self.baselines)
         if any(name in METHODS and METHODS[name].variant for name in methods):
             return
         for name in given:
             dual_only = name == 'kd_loss' or name.startswith(('prompt_', *_DUAL_STUDENT_WEIGHTS))
-            if dual_only and self._differs(name):
+            if dual_only and self.differs(name):
                 raise ValueError(
                     f'{name}={getattr(self, name)!r} has no effect with method={", ".join(methods)}: it is an option '
                     'of dfpt and dfpt+. Leave it out, or choose --method dfpt.'

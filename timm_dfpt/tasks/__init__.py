@@ -2,6 +2,7 @@
 from .base import StudentTask
 from .baselines import CTKDTask, LogitLossTask, SupervisedTask
 from .dfpt import DFPTDistillationTask
+from .features import FeatureTask
 from .methods import KD_LOSSES, METHODS, Method, register_method
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     'METHODS',
     'CTKDTask',
     'DFPTDistillationTask',
+    'FeatureTask',
     'LogitLossTask',
     'Method',
     'StudentTask',

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..teacher.teacher import DualForwardPathTeacher
 
-__all__ = ['StudentModule', 'StudentTask', 'TeacherLogits', 'check_kd_loss']
+__all__ = ['NoLabels', 'StudentModule', 'StudentTask', 'TeacherLogits', 'check_kd_loss']
 
 TeacherLogits = dict[nn.Module, torch.Tensor]
 """Logits `[B, K]` of one batch by the frozen model that gave them: computed once for all students that need them."""
@@ -48,13 +48,23 @@ class StudentModule(nn.Module):
         return lambda name: layers.get(name.removeprefix('student.'), last) if name.startswith('student.') else last
 
 
+class NoLabels(nn.Module):
+    """The loss on labels where there are none: 0, whatever is given."""
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return 0 as a scalar."""
+        return logits.new_zeros(())
+
+
 class StudentTask(TrainingTask):
     """A timm task that trains a student, and answers what a trainer asks; these are the answers without a teacher.
 
     Attributes:
+        hears_logits: Whether a teacher, if there is one, is one of the student's classes, whose logits are compared.
         prompt_epochs: Epochs after which `set_progress` freezes the prompt path, if there is one; `None` for never.
     """
 
+    hears_logits: bool = True
     prompt_epochs: int | None = None
 
     def get_student(self, ema: bool = False) -> nn.Module:

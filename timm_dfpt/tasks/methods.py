@@ -20,6 +20,7 @@ from ..teacher.prompt_path import Variant
 from .base import StudentTask
 from .baselines import CTKDTask, LogitLossTask, SupervisedTask
 from .dfpt import DFPTDistillationTask
+from .features import FeatureTask
 
 __all__ = [
     'ALIASES', 'DEFAULT_LOSS', 'DEFAULT_METHOD', 'KD_LOSSES', 'METHODS', 'REFERENCE_METHOD', 'Method',
@@ -38,6 +39,7 @@ class Method:
             also take the place of plain KD in the four terms of DFPT-KD.
         task: Class of its task.
         needs_teacher: Whether there is a teacher.
+        needs_classes: Whether the teacher must know the classes that the student learns.
         needs_hard_labels: Whether labels must be class indices, which mixup and cutmix do not leave.
         variant: Variant of the teacher's prompt path, if it has one.
         description: What cards say of it in whole sentences, where that is more than the label.
@@ -48,6 +50,7 @@ class Method:
     kd_loss: KDLoss | None = None
     task: type[StudentTask] = LogitLossTask
     needs_teacher: bool = True
+    needs_classes: bool = True
     needs_hard_labels: bool = False
     variant: Variant | None = None
     description: str = ''
@@ -65,6 +68,7 @@ def _without_target(
 
 
 _SUPERVISED = 'Trained on the labels alone, without a teacher.'
+_FEATURE = 'Learned the pooled features of the teacher, through a linear layer where their numbers differ.'
 _PAPER = '[arXiv 2506.18244](https://arxiv.org/abs/2506.18244)'
 _DFPT = f"""\
 DFPT-KD ({_PAPER}) gives a frozen, pre-trained teacher a second way through itself, the *prompt path*: the same stages
@@ -112,6 +116,7 @@ for _method in (
     Method('ttm', 'TTM', partial(_without_target, ttm_loss)),
     Method('wttm', 'WTTM', partial(_without_target, ttm_loss, weighted=True)),
     Method('ctkd', 'CTKD', task=CTKDTask),
+    Method('feature', 'feature distillation', task=FeatureTask, needs_classes=False, description=_FEATURE),
     Method('dfpt', 'DFPT-KD', task=DFPTDistillationTask, variant='dfpt', description=_DFPT),
     Method('dfpt+', 'DFPT-KD+', task=DFPTDistillationTask, variant='dfpt+', description=_DFPT_PLUS),
 ):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from ..data.loader import create_loader
 from ..hub.timm_models import ModelSource
 from ..job.options import TrainConfig
 from ..losses import DFPTWeights, KDLoss
-from ..tasks.base import StudentTask
+from ..tasks.base import NoLabels, StudentTask
 from ..tasks.methods import DEFAULT_LOSS, KD_LOSSES, METHODS
 from ..teacher.fitted_head import fitted_head_of
 from ..teacher.teacher import DualForwardPathTeacher
 from .learner import Learner
-from .models import create_student, shared_teacher, wrap_teacher
+from .models import create_student, shared_teacher, teacher_classes, wrap_teacher
 
 __all__ = [
     'create_criterion', 'create_learners', 'create_loaders', 'create_mixup', 'create_task', 'load_data',
@@ -38,6 +38,7 @@ def create_learners(
     input_config: Mapping[str, Any],
     accelerator: Accelerator,
     steps_per_epoch: int,
+    adapt: Callable[[StudentTask, TrainConfig], None] | None = None,
 ) -> list[Learner]:
     """Create students, their tasks and optimizers; those with the same teacher share it.
 
@@ -47,6 +48,7 @@ def create_learners(
         input_config: What the loader gives.
         accelerator: Devices and processes.
         steps_per_epoch: Batches per epoch.
+        adapt: Changes what a student learns from, before it is trained; called with its task and options.
 
     Raises:
         ValueError: If an option does not fit the data or the models.
@@ -60,8 +62,12 @@ def create_learners(
         if teacher is not None and METHODS[config.method].variant:
             teacher = wrap_teacher(config, teacher)
         set_seed(config.seed)
-        student = create_student(config, class_names, input_config)
+        # What learns features alone needs no classes.
+        known = METHODS[config.method].needs_classes or not config.unlabelled
+        student = create_student(config, class_names if known else (), input_config)
         task = create_task(config, student, teacher, input_config, accelerator)
+        if adapt is not None:
+            adapt(task, config)
         updates_per_epoch = -(-steps_per_epoch // config.grad_accum_steps)
         learner = Learner(name, config, task, accelerator, updates_per_epoch)
         if config.batch_size == accelerator.num_processes:
@@ -81,7 +87,7 @@ def _refuse_batch_norm(learner: Learner) -> None:
 
 
 def load_data(config: TrainConfig) -> DataSplits:
-    """Load and check the dataset.
+    """Load and check the dataset; without labels the classes are those of the teacher.
 
     Raises:
         ValueError: If it is not fit for training, or an option does not fit it.
@@ -99,6 +105,7 @@ def load_data(config: TrainConfig) -> DataSplits:
         seed=config.seed,
         on_bad_image=config.on_bad_image,
         background=config.background,
+        teacher_classes=teacher_classes(config) if config.unlabelled else None,
     )
 
 
@@ -189,7 +196,9 @@ def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
 
 
 def create_criterion(config: TrainConfig) -> nn.Module:
-    """Return timm's loss on the labels."""
+    """Return timm's loss on the labels, or what it is without any."""
+    if config.unlabelled:
+        return NoLabels()
     if config.mixup or config.cutmix:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
@@ -215,7 +224,9 @@ def create_task(
     common: dict[str, Any] = {'criterion': create_criterion(config), 'device': accelerator.device, 'verbose': False}
     if not method.needs_teacher:
         return method.task(student, **common)
-    common |= {'temperature': config.temperature, 'input_config': input_config}
+    common['input_config'] = input_config
+    if method.task.hears_logits:
+        common['temperature'] = config.temperature
     kd_loss = _kd_loss(config)
     if kd_loss is not None:
         common['kd_loss'] = kd_loss
@@ -230,16 +241,28 @@ def create_task(
         )
     assert isinstance(teacher, DualForwardPathTeacher)
     head = fitted_head_of(teacher.model)
-    names = [field.name for field in dataclasses.fields(DFPTWeights)]
     return method.task(
         student,
         teacher,
-        weights=DFPTWeights(**{name: getattr(config, f'{name}_weight') for name in names}),
+        weights=_dfpt_weights(config),
         student_prompt_weight_end=config.student_prompt_weight_end,
         prompt_epochs=config.tuned_epochs(own_classes=head is None or head.how != 'fitted'),
         backbone_lr_scale=config.prompt_backbone_lr_scale,
         **common,
     )
+
+
+def _dfpt_weights(config: TrainConfig) -> DFPTWeights:
+    """Return the weights of the terms; without labels that of the teacher goes to the path of other statistics."""
+    names = [field.name for field in dataclasses.fields(DFPTWeights)]
+    weights = DFPTWeights(**{name: getattr(config, f'{name}_weight') for name in names})
+    if not config.unlabelled:
+        return weights
+    weights = dataclasses.replace(weights, student_task=0.0, prompt_task=0.0)
+    if config.differs('student_teacher_weight'):
+        return weights
+    heard = weights.student_prompt + weights.student_teacher
+    return dataclasses.replace(weights, prompt_teacher=0.0, student_teacher=0.0, student_prompt=heard)
 
 
 def _kd_loss(config: TrainConfig) -> KDLoss | None:

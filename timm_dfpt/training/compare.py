@@ -20,6 +20,7 @@ from ..job.cli import build_parser, resolve_config
 from ..job.devices import create_accelerator
 from ..job.options import TrainConfig
 from ..job.stopping import NonFiniteLossError, Preempted, exit_code
+from ..tasks.evaluation import score_of
 from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
 from .export import describe_models
 from .learner import Learner
@@ -240,7 +241,7 @@ def _step_costs(setup: Setup, learners: Sequence[Learner]) -> dict[str, dict[str
     """
     input, target, _ = next(iter(setup.loaders['train']))
     if (setup.config.mixup or setup.config.cutmix) and target.ndim == 1:
-        target = torch.nn.functional.one_hot(target, setup.data.num_classes).float()
+        target = torch.nn.functional.one_hot(target.clamp(min=0), setup.data.num_classes).float()
     costs: dict[str, dict[str, float]] = {}
     times: dict[str, list[float]] = {learner.name: [] for learner in learners}
     setup.accelerator.gradient_state._set_sync_gradients(True)
@@ -274,10 +275,11 @@ def _collect(
         base = [run['arms'][reference]['models']['student'] for run in runs]
         arm: dict[str, Any] = {'options': arms_given[name]}
         for split, key in (('val', 'val_metrics'), (first['eval_split'], 'metrics')):
-            values = [student[key]['top1'] for student in students]
-            arm[split] = summarise(values)
-            if name != reference:
-                pairs = zip(values, (student[key]['top1'] for student in base), strict=True)
+            score = str(score_of(students[0][key]))
+            values = [student[key][score] for student in students]
+            arm[split] = {'score': score, **summarise(values)}
+            if name != reference and score_of(base[0][key]) == score:
+                pairs = zip(values, (student[key][score] for student in base), strict=True)
                 arm[split]['difference'] = summarise([value - other for value, other in pairs])
         times = [run['arms'][name]['step']['ms'] for run in runs if run['arms'][name]['step']['ms'] is not None]
         arm['step'] = {

@@ -18,6 +18,7 @@ from ..hub.prompt_path import PROMPT_WEIGHTS, check_prompt_path, save_prompt_pat
 from ..hub.sources import parse_source
 from ..hub.student import check_student, save_student
 from ..job.options import public_options
+from ..tasks.features import FeatureTask
 from .learner import Learner
 from .report import attempt, measure_cost
 from .run_folder import RunFolder
@@ -45,15 +46,15 @@ def check_export(learners: Sequence[Learner], facts: Mapping[str, Any]) -> None:
     """Refuse before training what could not be saved after it.
 
     Args:
-        learners: The learners; their students are of one architecture.
+        learners: The learners.
         facts: As for `export`.
 
     Raises:
         TypeError: If a student is not a timm model.
         ValueError: If a student or prompt path could not be built again from its record.
     """
-    check_student(learners[0].student, **_student_options(learners[0], {}, facts))
     for learner in learners:
+        check_student(learner.student, **_student_options(learner, {}, facts))
         record = _record(learner, {}, facts)
         try:
             json.dumps(record, allow_nan=False)
@@ -157,7 +158,8 @@ def _models(learner: Learner) -> dict[str, _Model]:
         frozen = list(learner.teacher.parameters())
         teacher_folder = parse_source(str(config.teacher)).folder
         files = [teacher_folder / WEIGHTS] if teacher_folder else []
-        models['teacher'] = _Model(str(config.teacher), task.teacher_logits, frozen, files)
+        run = task.teacher_features if isinstance(task, FeatureTask) else task.teacher_logits
+        models['teacher'] = _Model(str(config.teacher), run, frozen, files)
         dual_teacher = task.get_dual_teacher()
         if dual_teacher is not None:
             path = dual_teacher.prompt_path
@@ -213,8 +215,9 @@ def _record(
 
 
 def _student_options(learner: Learner, record: Mapping[str, Any], facts: Mapping[str, Any]) -> StudentOptions:
+    student: Any = learner.student
     return {
-        'label_names': facts['class_names'],
+        'label_names': student.pretrained_cfg['label_names'],
         'data_config': facts['input_config'],
         'license': learner.config.license,
         'distillation': record,

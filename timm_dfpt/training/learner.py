@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from ..job.devices import ShardedRoot, clip_shards, is_sharding, local_part, who
 from ..job.optim import create_optimizer, create_scheduler, shortened
 from ..job.options import TrainConfig
 from ..tasks.base import StudentTask, TeacherLogits
+from ..tasks.evaluation import Measure, measure_features, measure_logits
+from ..tasks.features import FeatureTask
 
 __all__ = ['Learner']
 
@@ -76,6 +79,11 @@ class Learner:
         if self.average is not None:
             # The average where both are equal: it was asked for.
             names = ('student_ema', 'student')
+            if self.config.unlabelled:
+                # Not by labels that there may be after all: they must not change what is saved.
+                score = 'agreement' if self.task.hears_logits else 'similarity'
+                self.published = max(names, key=lambda name: metrics[name][score])
+                return
             self.published = max(names, key=lambda name: (metrics[name]['top1'], -metrics[name]['loss']))
 
     @property
@@ -250,13 +258,28 @@ class Learner:
             return None
         return next((name for name, value in tensors.items() if not value.isfinite().all()), None)
 
+    @property
+    def measure(self) -> Measure:
+        """What measures outputs: by the labels, or without them by what the student learns from."""
+        if not self.config.unlabelled:
+            return measure_logits
+        return functools.partial(measure_logits, by_teacher=True) if self.task.hears_logits else measure_features
+
+    def outputs(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what is evaluated in the course of training, for images `[B, C, H, W]`."""
+        return self.outputs_with_teacher(input, {}) if self.config.unlabelled else self.task.eval_outputs(input)
+
     def outputs_with_teacher(self, input: torch.Tensor, known: TeacherLogits) -> dict[str, torch.Tensor]:
         """Return what the task evaluates, and the teacher's logits whatever the method, if it has the same classes.
+
+        A student that learns features is evaluated alone, or without labels by the features.
 
         Args:
             input: Images `[B, C, H, W]`.
             known: Teachers' logits for this batch; read, and written where they are computed.
         """
+        if isinstance(self.task, FeatureTask) and self.config.unlabelled:
+            return self.task.eval_features(input)
         if self.teacher is None or not self.task.shows_teacher:
             return self.task.eval_outputs(input)
         outputs = self.task.eval_outputs(input, known.get(self.teacher))

@@ -19,7 +19,9 @@ from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
 from ..utils.messages import shorten
 
-__all__ = ['create_student', 'create_teacher', 'load_prompt_path', 'shared_teacher', 'wrap_teacher']
+__all__ = [
+    'create_student', 'create_teacher', 'load_prompt_path', 'shared_teacher', 'teacher_classes', 'wrap_teacher',
+]  # fmt: skip
 
 _NORM_LAYERS: dict[str, Literal['batchnorm2d', 'layernorm2d'] | None] = {
     'batch': 'batchnorm2d', 'layer': 'layernorm2d', 'none': None
@@ -34,16 +36,38 @@ def shared_teacher(
         return None
     source = [config.teacher or config.prompt_path, config.teacher_checkpoint, config.teacher_kwargs]
     key = json.dumps([*source, config.teacher_dtype, config.teacher_input_size], default=str)
+    method = METHODS[config.method]
+    if not method.needs_classes and key not in teachers:
+        key += ' whatever its classes'
+    elif config.unlabelled and method.needs_classes and not method.variant:
+        # Its statistics will change, and no original path may see that.
+        key += ' with statistics of these images'
     if key not in teachers:
         if config.teacher is None:
             # The prompt path knows its teacher.
             teachers[key] = load_prompt_path(str(config.prompt_path)).unwrap()
             _check_input_size(config, input_size_of(teachers[key]))
         else:
-            teacher = create_teacher(config, class_names)
+            teacher = create_teacher(config, class_names) if method.needs_classes else _load_teacher(config)
             # Blocks, heads and students stay in float32: only what is frozen is converted.
             teachers[key] = teacher.to(getattr(torch, config.teacher_dtype))
     return teachers[key]
+
+
+def teacher_classes(config: TrainConfig) -> list[str]:
+    """Return the names of the classes that the teacher knows, `LABEL_0` and so on where it has none; see `unlabelled`.
+
+    Raises:
+        ValueError: If the teacher cannot be found.
+    """
+    if config.teacher is None:
+        path = load_prompt_path(str(config.prompt_path))
+        cfg, count = getattr(path.model, 'pretrained_cfg', {}), path.prompt_path.num_classes
+    else:
+        cfg = ModelSource(config.teacher, 'teacher').pretrained_cfg()
+        count = config.teacher_kwargs.get('num_classes', cfg.get('num_classes', 0))
+    names = cfg.get('label_names') or ()
+    return list(names) if len(names) == count else [f'LABEL_{i}' for i in range(count)]
 
 
 def create_student(config: TrainConfig, class_names: Sequence[str], input_config: Mapping[str, Any]) -> nn.Module:
@@ -63,7 +87,7 @@ def create_student(config: TrainConfig, class_names: Sequence[str], input_config
     if config.drop_path is not None:
         kwargs['drop_path_rate'] = config.drop_path
     student: Any = source.create_student(config.student_pretrained, **kwargs)
-    check_takes(student, size, _label('student', config), len(class_names))
+    check_takes(student, size, _label('student', config), len(class_names) or None)
     recorded = {key: input_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     student.pretrained_cfg = {
         **student.pretrained_cfg,
@@ -80,23 +104,15 @@ def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module
     Raises:
         ValueError: If the teacher is unknown, its weights cannot be loaded, or it has other classes.
     """
-    source = ModelSource(str(config.teacher), 'teacher')
-    teacher: Any
-    if config.teacher_checkpoint is None:
-        teacher = source.create_teacher(**config.teacher_kwargs)
-    else:
-        known = config.teacher_kwargs.get('num_classes', len(class_names))
-        if known != len(class_names):
-            raise ValueError(f'teacher_kwargs: num_classes={known}, but the data have {len(class_names)}: leave it out')
-        # Without pretrained weights a head of the right size says nothing: the file must bring every tensor.
-        teacher = source.create(False, **{**config.teacher_kwargs, 'num_classes': known})
-        load_weights_file(teacher, config.teacher_checkpoint, 'teacher_checkpoint')
-    if config.teacher_size:
-        try:
-            # What is resampled must not depend on whether it was converted before, as where it is loaded again.
-            set_input_size(teacher.to(getattr(torch, config.teacher_dtype)), config.teacher_size)
-        except ValueError as error:
-            raise ValueError(f'teacher_input_size={config.teacher_input_size}: {error}') from error
+    if config.unlabelled and not class_names:
+        raise ValueError(
+            f'teacher {config.teacher!r} knows no classes, and without labels there is nothing to fit a head to: leave '
+            '--unlabelled out, or choose a method that learns features (see --help).'
+        )
+    known = config.teacher_kwargs.get('num_classes', len(class_names))
+    if config.teacher_checkpoint is not None and known != len(class_names):
+        raise ValueError(f'teacher_kwargs: num_classes={known}, but the data have {len(class_names)}: leave it out')
+    teacher: Any = _load_teacher(config, known)
     if teacher.num_classes != len(class_names):
         raise ValueError(
             f'teacher {config.teacher!r} knows {teacher.num_classes} classes, the data have {len(class_names)}. '
@@ -106,6 +122,33 @@ def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module
     size = tuple(resolve_model_data_config(teacher)['input_size'])
     check_takes(teacher, size, _label('teacher', config), len(class_names))
     check_class_order(str(config.teacher), teacher.pretrained_cfg.get('label_names') or [], class_names)
+    return teacher
+
+
+def _load_teacher(config: TrainConfig, num_classes: int | None = None) -> nn.Module:
+    """Load the teacher with its weights, for images of the size that it is to see.
+
+    Args:
+        config: The options.
+        num_classes: Number of classes of weights that are in a file of their own; by default the architecture's.
+
+    Raises:
+        ValueError: If the teacher is unknown, or its weights cannot be loaded.
+    """
+    source = ModelSource(str(config.teacher), 'teacher')
+    if config.teacher_checkpoint is None:
+        teacher = source.create_teacher(**config.teacher_kwargs)
+    else:
+        # Without pretrained weights a head of the right size says nothing: the file must bring every tensor.
+        classes = {} if num_classes is None else {'num_classes': num_classes}
+        teacher = source.create(False, **{**config.teacher_kwargs, **classes})
+        load_weights_file(teacher, config.teacher_checkpoint, 'teacher_checkpoint')
+    if config.teacher_size:
+        try:
+            # What is resampled must not depend on whether it was converted before, as where it is loaded again.
+            set_input_size(teacher.to(getattr(torch, config.teacher_dtype)), config.teacher_size)
+        except ValueError as error:
+            raise ValueError(f'teacher_input_size={config.teacher_input_size}: {error}') from error
     return teacher
 
 

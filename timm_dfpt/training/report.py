@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..hub.files import atomic
 from ..hub.markdown import markdown_table
 from ..hub.privacy import public
+from ..tasks.evaluation import SCORES, score_of
 
 __all__ = [
     'attempt', 'closing_table', 'comparison_text', 'epoch_line', 'measure_cost', 'plot_comparison', 'plot_curves',
@@ -107,8 +109,13 @@ def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
     for name, values in line.items():
         if not isinstance(values, Mapping):
             continue
-        top1 = ', '.join(f'{who} {metrics["top1"]:.2f}' for who, metrics in values.get('val', {}).items())
-        parts.append(f'{name}: loss {values["train"]["loss"]:.3f}' + (f', val top-1 {top1}' if top1 else ''))
+        shown: dict[str, list[str]] = {}
+        for who, metrics in values.get('val', {}).items():
+            score = score_of(metrics)
+            if score is not None:
+                shown.setdefault(SCORES[score].removesuffix(' %'), []).append(f'{who} {metrics[score]:.2f}')
+        scores = ''.join(f', val {title} {", ".join(who)}' for title, who in shown.items())
+        parts.append(f'{name}: loss {values["train"]["loss"]:.3f}{scores}')
     return ' | '.join(parts)
 
 
@@ -129,7 +136,10 @@ def closing_table(summary: Mapping[str, Any]) -> str:
             at = next(i for i, (_, each) in enumerate(rows) if each is model)
             rows[at] = (f'{rows[at][0]}, deployed', model)
             rows.insert(at + 1, (f'{name}, as trained', {**model, 'cost': model['cost_as_trained']}))
-    columns = [(f'{split} top-1 %', lambda m: _cell(m['metrics'], 'top1', '.2f'))]
+    by = [score for score in SCORES if any(score_of(model['metrics']) == score for model in models.values())]
+    columns: list[tuple[str, Callable[[Any], str]]] = [
+        (f'{split} {SCORES[score]}', partial(_score_cell, score)) for score in by or ['top1']
+    ]
     if any('top5' in (model['metrics'] or {}) for model in models.values()):
         columns.append((f'{split} top-5 %', lambda m: _cell(m['metrics'], 'top5', '.2f')))
     columns += [
@@ -152,7 +162,8 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     split, measured = summary['eval_split'], summary['models']['student']['metrics']
     count = summary['dataset_sizes'][split]
     for method, model in summary.get('baselines', {}).items():
-        if not measured or not model['metrics']:
+        if any('top1' not in (metrics or {}) for metrics in (measured, model['metrics'])):
+            # What agrees with its teacher need not be right, and teachers differ.
             continue
         student, other = measured['top1'], model['metrics']['top1']
         difference = student - other
@@ -173,6 +184,10 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
 def _cell(values: Mapping[str, Any] | None, key: str, form: str) -> str:
     value = (values or {}).get(key)
     return '-' if value is None else f'{value:{form}}'
+
+
+def _score_cell(score: str, model: Mapping[str, Any]) -> str:
+    return _cell(model['metrics'], score, '.2f')
 
 
 def _si(values: Mapping[str, Any] | None, key: str, of: str = '') -> str:
@@ -206,16 +221,25 @@ def plot_curves(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     for key in dict.fromkeys(key for line in lines for key in line[main]['train'] if key.endswith('loss')):
         label = key.removesuffix('_loss').replace('task', 'labels').replace('_', ' learns from ', 1)
         known = [line for line in lines if key in line[main]['train']]
+        if not any(line[main]['train'][key] for line in known):
+            # That of labels where there are none.
+            continue
         left.plot([line['epoch'] for line in known], [line[main]['train'][key] for line in known], label=label)
     left.set(xlabel='epoch', ylabel='nats (terms unweighted)', yscale='log', title='training loss')
     left.legend(fontsize='small')
+    titles: dict[str, None] = {}
     for learner in learners:
         validated = [line for line in lines if 'val' in line[learner]]
-        for who in validated[0][learner]['val']:
+        for who, metrics in validated[0][learner]['val'].items():
+            score = score_of(metrics)
+            if score is None:
+                continue
+            titles[SCORES[score]] = None
             label = who.replace('_', ' ') if learner == main else f'{who.replace("_", " ")} ({learner})'
-            top1 = [line[learner]['val'][who]['top1'] for line in validated]
-            right.plot([line['epoch'] for line in validated], top1, label=label)
-    right.set(xlabel='epoch', ylabel='top-1 %', title='validation accuracy')
+            values = [line[learner]['val'][who][score] for line in validated]
+            right.plot([line['epoch'] for line in validated], values, label=label)
+    accuracy = list(titles) == [SCORES['top1']]
+    right.set(xlabel='epoch', ylabel='\n'.join(titles), title='validation accuracy' if accuracy else 'validation')
     right.legend(fontsize='small')
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -252,7 +276,7 @@ def comparison_text(result: Mapping[str, Any]) -> str:
         f'({result["steps"]:,} steps), seeds {shown}, last epoch.',
     ]
     teacher = result['teacher']
-    if teacher is not None:
+    if teacher is not None and 'top1' in (teacher['metrics'] or {}):
         lines.append(f'Teacher: {split} top-1 {teacher["metrics"]["top1"]:.2f}%.')
     lines += ['', _arms_table(result), '']
     if len(seeds) > 1:
@@ -276,14 +300,16 @@ def _arms_table(result: Mapping[str, Any]) -> str:
     splits = list(dict.fromkeys((split, 'val')))
     head = ['arm', 'options']
     for each in splits:
-        head += [f'{each} top-1 %', f'{each} - {reference}']
+        scores = {arm[each]['score'] for arm in result['arms'].values()}
+        head += [f'{each} {SCORES[scores.pop()] if len(scores) == 1 else "score"}', f'{each} - {reference}']
     head += ['ms a step', 'GFLOPs a step']
     rows = []
     for name, arm in result['arms'].items():
         options = ', '.join(f'{key}={value}' for key, value in arm['options'].items())
         row = [name, options]
         for each in splits:
-            row += [_spread(arm[each]), _difference(arm[each].get('difference'))]
+            score = f' ({SCORES[arm[each]["score"]]})' if f'{each} score' in head else ''
+            row += [_spread(arm[each]) + score, _difference(arm[each].get('difference'))]
         ms, flops = arm['step']['ms'], arm['step']['flops']
         rows.append([*row, '-' if ms is None else f'{ms:.1f}', '-' if flops is None else f'{flops / 1e9:.2f}'])
     return markdown_table(head, rows, text_columns=2)
@@ -316,12 +342,15 @@ def plot_comparison(result: Mapping[str, Any], runs: Sequence[Sequence[Mapping[s
 
     split = result['eval_split']
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+    titles: dict[str, None] = {}
     for name in result['arms']:
         validated = [[line for line in lines if 'val' in line[name]] for lines in runs]
-        curves = [[line[name]['val']['student']['top1'] for line in lines] for lines in validated]
+        score = result['arms'][name]['val']['score']
+        titles[SCORES[score]] = None
+        curves = [[line[name]['val']['student'][score] for line in lines] for lines in validated]
         epochs = [line['epoch'] for line in validated[0]]
         left.plot(epochs, [statistics.fmean(v) for v in zip(*curves, strict=True)], label=name)
-    left.set(xlabel='epoch', ylabel='top-1 %', title='validation, mean over the seeds')
+    left.set(xlabel='epoch', ylabel='\n'.join(titles), title='validation, mean over the seeds')
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize='small')
     names = list(result['arms'])
@@ -331,7 +360,7 @@ def plot_comparison(result: Mapping[str, Any], runs: Sequence[Sequence[Mapping[s
     means = [arm[split]['mean'] for arm in result['arms'].values()]
     right.plot(range(len(names)), means, linestyle='none', marker='_', markersize=24, color='black', label='mean')
     right.set_xticks(range(len(names)), names, rotation=20)
-    right.set(ylabel='top-1 %', title=f'{split}, last epoch')
+    right.set(ylabel='\n'.join(titles), title=f'{split}, last epoch')
     if len(result['seeds']) <= 10:
         right.legend(fontsize='small')
     for axes in (left, right):

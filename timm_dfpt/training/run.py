@@ -40,6 +40,7 @@ from .publish import check_targets, publish_run, retry_command
 from .report import attempt, closing_table, plot_curves, verdicts
 from .run_folder import RunFolder, claimed
 from .runtimes import export_files
+from .statistics import TeacherStatistics
 from .trainer import Trainer
 
 __all__ = [
@@ -90,11 +91,14 @@ class Setup:
         """The split that is evaluated at the end."""
         return 'test' if 'test' in self.loaders else 'val'
 
-    def create_learners(self, arms: Mapping[str, TrainConfig]) -> list[Learner]:
-        """Create learners from options by name; see `create_learners`."""
+    def create_learners(
+        self, arms: Mapping[str, TrainConfig], statistics: TeacherStatistics | None = None
+    ) -> list[Learner]:
+        """Create learners from options by name, their teachers with statistics for these images; `create_learners`."""
         steps = len(self.loaders['train'])
         arms = {name: dataclasses.replace(arm, batch_size=self.config.batch_size) for name, arm in arms.items()}
-        return create_learners(arms, self.data.class_names, self.input_config, self.accelerator, steps)
+        adapt = statistics.adapt if statistics is not None else None
+        return create_learners(arms, self.data.class_names, self.input_config, self.accelerator, steps, adapt)
 
 
 def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup:
@@ -113,7 +117,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup
     data = load_data(config)
     tested = f', {len(data.test):,} to test on' if data.test else ''
     accelerator.print(
-        f'data: {config.dataset}: {data.num_classes} classes, {len(data.train):,} images to train on, '
+        f'data: {config.dataset}: {data.num_classes} classes{" of the teacher" if config.unlabelled else ""}, '
+        f'{len(data.train):,} images to train on, '
         f'{len(data.val):,} to validate on ({data.val_from}){tested}'
     )
     config = _with_batch_size(config, len(data.train), accelerator)
@@ -262,11 +267,13 @@ def train_side_by_side(
         The learners in the order of `arms`, and the seconds that training took.
     """
     config, accelerator, loaders = setup.config, setup.accelerator, setup.loaders
-    learners = setup.create_learners(arms)
+    statistics = TeacherStatistics(setup.data, setup.input_config, loaders['val'], accelerator, folder.statistics)
+    learners = setup.create_learners(arms, statistics)
     on_main(accelerator, lambda: check_export(learners, describe(setup, command)))
     _report_teacher(setup, learners[0])
     kept = keep_logits(config, learners, setup.data, setup.input_config, accelerator)
     folder.open(config, accelerator)
+    statistics.save()
     accelerator.print(f'run folder: {folder}')
     if config.log_with:
         accelerator.project_configuration.set_directories(config.output)
@@ -307,7 +314,9 @@ def _report_teacher(setup: Setup, learner: Learner) -> None:
         tuned, epochs = learner.task.prompt_epochs, learner.config.epochs
         if tuned and tuned < epochs:
             say(f'the prompt path is tuned in the first {tuned} of {epochs} epochs and then frozen')
-    if learner.task.shows_teacher:
+    if setup.config.unlabelled and not setup.data.val.labelled:
+        say('no labels to validate on: instead of top-1, agreement with what the student learns from is reported')
+    elif learner.task.shows_teacher:
         forward = learner.task.teacher_logits
         before = evaluate(lambda x: {'teacher': forward(x)}, setup.loaders['val'], setup.accelerator)
         top1 = before['teacher']['top1']
@@ -323,7 +332,8 @@ def measure(setup: Setup, learners: Sequence[Learner]) -> list[Results]:
     results: list[dict[str, Any]] = [{} for _ in learners]
     for split in dict.fromkeys(('val', setup.eval_split)):
         forwards = [learner.outputs_with_teacher for learner in learners]
-        measured = evaluate_together(forwards, setup.loaders[split], setup.accelerator)
+        measures = [learner.measure for learner in learners]
+        measured = evaluate_together(forwards, setup.loaders[split], setup.accelerator, measures)
         for result, metrics in zip(results, measured, strict=True):
             result[split] = metrics
     return list(results)

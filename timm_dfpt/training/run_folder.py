@@ -48,6 +48,8 @@ class RunFolder:
         self.metrics = self.path / 'metrics.jsonl'
         """One JSON object per epoch."""
         self.checkpoints = self.path / 'checkpoints'
+        self.statistics = self.path / 'teacher_statistics.safetensors'
+        """BatchNorm statistics that were estimated for a teacher, see `adapt_statistics`."""
         self.student = self.path / 'student'
         self.prompt_path = self.path / 'prompt_path'
         self.exported = self.path / 'exported'

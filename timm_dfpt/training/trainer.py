@@ -172,7 +172,8 @@ class Trainer:
             seed = self._derive_seed(_MIXUP_STREAM, progress.step_in_epoch)
             random.seed(seed)
             np.random.seed(seed % 2**32)
-            input, target = self.mixup(input, target)
+            # Without labels all are -1, of which no class can be made; what becomes of them is of no use then.
+            input, target = self.mixup(input, target.clamp(min=0))
         cached = self.kept.get(progress.epoch, index) if self.kept is not None else {}
         known = dict(cached)
         for learner in self.learners:
@@ -285,7 +286,7 @@ class Trainer:
                 yield batch
 
         learner.eval()
-        metrics = evaluate(learner.task.eval_outputs, batches(), self.accelerator)
+        metrics = evaluate(learner.outputs, batches(), self.accelerator, learner.measure)
         for who, values in metrics.items():
             bad = ', '.join(f'{key} is {value}' for key, value in values.items() if not math.isfinite(value))
             if bad:
