@@ -49,11 +49,9 @@ class _FastInit(TorchFunctionMode):
 
 
 def create(name: str, device: str, **kwargs: Any) -> nn.Module:
-    """Create an architecture with classes, in evaluation; its weights are not initialised."""
+    """Create an architecture, in evaluation; its weights are not initialised."""
     with contextlib.nullcontext() if device == 'meta' else _FastInit(), torch.device(device):
         model = timm.create_model(name, **kwargs)
-        if getattr(model, 'num_classes', None) == 0 and hasattr(model, 'get_classifier'):
-            model = timm.create_model(name, num_classes=10, **kwargs)
     return model.eval().requires_grad_(False)
 
 
@@ -102,7 +100,11 @@ def check_meta(model: nn.Module) -> dict[str, Any]:
     with torch.no_grad():
         out = teacher(torch.empty(2, *input_size, device='meta'))
     assert out.prompt.shape == (2, 7), 'another number of classes fails'
-    assert out.original.shape[1] == model.num_classes, 'the original path lost its classes'
+    classes: Any = model.num_classes
+    if classes:
+        assert out.original.shape[1] == classes, 'the original path lost its classes'
+    else:
+        assert out.original.shape == model(torch.empty(2, *input_size, device='meta')).shape, 'an encoder is another'
     return describe(teacher) | {'input': list(input_size)}
 
 
@@ -114,19 +116,12 @@ def check(name: str) -> dict[str, Any]:
         model = create(name, 'meta')
         params = sum(p.numel() for p in model.parameters())
         row |= {'class': type(model).__name__, 'params': params}
-        if not hasattr(model, 'get_classifier'):
-            row['status'] = 'encoder'
-            try:
-                timm_dfpt.wrap(model)
-            except ValueError as error:
-                row |= {'status': 'refused', 'reason': str(error)}
+        if params > _MAX_REAL:
+            row |= check_meta(model) | {'status': 'shapes'}
         else:
-            if params > _MAX_REAL:
-                row |= check_meta(model) | {'status': 'shapes'}
-            else:
-                model, x = build(name, model)
-                row['input'] = list(x.shape[1:])
-                row |= check_teacher(model, x, thorough=params <= _MAX_THOROUGH) | {'status': 'run'}
+            model, x = build(name, model)
+            row['input'] = list(x.shape[1:])
+            row |= check_teacher(model, x, thorough=params <= _MAX_THOROUGH) | {'status': 'run'}
     except Exception as error:  # the sweep goes on, and the table says what failed
         logging.debug('%s', name, exc_info=True)
         row |= {'status': 'failed', 'reason': f'{type(error).__name__}: {error}'}
@@ -156,7 +151,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         'Made by `python -m benchmarks.coverage`.',
         '',
         f'- {len(rows)} names in {families} families: {counts["run"] + counts["shapes"]} wrapped, {counts["refused"]} '
-        f'refused (encoders without a classifier), {counts["failed"]} failed.',
+        f'refused, {counts["failed"]} failed. {sum("head" in r for r in rows)} are encoders by default '
+        '(`num_classes=0`), wrapped as such with `num_classes=5` or `7`.',
         f'- {counts["run"]} really ran, with values (up to {_MAX_REAL / 1e6:.0f} M parameters, smallest input); '
         f'{counts["shapes"]} were checked for shapes and gradient reachability on the meta device.',
         f'- {shared} of those that ran share the computation before the first block between the paths, bit for bit; '
@@ -168,9 +164,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         'work.',
         '',
         'Prompt path: trainable parameters (default `PromptConfig`) as a share of the teacher. Status: `run` '
-        'with values, `shapes` on the meta device, `refused` in words. Notes: `no shared prefix`; `bypassed`: later '
-        'layers also see features from before that stage; `off by`: relative difference of the logits at the start '
-        '(another kernel for another memory layout), 0 where not named; `no checkpointing`: timm refuses it.',
+        'with values, `shapes` on the meta device, `refused` in words. Notes: `encoder`: has no classifier, and which '
+        'module its prompt path gets (`encoder_head`: behind the mean of its tokens or map); `no shared prefix`; '
+        '`bypassed`: later layers also see features from before that stage; `off by`: relative difference of the '
+        'logits (of an encoder, its features) at the start (another kernel for another memory layout), 0 where not '
+        'named; `no checkpointing`: timm refuses it.',
         '',
         '| architecture | family | blocks after | channels | layout | prompt path | status | notes |',
         '|---|---|---|---|---|---:|---|---|',
@@ -179,7 +177,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if 'stages' not in row:
             lines.append(f'| {row["name"]} | {row["family"]} | | | | | {row["status"]} | {row["reason"]} |')
             continue
-        notes = []
+        notes = [f'encoder, new head: {", ".join(row["head"])}'] if 'head' in row else []
         if not row['shares_prefix']:
             notes.append('no shared prefix')
         if row['bypassed']:

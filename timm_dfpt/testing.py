@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backbone.heads import pool_features, watch_inputs
 from .teacher.blocks import PromptConfig
+from .teacher.checks import find_classifier
 from .teacher.prompt_path import PromptPath
 from .teacher.teacher import DualForwardPathTeacher
 from .teacher.wrapping import wrap
@@ -24,6 +26,8 @@ _MAX_COPIED = 8e6
 _NOISE = 1 << 20
 # Logits and gradients beyond it would explode.
 _LARGE = 1e3
+# Of the head that an encoder gets.
+_CLASSES = 5
 
 
 def check_teacher(model: nn.Module, x: torch.Tensor | None = None, thorough: bool = True) -> dict[str, Any]:
@@ -31,12 +35,13 @@ def check_teacher(model: nn.Module, x: torch.Tensor | None = None, thorough: boo
 
         timm_dfpt.testing.check_teacher(my_model)
 
-    The prompt path starts at the model's logits; the original path stays the model to the last bit, also while both
-    share their first layers, with gradients and in training; every weight of the prompt path gets a gradient and no
-    frozen one does; `unwrap` gives the model back. The model is frozen, put into evaluation, and else left as it was.
+    The prompt path starts at the model's logits, or, of an encoder, with logits of zero for what the encoder returns;
+    the original path stays the model to the last bit, also while both share their first layers, with gradients and in
+    training; every weight of the prompt path gets a gradient and no frozen one does; `unwrap` gives the model back.
+    The model is frozen, put into evaluation, and else left as it was.
 
     Args:
-        model: A timm classifier on the CPU, with weights that are not trivial: pretrained, or `randomize`d.
+        model: A timm classifier or encoder on the CPU, with weights that are not trivial: pretrained, or `randomize`d.
         x: Images `[2, C, H, W]`; of the size in `pretrained_cfg` if None.
         thorough: Also check gradient checkpointing, copies, the state dict and a second input size.
 
@@ -59,17 +64,28 @@ def check_teacher(model: nn.Module, x: torch.Tensor | None = None, thorough: boo
     _expect(before.isfinite().all() and before.abs().max() > 0, 'the model gives no usable logits')
     statistics = [b.clone() for b in model.buffers()]
     # With ReLU a narrow block may be dead for two small images, and its gradient zero for no other reason.
-    teacher = wrap(model, prompt=PromptConfig(act_layer='gelu'), input_size=input_size)
+    encoder = not find_classifier(model, None, _CLASSES, input_size)
+    teacher = wrap(
+        model,
+        num_classes=_CLASSES if encoder else None,
+        prompt=PromptConfig(act_layer='gelu'),
+        input_size=input_size,
+    )
     row = describe(teacher)
 
     _expect(list(model.state_dict()) == keys, 'names in the state dict changed')
     taps = [teacher.prompt_path.model.get_submodule(stage.module) for stage in teacher.stages]
     fired: list[int] = []
-    with _counting(taps, fired), torch.no_grad():
+    head = teacher.prompt_path.model.get_submodule(teacher.prompt_path.heads[0])
+    with _counting(taps, fired), watch_inputs(head) as features, torch.no_grad():
         teacher.eval()
         prompt = teacher.prompt(x)
     _expect(fired == list(range(len(taps))), f'hooks fired in the order {fired}')
-    row['init_difference'] = _relative(prompt, before)
+    if encoder:
+        _expect(not prompt.any(), 'the logits of a new head are not zero')
+        row['init_difference'] = _relative(features[-1].flatten(1), pool_features(model, before))
+    else:
+        row['init_difference'] = _relative(prompt, before)
     _expect(row['init_difference'] <= 1e-5, f'prompt path starts {row["init_difference"]:.1e} off')
 
     _perturb(teacher)
@@ -85,7 +101,8 @@ def check_teacher(model: nn.Module, x: torch.Tensor | None = None, thorough: boo
     shared = teacher(x)
     _expect(torch.equal(shared.original, before), 'the original path is not bit-identical')
     _expect(torch.equal(shared.prompt, alone), 'sharing the prefix changes the logits')
-    _expect(_relative(alone, before) > 1e-6, 'the blocks do not change the logits')
+    if not encoder:
+        _expect(_relative(alone, before) > 1e-6, 'the blocks do not change the logits')
     if thorough:
         row['checkpointing'] = _check_checkpointing(teacher, x)
         row['second_size'] = _check_second_size(teacher, input_size)
@@ -100,7 +117,10 @@ def check_teacher(model: nn.Module, x: torch.Tensor | None = None, thorough: boo
 
 
 def describe(teacher: DualForwardPathTeacher) -> dict[str, Any]:
-    """Return where the blocks of a teacher stand, and their size as a `share` of the teacher's parameters."""
+    """Return where the blocks of a teacher stand, and their size as a `share` of the teacher's parameters.
+
+    Of an encoder also where its `head` is.
+    """
     features = [feature for stage in teacher.stages for feature in stage.features]
     trained = sum(p.numel() for group in teacher.parameter_groups() for p in group['params'])
     return {
@@ -111,6 +131,7 @@ def describe(teacher: DualForwardPathTeacher) -> dict[str, Any]:
         'share': trained / sum(p.numel() for p in teacher.model.parameters()),
         'shares_prefix': teacher.shares_prefix,
         'bypassed': list(teacher.bypassed),
+        **({} if teacher.num_classes else {'head': list(teacher.prompt_path.classifier)}),
     }
 
 
@@ -220,8 +241,10 @@ def _check_state_dict(teacher: DualForwardPathTeacher, x: torch.Tensor, logits: 
         logits: What the prompt path returns for it `[2, K]`.
     """
     path = teacher.prompt_path
-    how: Any = {'variant': path.variant, 'classifier': path.classifier}
-    other = PromptPath(teacher.model, path.stages, path.config, **how).eval()
+    encoder = not teacher.num_classes
+    how: Any = {'variant': path.variant, 'classifier': () if encoder else path.classifier, 'x': x}
+    classes = path.num_classes if encoder else None
+    other = PromptPath(teacher.model, path.stages, path.config, num_classes=classes, **how).eval()
     _expect(not torch.equal(other(x), logits), 'a new prompt path is not at its start')
     other.load_state_dict(path.state_dict())
     _expect(torch.equal(other(x), logits), 'the state dict does not restore the prompt path')

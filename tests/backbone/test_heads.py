@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +14,10 @@ import torch
 from torch import nn
 
 import timm_dfpt
+from benchmarks.coverage import architectures
 from timm_dfpt.backbone.heads import ENCODER_HEAD, add_head, replace_head
 from timm_dfpt.teacher.blocks import PromptConfig
+from timm_dfpt.testing import check_teacher, randomize
 
 _VIT = {'embed_dim': 32, 'depth': 4, 'num_heads': 2}
 # One tiny encoder for each way to a head: arguments, side of the image, classifier, and the features that enter it as a
@@ -146,3 +151,54 @@ def test_a_new_head_and_its_scale() -> None:
     assert model.num_classes == 3
     replace_head(model, ['fc'], 3, init_scale=0)
     assert not any(param.any() for param in model.fc.parameters())
+
+
+@pytest.mark.parametrize('kind', ['class token', 'tokens', 'qwen'])
+def test_encoders_keep_what_is_promised_of_teachers(kind: str) -> None:
+    model, x = make(kind)
+    randomize(model, x)
+    assert check_teacher(model, x)['head'] == list(TEST_CASES[kind][3])
+
+
+@pytest.mark.slow
+def test_encoders_on_disk(tmp_path: Path) -> None:
+    """In a fresh process, on the encoder as it was published: the same bits."""
+    code = ['import timm, timm_dfpt, torch']
+    for kind in ('class token', 'qwen'):
+        name, kwargs, *_ = TEST_CASES[kind]
+        model, x = make(kind)
+        teacher = timm_dfpt.wrap(model, num_classes=3).eval()
+        with torch.no_grad():
+            for param in teacher.prompt_path.parameters():
+                param.add_(0.01 * torch.randn_like(param))
+        folder = tmp_path / kind
+        teacher.save_pretrained(folder)
+        torch.save([x, *teacher(x)], folder / 'expected.pt')
+        code += [
+            'torch.manual_seed(0)',
+            f'teacher = timm_dfpt.load_teacher({str(folder)!r}, timm.create_model({name!r}, **{kwargs!r}))',
+            f'x, *expected = torch.load({str(folder / "expected.pt")!r})',
+            'assert all(map(torch.equal, teacher(x), expected)) and teacher.num_classes == 0',
+        ]
+    subprocess.run([sys.executable, '-c', '\n'.join(code)], check=True)
+
+
+def _encoders() -> list[str]:
+    cfgs = {name: timm.get_pretrained_cfg(name) for name in architectures()}
+    return [name for name, cfg in cfgs.items() if cfg is not None and not cfg.num_classes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', _encoders())
+@torch.no_grad()
+def test_every_encoder_keeps_its_weights_and_gets_a_head(name: str) -> None:
+    with torch.device('meta'):
+        model = timm.create_model(name).eval()
+        weights = dict(model.named_parameters())
+        x = torch.empty(2, *model.pretrained_cfg['input_size'])
+        names = add_head(model, 3, x=x)
+        after = dict(model.named_parameters())
+        assert all(after[name] is weight for name, weight in weights.items())
+        assert {key.rpartition('.')[0] for key in after.keys() - weights.keys()} == set(names)
+        assert model(x).shape == (2, 3)
+    assert (names == (ENCODER_HEAD,)) == name.endswith('_enc')
