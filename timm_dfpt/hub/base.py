@@ -29,6 +29,7 @@ __all__ = [
     'canonical_base',
     'check_base',
     'fingerprint',
+    'hash_tensors',
     'hub_repo_of',
     'origin_of',
     'safe_weights_name',
@@ -94,17 +95,23 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     The shapes alone are hashed of a model on the meta device. Of a model that was set to another input size it is what
     was published.
     """
-    shapes, weights = hashlib.sha256(), hashlib.sha256()
     state = published_state(model)
-    for name, tensor in sorted(state.items()):
+    shapes, weights = hash_tensors(state)
+    parameters = dict(model.named_parameters())
+    dtype: Any = str(next(iter(parameters.values())).dtype).removeprefix('torch.')
+    count = sum(state.get(name, p).numel() for name, p in parameters.items())
+    return Fingerprint(dtype, count, shapes, weights)
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[str, str]:
+    """Return hashes of the shapes and of the values of tensors; those on the meta device have no values."""
+    shapes, weights = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
         shapes.update(f'{name} {list(tensor.shape)} {tensor.dtype}\n'.encode())
         if tensor.device.type != 'meta':
             plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             weights.update(plain.numpy().data)
-    parameters = dict(model.named_parameters())
-    dtype: Any = str(next(iter(parameters.values())).dtype).removeprefix('torch.')
-    count = sum(state.get(name, p).numel() for name, p in parameters.items())
-    return Fingerprint(dtype, count, shapes.hexdigest(), weights.hexdigest())
+    return shapes.hexdigest(), weights.hexdigest()
 
 
 def check_base(config: PromptPathRecord, found: Fingerprint, shapes_only: bool = False) -> None:

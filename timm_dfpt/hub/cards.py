@@ -17,7 +17,8 @@ from ..tasks.evaluation import SCORES
 from ..tasks.methods import METHODS
 from ..version import __version__
 from .config import PromptPathRecord
-from .markdown import markdown_table
+from .heads import describe_head
+from .markdown import html_color, markdown_table
 from .privacy import public, public_command
 
 __all__ = ['ModelRow', 'RunFacts', 'prompt_path_card', 'student_card']
@@ -61,6 +62,7 @@ class RunFacts:
         command: The command that started the run.
         versions: Versions by package name.
         prompt_path: Repository of the prompt path.
+        teacher_head: How the teacher's head was made, see `FittedHead.facts`, where it is not the published one.
         student_base: Repository that the student's weights started from; `None` when it started from scratch.
     """
 
@@ -75,6 +77,7 @@ class RunFacts:
     command: str | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prompt_path: str | None = None
+    teacher_head: Mapping[str, Any] | None = None
     student_base: str | None = None
 
     def public(self, renamed: Mapping[str, str] | None = None) -> RunFacts:
@@ -125,6 +128,7 @@ def student_card(
         'Input': _input_text(cfg),
         'Started from': _link(run.student_base) if run.student_base else 'random weights' if run.method else None,
         'Teacher': _link(run.teacher),
+        "Teacher's head": describe_head(run.teacher_head),
         'Prompt path': _link(run.prompt_path),
         **_common_facts(run, license),
     }
@@ -148,7 +152,7 @@ def student_card(
         facts=_cells(facts),
         architecture=config['architecture'],
         registered_by=registered_by,
-        background=_color(background or run.recipe.get('background')),
+        background=html_color(background or run.recipe.get('background')),
         image_mode='L' if cfg['input_size'][0] == 1 else 'RGB',
         method=_method_text(run.method),
         num_classes=classes,
@@ -193,6 +197,7 @@ def prompt_path_card(
         'Variant': f'`{config.variant}`',
         'Teacher': _link(base_link) if base_link else f'`{base}`',
         'Teacher revision': f'`{config.base_revision}`' if config.base_revision else None,
+        "Teacher's head": describe_head(config.fitted_head),
         'Teacher fingerprint': str(config.base_fingerprint),
         'Parameters': f'{params:,} of its own, {share:.1f}% of the teacher',
         'File': f'{size_bytes:,} bytes',
@@ -229,7 +234,7 @@ def prompt_path_card(
             ]
         ),
         variant=config.variant,
-        background=_color(run.recipe.get('background')),
+        background=html_color(run.recipe.get('background')),
         image_mode='L' if (config.data_config.get('input_size') or [3])[0] == 1 else 'RGB',
         method=_method_text(config.variant),
         num_classes=config.num_classes,
@@ -369,11 +374,6 @@ def _classes_text(names: Sequence[str] | None, most: int = 10) -> str:
         return 'unnamed'
     shown = ', '.join(_cell(name) for name in names[:most])
     return shown + (f', and {len(names) - most} more' if len(names) > most else '')
-
-
-def _color(background: Any) -> str | None:
-    # It comes from a file and goes into code.
-    return background if re.fullmatch(r'#[0-9a-f]{6}', str(background)) else None
 
 
 def _is_hub_id(name: str | None) -> bool:

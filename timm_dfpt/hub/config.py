@@ -116,6 +116,8 @@ class PromptPathRecord:
         label_names: Names of the classes.
         data_config: Preprocessing of the base's input, as timm's `resolve_data_config` returns it.
         train_bn: See `timm_dfpt.wrap`.
+        fitted_head: What is known of the head that the base has in place of its published one; its tensors are with the
+            prompt path's.
         training: Facts about the training, for the reader.
         format_version: Version of this format.
         timm_dfpt_version: Version that wrote it.
@@ -150,6 +152,7 @@ class PromptPathRecord:
     label_names: list[str] | None = None
     data_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     train_bn: bool = False
+    fitted_head: dict[str, Any] | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     timm_dfpt_version: str = ''

@@ -155,7 +155,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_bytes(text.encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, completely or not at all.
 
     Tensors that share memory or are in another memory format are written as plain copies.
@@ -168,7 +168,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     check_finite(path.name, plain)
     with atomic(path) as temporary:
         # transformers refuses a file that does not say for which framework it is.
-        save_file(plain, temporary, metadata={'format': 'pt'})
+        save_file(plain, temporary, metadata={'format': 'pt', **(metadata or {})})
 
 
 def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:

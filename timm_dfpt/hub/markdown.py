@@ -1,9 +1,11 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and colors in the code of cards."""
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ['markdown_table']
+__all__ = ['html_color', 'markdown_table']
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1, pad: bool = False) -> str:
@@ -24,3 +26,9 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], text_colu
         return f'| {" | ".join(c.ljust(w) if i < text_columns else c.rjust(w) for i, (c, w) in columns)} |'
 
     return '\n'.join(map(line, [head, rule, *rows]))
+
+
+def html_color(background: Any) -> str | None:
+    """Return a color `#rrggbb`, `None` for anything else."""
+    # It comes from a file and goes into code.
+    return background if re.fullmatch(r'#[0-9a-f]{6}', str(background)) else None

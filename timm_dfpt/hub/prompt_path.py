@@ -19,13 +19,15 @@ from ..backbone.input_size import input_size_of, set_input_size
 from ..backbone.stages import find_stages
 from ..backbone.types import Stage
 from ..teacher.checks import find_classifier
+from ..teacher.fitted_head import put_head
+from ..teacher.head_record import fitted_head_of
 from ..teacher.prompt_path import PromptPath
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import open_stages
 from ..version import __version__
 from .base import RecordedBase, canonical_base, check_base, fingerprint, origin_of
 from .build import BUILD_ERRORS, bounded, count_values, specs_of
-from .config import PromptPathRecord, check_label_names
+from .config import Fingerprint, PromptPathRecord, check_label_names
 from .files import (
     MAX_JSON_BYTES,
     TensorSpec,
@@ -36,6 +38,7 @@ from .files import (
     write_json,
     write_tensors,
 )
+from .heads import head_of_record, head_tensors, published_fingerprint, without_head
 from .options import PromptPathOptions, Unpack, check_options
 from .repo import Source
 
@@ -69,7 +72,7 @@ def save_prompt_path(
     record = _record_of(teacher, options)
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / PROMPT_WEIGHTS, teacher.prompt_path.state_dict())
+    write_tensors(folder / PROMPT_WEIGHTS, {**teacher.prompt_path.state_dict(), **head_tensors(teacher.model)})
     write_json(folder / PROMPT_CONFIG, record.to_dict())
     return folder
 
@@ -107,14 +110,14 @@ def _record_of(teacher: DualForwardPathTeacher, options: PromptPathOptions) -> P
     if data_config is None:
         data_config = resolve_model_data_config(base) if cfg else {}
     architecture = cfg.get('architecture')
-    path = teacher.prompt_path
+    path, head = teacher.prompt_path, fitted_head_of(base)
     record = PromptPathRecord(
         variant=teacher.variant,
         base_model=known_model,
         base_revision=options.get('base_revision') or known_revision,
         base_architecture=architecture,
         base_model_args=get_model_args(base) if architecture else {},
-        base_fingerprint=fingerprint(base),
+        base_fingerprint=published_fingerprint(base),
         input_size=input_size_of(base),
         num_classes=num_classes,
         stages=teacher.stages,
@@ -123,6 +126,7 @@ def _record_of(teacher: DualForwardPathTeacher, options: PromptPathOptions) -> P
         label_names=list(label_names) if label_names is not None else None,
         data_config=dict(data_config),
         train_bn=path.train_bn,
+        fitted_head=head.facts() if head is not None else None,
         training=dict(options.get('training') or {}),
         timm_dfpt_version=__version__,
         timm_version=timm.__version__,
@@ -161,7 +165,7 @@ def build_teacher(source: Source, model: nn.Module | None = None) -> DualForward
         model = base.build()
     else:
         _check_fits(_meta_twin(model), record, name, found)
-    check_base(record, fingerprint(model))
+    check_base(record, _fingerprint(model, record))
     size = input_size_of(model)
     if size not in (None, record.input_size):
         wanted = 'its own input size' if record.input_size is None else f'input_size={record.input_size}'
@@ -170,9 +174,25 @@ def build_teacher(source: Source, model: nn.Module | None = None) -> DualForward
         # The model that was given stays as it is.
         model = copy.deepcopy(model)
         set_input_size(model, record.input_size)
-    teacher = _wrap(model, record)
-    teacher.prompt_path.load_state_dict(read_tensors(weights), strict=True)
+    path, head = without_head(read_tensors(weights))
+    teacher = _wrap(_with_head(model, record, head), record)
+    teacher.prompt_path.load_state_dict(path, strict=True)
     return teacher.eval()
+
+
+def _fingerprint(base: nn.Module, record: PromptPathRecord) -> Fingerprint:
+    """Return the fingerprint of what a record names: with a fitted head, of the published model below it."""
+    return fingerprint(base) if record.fitted_head is None else published_fingerprint(base)
+
+
+def _with_head(base: nn.Module, record: PromptPathRecord, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return the base with its fitted head: itself if it has that already, else a copy."""
+    if record.fitted_head is None:
+        return base
+    head, known = head_of_record(record.fitted_head, tensors), fitted_head_of(base)
+    if known is not None and known.equals(head):
+        return base
+    return put_head(base, head, record.label_names)
 
 
 def _check_fits(twin: Any, record: PromptPathRecord, name: str, found: Mapping[str, TensorSpec]) -> None:
@@ -187,11 +207,15 @@ def _check_fits(twin: Any, record: PromptPathRecord, name: str, found: Mapping[s
     Raises:
         ValueError: If the base is another one, cannot be opened as the config says, or takes other tensors.
     """
-    check_base(record, fingerprint(twin), shapes_only=True)
+    check_base(record, _fingerprint(twin, record), shapes_only=True)
+    found, head = without_head(found)
     try:
         with bounded(len(found), count_values(found)), torch.device('meta'):
             if record.input_size is not None:
                 set_input_size(twin, record.input_size)
+            if record.fitted_head is not None:
+                empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in head.items()}
+                twin = put_head(twin, head_of_record(record.fitted_head, empty))
             size = _input_size(twin, record)
             _check_stages(find_stages(twin, _modules(record), size), record)
             path = PromptPath(

@@ -5,7 +5,6 @@ import contextlib
 import difflib
 import functools
 import logging
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import timm
 import torch
 from torch import nn
 
-from ..data.class_names import are_numbers
 from ..utils.messages import shorten
 from .base import safe_weights_name
 from .build import CONFIG, WEIGHTS, build_meta, count_values, record_loading, remember_origin
@@ -24,7 +22,7 @@ from .repo import Source, open_source
 from .sources import HUB, LOCAL_DIR, parse_source
 from .student import read_student_config, require_weights
 
-__all__ = ['ModelSource', 'check_class_order', 'check_takes', 'load_weights_file']
+__all__ = ['ModelSource', 'check_takes', 'load_weights_file']
 
 _logger = logging.getLogger(__name__)
 
@@ -111,15 +109,19 @@ class ModelSource:
             )
         return model
 
-    def create_student(self, pretrained: bool, **kwargs: Any) -> nn.Module:
+    def create_student(self, pretrained: bool, head_init_scale: float | None = None, **kwargs: Any) -> nn.Module:
         """Create the model; what of pretrained weights is not used but for the classifier is warned about.
+
+        A new head behind pretrained weights is 0: in some families timm draws it so large that the student starts
+        confidently wrong.
 
         Args:
             pretrained: Start from its weights.
+            head_init_scale: Factor on the initial weights of a new head; `None`: 0 behind pretrained weights, else 1.
             **kwargs: Arguments of `timm.create_model`.
 
         Raises:
-            ValueError: If it cannot be created.
+            ValueError: If it cannot be created, or has no new head that the factor is for.
         """
         if not pretrained and self.names_weights:
             _warn_once(
@@ -134,6 +136,16 @@ class ModelSource:
             notes = [f'{_some(new)} start from random values'] if new else []
             notes += [f'{_some(unused)} of its weights are not used'] if unused else []
             _warn_once(f'{self._label} with {_shown(kwargs)}: {", and ".join(notes)}.')
+        is_new = not pretrained or any(name.startswith(heads) for name in missing)
+        if head_init_scale is not None and not is_new:
+            raise ValueError(
+                f'head_init_scale={head_init_scale:g}: {self._label} has a head of as many classes among its weights, '
+                'and keeps it. Leave it out.'
+            )
+        scale = head_init_scale if head_init_scale is not None else 0 if pretrained and is_new else 1
+        for name, param in model.named_parameters():
+            if scale != 1 and name.startswith(heads):
+                param.data.mul_(scale)
         return model
 
     def _create_noting(self, pretrained: bool, kwargs: Mapping[str, Any]) -> tuple[Any, set[str], set[str]]:
@@ -241,41 +253,6 @@ def load_weights_file(model: nn.Module, path: str, option: str) -> None:
     except Exception as error:
         why = ' '.join(str(error).split())
         raise ValueError(f'{option} {path!r} does not fit {type(model).__name__}: {why}') from error
-
-
-def check_class_order(teacher: str, known: Sequence[str], class_names: Sequence[str]) -> None:
-    """Refuse a teacher that has other names for the classes than the data, or the same in another order.
-
-    Args:
-        teacher: Its source, for messages.
-        known: Its names, empty if it has none.
-        class_names: Those of the data.
-
-    Raises:
-        ValueError: If they differ.
-    """
-    # Those of the data are NFC; a decomposed é of the teacher's is the same letter.
-    known = [unicodedata.normalize('NFC', name) for name in known]
-    if not known or known == list(class_names):
-        return
-    if len(known) != len(class_names):
-        raise ValueError(
-            f'teacher {teacher!r} has {len(known)} names for {len(class_names)} classes: repair label_names in its '
-            'config.json.'
-        )
-    where = next(i for i, (a, b) in enumerate(zip(known, class_names, strict=True)) if a != b)
-    if are_numbers(known) != are_numbers(class_names):
-        _logger.warning(
-            f'Either the teacher {teacher!r} or the data have numbers for names of the classes (class {where} is '
-            f'{known[where]!r} for the teacher and {class_names[where]!r} in the data): that their order is the same '
-            'is taken on trust.'
-        )
-        return
-    raise ValueError(
-        f'teacher {teacher!r} and the data name their classes differently: class {where} is {known[where]!r} for the '
-        f'teacher and {class_names[where]!r} in the data. Use the data (or the class order) that the teacher was '
-        'trained on.'
-    )
 
 
 def check_takes(model: nn.Module, size: Sequence[int], label: str, classes: int | None) -> None:

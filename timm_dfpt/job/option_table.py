@@ -45,9 +45,13 @@ class Options:
     kd_loss_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the loss, such as beta=2 of dkd', 'method')
     student_task_weight: float = _opt(1.0, 'dfpt: weight of the labels for the student', 'method', low=0)
     prompt_task_weight: float = _opt(1.0, 'dfpt: weight of the labels for the prompt path', 'method', low=0)
-    prompt_teacher_weight: float = _opt(1.0, 'dfpt: a, prompt path learns from teacher', 'method', low=0)
+    prompt_teacher_weight: float | None = _opt(
+        None, 'dfpt: a, prompt path learns from teacher', 'method', low=0, unset='1; 0 with --teacher-head new'
+    )
     prompt_student_weight: float = _opt(0.25, 'dfpt: b, prompt path learns from student', 'method', low=0)
-    student_teacher_weight: float = _opt(1.0, 'dfpt: c, student learns from teacher', 'method', low=0)
+    student_teacher_weight: float | None = _opt(
+        None, 'dfpt: c, student learns from teacher', 'method', low=0, unset='1; 0 with --teacher-head new'
+    )
     student_prompt_weight: float = _opt(1.0, 'dfpt: d, student learns from prompt path', 'method', low=0)
     student_prompt_weight_end: float | None = _opt(
         None, 'dfpt: final value of d, linear from --student-prompt-weight', 'method', low=0, unset='constant'
@@ -64,11 +68,20 @@ class Options:
     teacher_input_size: list[int] = _opt(
         [], 'side (or height and width) of the images that the teacher sees', 'models', low=1, unset="the teacher's own"
     )
+    teacher_head: Literal['auto', 'own', 'fit', 'new'] = _opt(
+        'auto', 'head of the teacher: its own, one fitted to its features, or a new one on the prompt path alone; '
+        'auto: own where its classes are those of the data, else fit', 'models',
+    )  # fmt: skip
+    teacher_head_balanced: bool = _opt(False, 'fit that head with the same weight for each class', 'models')
     cache_teacher: bool = _opt(False, 'compute the teacher logits once; needs --aug-cycle or --no-aug', 'models')
     teacher_cache_dir: str = _opt('output/teacher-cache', 'where these logits are kept, for later runs too', 'models')
     student: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the student', 'models')
     student_pretrained: bool = _opt(False, 'start the student from its pretrained weights', 'models')
     student_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the student architecture', 'models')
+    head_init_scale: float | None = _opt(
+        None, "factor on the initial weights of a new head (timm)", 'models', low=0,
+        unset='0 where pretrained weights are given another number of classes, else 1',
+    )  # fmt: skip
     drop: float = _opt(0.0, 'dropout rate of the student', 'models', low=0, below=1)
     drop_path: float | None = _opt(
         None, 'stochastic depth rate of the student', 'models', low=0, below=1, unset="the model's own"

@@ -14,6 +14,7 @@ from ..data.images import parse_color
 from ..hub.config import check_arg_names
 from ..hub.privacy import public
 from ..hub.sources import canonical, resolve_path
+from ..losses import DFPTWeights
 from ..tasks.methods import METHODS
 from ..utils.messages import shorten
 from .optim import SCHEDULE_OPTIONS, check_optimizer, check_schedule, check_used
@@ -80,7 +81,8 @@ class TrainConfig(Options):
         """
         if self.freeze_prompt_path:
             return 0
-        adapts = not own_classes or not (self.prompt_teacher_weight or self.student_teacher_weight)
+        weights = self.dfpt_weights
+        adapts = not own_classes or not (weights['prompt_teacher'] or weights['student_teacher'])
         # Without labels the path is what its statistics make of it.
         text = self.prompt_epochs or ('0' if self.unlabelled else '25%' if adapts else 'all')
         if text == 'all':
@@ -100,6 +102,13 @@ class TrainConfig(Options):
         """Height and width of the images that the teacher sees, `None` for its own."""
         size = self.teacher_input_size
         return (size[0], size[-1]) if size else None
+
+    @property
+    def dfpt_weights(self) -> dict[str, float]:
+        """The weights of DFPT-KD's terms, by the names of `DFPTWeights`: a and c are 0 with a new head."""
+        default = 0.0 if self.teacher_head == 'new' else 1.0
+        given = {field.name: getattr(self, f'{field.name}_weight') for field in dataclasses.fields(DFPTWeights)}
+        return {name: default if value is None else value for name, value in given.items()}
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -126,6 +135,7 @@ class TrainConfig(Options):
                 raise ValueError(f'baselines need a teacher: choose another method than {self.method}.')
         elif self.teacher is None and self.prompt_path is None:
             raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
+        self._check_teacher_head()
         if self.teacher_checkpoint and self.teacher is None:
             raise ValueError(
                 f'teacher_checkpoint={self.teacher_checkpoint!r} has the weights of --teacher, which is not given: '
@@ -171,6 +181,30 @@ class TrainConfig(Options):
         """Say whether an option is another than by default."""
         return bool(getattr(self, name) != default_of(self.__dataclass_fields__[name]))
 
+    def _check_teacher_head(self) -> None:
+        method, head = METHODS[self.method], self.teacher_head
+        if head != 'auto' and not method.needs_teacher:
+            raise ValueError(f'teacher_head={head}: method={self.method} trains without a teacher: leave it out.')
+        if self.unlabelled and head in ('fit', 'new'):
+            raise ValueError(
+                f'teacher_head={head}: a new head learns from labels, and there are none: leave it or --unlabelled out.'
+            )
+        if self.teacher_head_balanced and head in ('own', 'new'):
+            raise ValueError(f'teacher_head_balanced is how a head is fitted, and teacher_head={head} fits none.')
+        if head != 'new':
+            return
+        if not method.variant:
+            raise ValueError(
+                f'teacher_head=new is a head for the prompt path alone, and method={self.method} has none: its student '
+                'would hear nothing. Give the teacher a head with --teacher-head fit.'
+            )
+        for name in ('prompt_teacher_weight', 'student_teacher_weight'):
+            if getattr(self, name):
+                raise ValueError(
+                    f'{name}={getattr(self, name):g}: with teacher_head=new the teacher has no logits for these '
+                    'classes, so a and c are 0. Leave it out, or give the teacher a head with --teacher-head fit.'
+                )
+
     def _check_weights(self) -> None:
         """Refuse a student that has nothing to learn from."""
         method = METHODS[self.method]
@@ -179,14 +213,16 @@ class TrainConfig(Options):
         dual = method.variant is not None
         names = _DUAL_STUDENT_WEIGHTS if dual else ('task_loss_weight', 'distill_loss_weight')
         grows = dual and self.student_prompt_weight_end
-        if not any(getattr(self, name) for name in names) and not grows:
+        weights = {f'{name}_weight': value for name, value in self.dfpt_weights.items()}
+        if not any(weights.get(name, getattr(self, name)) for name in names) and not grows:
             raise ValueError(f'{", ".join(names)} are all 0: the student has nothing to learn from. Raise one of them.')
 
     def _check_unlabelled(self, needing: Sequence[str]) -> None:
         if needing:
             raise ValueError(f'{needing[0]} learns from labels and cannot be used with --unlabelled: leave one out.')
         method = METHODS[self.method]
-        weights = (self.student_prompt_weight, self.student_teacher_weight, self.student_prompt_weight_end)
+        given = self.dfpt_weights
+        weights = (given['student_prompt'], given['student_teacher'], self.student_prompt_weight_end)
         if not (any(weights) if method.variant else self.distill_loss_weight):
             raise ValueError(
                 'unlabelled: the student learns from the teacher alone, whose weights are all 0: raise one of them.'
@@ -268,6 +304,7 @@ class TrainConfig(Options):
         known = METHODS.get(method, METHODS[self.method])
         if not known.needs_teacher:
             dropped |= {'teacher': None, 'teacher_checkpoint': None, 'teacher_input_size': [], 'cache_teacher': False}
+            dropped |= {'teacher_head': 'auto', 'teacher_head_balanced': False}
         if not known.variant:
             dropped |= {'prompt_path': None, 'push_prompt_path': None, 'freeze_prompt_path': False}
         own = self.method_options.get(method, {})

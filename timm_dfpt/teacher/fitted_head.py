@@ -5,7 +5,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +14,12 @@ from ..backbone.heads import add_head, replace_head, watch_inputs
 from ..backbone.modes import evaluating, look_through
 from ..backbone.types import name_of
 from .checks import check_model, find_classifier
+from .head_record import ATTRIBUTE, FittedHead, fitted_head_of
 from .prompt_path import match_dtype
 from .ridge import fit_ridge
 
-__all__ = ['FittedHead', 'fit_head', 'fitted_head_of', 'put_head', 'reorder_classes']
+__all__ = ['fit_head', 'put_head', 'reorder_classes']
 
-_ATTRIBUTE = 'fitted_head'
 # How far logits may be from what the classifiers alone explain, in relation to the largest.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.1
@@ -27,59 +27,6 @@ _REMEDY = (
     'Fine-tune it on these classes (--method supervised --student MODEL --student-pretrained) and take the result as '
     'the teacher, or give the prompt path alone a new head: --teacher-head new, wrap(model, num_classes=K).'
 )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FittedHead:
-    """What a model has for a classifier instead of its published one.
-
-    Args:
-        how: `'fitted'` by ridge regression, or `'reordered'`: the published one with its classes in another order.
-        classifier: Names of the classifier modules.
-        num_classes: Number of classes `K`.
-        tensors: Weights and biases, and what else the published model does not have, by name in its state dict.
-        published: What the published model has under the names of its classifier.
-        images: Number of images that it was fitted to.
-        balanced: Whether classes had the same weight.
-        penalty: Penalty of the ridge regression per image.
-        temperature: Temperature that its scores were divided by.
-        accuracy: Top-1 in percent on images left out, one at a time.
-        loss: Cross-entropy in nats on them.
-    """
-
-    how: Literal['fitted', 'reordered']
-    classifier: tuple[str, ...]
-    num_classes: int
-    tensors: Mapping[str, torch.Tensor]
-    published: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    images: int | None = None
-    balanced: bool = False
-    penalty: float | None = None
-    temperature: float | None = None
-    accuracy: float | None = None
-    loss: float | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FittedHead:
-        # Nothing in it ever changes.
-        return self
-
-    def facts(self) -> dict[str, Any]:
-        """Return everything but tensors, as plain JSON types without what is unknown."""
-        names = [field.name for field in dataclasses.fields(self) if field.name not in ('tensors', 'published')]
-        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {**values, 'classifier': list(self.classifier)}
-
-    def equals(self, other: FittedHead) -> bool:
-        """Say whether another head has the same tensors to the bit."""
-        return self.tensors.keys() == other.tensors.keys() and all(
-            torch.equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items()
-        )
-
-
-def fitted_head_of(model: Any) -> FittedHead | None:
-    """Return what stands in a model for its published classifier; `None` for the published one."""
-    found = getattr(look_through(model), _ATTRIBUTE, None)
-    return found if isinstance(found, FittedHead) else None
 
 
 def fit_head(
@@ -251,7 +198,7 @@ def put_head(model: nn.Module, head: FittedHead, label_names: Sequence[str] | No
 
 def _note(model: Any, base: Any, head: FittedHead, label_names: Sequence[str] | None) -> None:
     """Note a new head on a model, and what its classes are, which its published config says otherwise."""
-    setattr(model, _ATTRIBUTE, head)
+    setattr(model, ATTRIBUTE, head)
     cfg = getattr(base, 'pretrained_cfg', None)
     if cfg is not None:
         kept = {key: value for key, value in cfg.items() if key not in ('label_names', 'label_descriptions')}
@@ -300,7 +247,7 @@ def _names_of_new(model: nn.Module, base: nn.Module, names: Sequence[str]) -> li
 
 def _new_tensors(model: nn.Module, base: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
     state = model.state_dict()
-    return {name: state[name].detach().cpu().clone() for name in _names_of_new(model, base, names)}
+    return {name: _plain(state[name]) for name in _names_of_new(model, base, names)}
 
 
 def _published_tensors(base: nn.Module, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
@@ -308,7 +255,11 @@ def _published_tensors(base: nn.Module, names: Sequence[str]) -> Mapping[str, to
     if head is not None:
         return head.published
     heads = tuple(f'{name}.' for name in names)
-    return {name: t.detach().cpu().clone() for name, t in base.state_dict().items() if name.startswith(heads)}
+    return {name: _plain(t) for name, t in base.state_dict().items() if name.startswith(heads)}
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone() if tensor.is_meta else tensor.detach().cpu().clone()
 
 
 def _checked_batch(batch: Any, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:

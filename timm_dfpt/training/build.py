@@ -21,10 +21,11 @@ from ..job.options import TrainConfig
 from ..losses import DFPTWeights, KDLoss
 from ..tasks.base import NoLabels, StudentTask
 from ..tasks.methods import DEFAULT_LOSS, KD_LOSSES, METHODS
-from ..teacher.fitted_head import fitted_head_of
+from ..teacher.head_record import fitted_head_of
 from ..teacher.teacher import DualForwardPathTeacher
 from .learner import Learner
-from .models import create_student, shared_teacher, teacher_classes, wrap_teacher
+from .models import SharedTeachers, create_student, teacher_classes, wrap_teacher
+from .teacher_heads import TeacherHeads
 
 __all__ = [
     'create_criterion', 'create_learners', 'create_loaders', 'create_mixup', 'create_task', 'load_data',
@@ -38,6 +39,7 @@ def create_learners(
     input_config: Mapping[str, Any],
     accelerator: Accelerator,
     steps_per_epoch: int,
+    heads: TeacherHeads,
     adapt: Callable[[StudentTask, TrainConfig], None] | None = None,
 ) -> list[Learner]:
     """Create students, their tasks and optimizers; those with the same teacher share it.
@@ -48,19 +50,20 @@ def create_learners(
         input_config: What the loader gives.
         accelerator: Devices and processes.
         steps_per_epoch: Batches per epoch.
+        heads: Gives teachers heads for the classes.
         adapt: Changes what a student learns from, before it is trained; called with its task and options.
 
     Raises:
         ValueError: If an option does not fit the data or the models.
     """
-    teachers: dict[str, nn.Module] = {}
+    teachers = SharedTeachers(heads, arms)
     learners = []
     for name, config in arms.items():
-        teacher = shared_teacher(config, class_names, teachers)
+        teacher, config = teachers.get(name, config)
         # Seeded for each part, so that every method starts from the same student whatever was built before it.
         set_seed(config.seed)
         if teacher is not None and METHODS[config.method].variant:
-            teacher = wrap_teacher(config, teacher)
+            teacher = wrap_teacher(config, teacher, len(class_names))
         set_seed(config.seed)
         # What learns features alone needs no classes.
         known = METHODS[config.method].needs_classes or not config.unlabelled
@@ -254,8 +257,7 @@ def create_task(
 
 def _dfpt_weights(config: TrainConfig) -> DFPTWeights:
     """Return the weights of the terms; without labels that of the teacher goes to the path of other statistics."""
-    names = [field.name for field in dataclasses.fields(DFPTWeights)]
-    weights = DFPTWeights(**{name: getattr(config, f'{name}_weight') for name in names})
+    weights = DFPTWeights(**config.dfpt_weights)
     if not config.unlabelled:
         return weights
     weights = dataclasses.replace(weights, student_task=0.0, prompt_task=0.0)

@@ -19,6 +19,7 @@ from ..hub.sources import parse_source
 from ..hub.student import check_student, save_student
 from ..job.options import public_options
 from ..tasks.features import FeatureTask
+from ..teacher.head_record import fitted_head_of
 from .learner import Learner
 from .report import attempt, measure_cost
 from .run_folder import RunFolder
@@ -123,6 +124,8 @@ def describe_models(
                 entries[role]['input_size'] = list(size)
             deployed = _deployed_cost(model, example)
             entries[role] |= {'cost': deployed, 'cost_as_trained': cost} if deployed else {}
+            if role == 'teacher':
+                entries[role] |= _head_facts(learner, 'head')
         if learner.average is not None:
             (other,) = _WEIGHTS.keys() - {learner.published}
             entries['student']['weights'] = _WEIGHTS[learner.published]
@@ -209,9 +212,16 @@ def _record(
         'dataset_sizes': facts['dataset_sizes'],
         'seed': config.seed,
         'recipe': options,
+        **_head_facts(learner, 'teacher_head'),
         **({'weights': _WEIGHTS[learner.published]} if config.model_ema else {}),
         'metrics': {split: dict(values) for split, values in metrics.items()},
     }
+
+
+def _head_facts(learner: Learner, key: str) -> dict[str, Any]:
+    """Return how the teacher's head was made, under a key; nothing for a published one."""
+    head = fitted_head_of(learner.teacher)
+    return {key: head.facts()} if head is not None else {}
 
 
 def _student_options(learner: Learner, record: Mapping[str, Any], facts: Mapping[str, Any]) -> StudentOptions:

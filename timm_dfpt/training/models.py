@@ -1,9 +1,11 @@
 """From the options of a run to its models: the student, and the teacher with or without a second path."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,47 +13,94 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..backbone.input_size import input_size_of, set_input_size
-from ..hub.timm_models import ModelSource, check_class_order, check_takes, load_weights_file
+from ..hub.files import read_specs
+from ..hub.timm_models import ModelSource, check_takes, load_weights_file
 from ..job.options import TrainConfig
 from ..tasks.methods import METHODS
 from ..teacher.blocks import PromptConfig
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
 from ..utils.messages import shorten
+from .teacher_heads import Choice, TeacherHeads
 
-__all__ = [
-    'create_student', 'create_teacher', 'load_prompt_path', 'shared_teacher', 'teacher_classes', 'wrap_teacher',
-]  # fmt: skip
+__all__ = ['SharedTeachers', 'create_student', 'create_teacher', 'load_prompt_path', 'teacher_classes', 'wrap_teacher']
 
 _NORM_LAYERS: dict[str, Literal['batchnorm2d', 'layernorm2d'] | None] = {
     'batch': 'batchnorm2d', 'layer': 'layernorm2d', 'none': None
 }  # fmt: skip
 
 
-def shared_teacher(
-    config: TrainConfig, class_names: Sequence[str], teachers: dict[str, nn.Module]
-) -> nn.Module | None:
-    """Return the teacher that the options name, one of those that are there already if possible."""
-    if not METHODS[config.method].needs_teacher:
-        return None
-    source = [config.teacher or config.prompt_path, config.teacher_checkpoint, config.teacher_kwargs]
-    key = json.dumps([*source, config.teacher_dtype, config.teacher_input_size], default=str)
-    method = METHODS[config.method]
-    if not method.needs_classes and key not in teachers:
-        key += ' whatever its classes'
-    elif config.unlabelled and method.needs_classes and not method.variant:
-        # Its statistics will change, and no original path may see that.
-        key += ' with statistics of these images'
-    if key not in teachers:
-        if config.teacher is None:
-            # The prompt path knows its teacher.
-            teachers[key] = load_prompt_path(str(config.prompt_path)).unwrap()
-            _check_input_size(config, input_size_of(teachers[key]))
-        else:
-            teacher = create_teacher(config, class_names) if method.needs_classes else _load_teacher(config)
+class SharedTeachers:
+    """The teachers of a run: those with the same options are one.
+
+    Args:
+        heads: Gives them heads for the classes of the data.
+        arms: Options of all learners. A prompt path that one of them starts from may bring a head along, which then is
+            that of its teacher for all.
+    """
+
+    def __init__(self, heads: TeacherHeads, arms: Mapping[str, TrainConfig]) -> None:
+        self._heads = heads
+        self._paths = {_source(arm): arm.prompt_path for arm in arms.values() if arm.prompt_path}
+        self._teachers: dict[str, tuple[nn.Module, Choice]] = {}
+
+    def get(self, name: str, config: TrainConfig) -> tuple[nn.Module | None, TrainConfig]:
+        """Return the teacher that the options of a learner name, and these with the head that it has.
+
+        Args:
+            name: Name of the learner.
+            config: Its options.
+
+        Raises:
+            ValueError: If the teacher cannot be loaded, or not have such a head.
+        """
+        method = METHODS[config.method]
+        if not method.needs_teacher:
+            return None, config
+        if config.prompt_path and config.teacher_head in ('fit', 'new'):
+            raise ValueError(
+                f'teacher_head={config.teacher_head}: --prompt-path brings the head along that it was tuned with. '
+                'Leave --teacher-head out, or start a new prompt path without --prompt-path.'
+            )
+        key = json.dumps([_source(config), config.teacher_head, config.teacher_head_balanced])
+        if not method.variant and config.teacher_head == 'auto' and self._teachers.get(key, (None, 'own'))[1] == 'new':
+            # The prompt path has a head of its own, and this method has no prompt path.
+            key += ' fit'
+        if not method.needs_classes and key not in self._teachers:
+            key += ' whatever its classes'
+        elif config.unlabelled and method.needs_classes and not method.variant:
+            # Its statistics will change, and no original path may see that.
+            key += ' with statistics of these images'
+        if key not in self._teachers:
+            self._teachers[key] = self._create(name, config)
+        teacher, choice = self._teachers[key]
+        if not method.needs_classes:
+            return teacher, config
+        return teacher, dataclasses.replace(config, teacher_head='own' if choice == 'reordered' else choice)
+
+    def _create(self, name: str, config: TrainConfig) -> tuple[nn.Module, Choice]:
+        teacher: Any = None
+        if config.teacher is not None:
             # Blocks, heads and students stay in float32: only what is frozen is converted.
-            teachers[key] = teacher.to(getattr(torch, config.teacher_dtype))
-    return teachers[key]
+            dtype = getattr(torch, config.teacher_dtype)
+            if not METHODS[config.method].needs_classes:
+                return load_teacher(config).to(dtype), 'own'
+            teacher = create_teacher(config, len(self._heads.class_names)).to(dtype)
+        path = self._paths.get(_source(config)) if config.teacher_head in ('auto', 'own') else None
+        if path is not None:
+            # The prompt path knows its teacher, and the head that it was tuned with.
+            tuned = load_prompt_path(path, teacher)
+            classes, teacher = tuned.prompt_path.num_classes, tuned.unwrap()
+            _check_input_size(config, input_size_of(teacher))
+            if METHODS[config.method].variant and teacher.num_classes != classes == len(self._heads.class_names):
+                return self._heads.give(name, dataclasses.replace(config, teacher_head='new'), teacher)
+        return self._heads.give(name, config, teacher)
+
+
+def _source(config: TrainConfig) -> str:
+    """Return what is equal for learners of one teacher, whatever head it gets."""
+    named = [config.teacher or config.prompt_path, config.teacher_checkpoint, config.teacher_kwargs]
+    return json.dumps([*named, config.teacher_dtype, config.teacher_input_size], default=str)
 
 
 def teacher_classes(config: TrainConfig) -> list[str]:
@@ -86,7 +135,7 @@ def create_student(config: TrainConfig, class_names: Sequence[str], input_config
         kwargs['drop_rate'] = config.drop
     if config.drop_path is not None:
         kwargs['drop_path_rate'] = config.drop_path
-    student: Any = source.create_student(config.student_pretrained, **kwargs)
+    student: Any = source.create_student(config.student_pretrained, config.head_init_scale, **kwargs)
     check_takes(student, size, _label('student', config), len(class_names) or None)
     recorded = {key: input_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     student.pretrained_cfg = {
@@ -98,39 +147,39 @@ def create_student(config: TrainConfig, class_names: Sequence[str], input_config
     return student
 
 
-def create_teacher(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
-    """Load the teacher with its weights, and hold its classes against those of the data.
+def create_teacher(config: TrainConfig, num_classes: int) -> nn.Module:
+    """Load the teacher with its weights and its own classifier, if it has one.
+
+    Args:
+        config: The options.
+        num_classes: Number of classes of the data, for a file of weights that does not say how many it has.
 
     Raises:
-        ValueError: If the teacher is unknown, its weights cannot be loaded, or it has other classes.
+        ValueError: If the teacher is unknown or its weights cannot be loaded.
     """
-    if config.unlabelled and not class_names:
+    if config.unlabelled and not num_classes:
         raise ValueError(
             f'teacher {config.teacher!r} knows no classes, and without labels there is nothing to fit a head to: leave '
             '--unlabelled out, or choose a method that learns features (see --help).'
         )
-    known = config.teacher_kwargs.get('num_classes', len(class_names))
-    if config.teacher_checkpoint is not None and known != len(class_names):
-        raise ValueError(f'teacher_kwargs: num_classes={known}, but the data have {len(class_names)}: leave it out')
-    teacher: Any = _load_teacher(config, known)
-    if teacher.num_classes != len(class_names):
+    teacher: Any = load_teacher(config, num_classes)
+    if 'num_classes' in config.teacher_kwargs and not teacher.num_classes:
         raise ValueError(
-            f'teacher {config.teacher!r} knows {teacher.num_classes} classes, the data have {len(class_names)}. '
-            'Fine-tune it on these data first (--method supervised --student TEACHER --student-pretrained) and give '
-            'the result as --teacher local-dir:RUN/student.'
+            'teacher_kwargs: num_classes=0 would throw the head of the teacher away: leave it out, --teacher-head says '
+            'which it is to have.'
         )
-    size = tuple(resolve_model_data_config(teacher)['input_size'])
-    check_takes(teacher, size, _label('teacher', config), len(class_names))
-    check_class_order(str(config.teacher), teacher.pretrained_cfg.get('label_names') or [], class_names)
+    if teacher.num_classes:
+        size = tuple(resolve_model_data_config(teacher)['input_size'])
+        check_takes(teacher, size, _label('teacher', config), teacher.num_classes)
     return teacher
 
 
-def _load_teacher(config: TrainConfig, num_classes: int | None = None) -> nn.Module:
+def load_teacher(config: TrainConfig, num_classes: int | None = None) -> nn.Module:
     """Load the teacher with its weights, for images of the size that it is to see.
 
     Args:
         config: The options.
-        num_classes: Number of classes of weights that are in a file of their own; by default the architecture's.
+        num_classes: Number of classes of weights in a file of their own that does not say it.
 
     Raises:
         ValueError: If the teacher is unknown, or its weights cannot be loaded.
@@ -139,9 +188,13 @@ def _load_teacher(config: TrainConfig, num_classes: int | None = None) -> nn.Mod
     if config.teacher_checkpoint is None:
         teacher = source.create_teacher(**config.teacher_kwargs)
     else:
+        classes = _classes_in_file(config.teacher_checkpoint, source) or num_classes
+        known = config.teacher_kwargs.get('num_classes', classes)
+        if known != classes:
+            raise ValueError(f'teacher_kwargs: num_classes={known}, but the weights have {classes}: leave it out')
         # Without pretrained weights a head of the right size says nothing: the file must bring every tensor.
-        classes = {} if num_classes is None else {'num_classes': num_classes}
-        teacher = source.create(False, **{**config.teacher_kwargs, **classes})
+        given = {} if known is None else {'num_classes': known}
+        teacher = source.create(False, **{**config.teacher_kwargs, **given})
         load_weights_file(teacher, config.teacher_checkpoint, 'teacher_checkpoint')
     if config.teacher_size:
         try:
@@ -150,6 +203,22 @@ def _load_teacher(config: TrainConfig, num_classes: int | None = None) -> nn.Mod
         except ValueError as error:
             raise ValueError(f'teacher_input_size={config.teacher_input_size}: {error}') from error
     return teacher
+
+
+def _classes_in_file(path: str, source: ModelSource) -> int | None:
+    """Return the number of classes in a file of weights; `None` if it is no such file, or has no classifier."""
+    names = source.pretrained_cfg().get('classifier') or ()
+    if not path.endswith('.safetensors') or not Path(path).is_file():
+        return None
+    try:
+        found = read_specs(Path(path))
+    except ValueError:
+        # Loading it says what is wrong.
+        return None
+    for name in [names] if isinstance(names, str) else names:
+        if f'{name}.weight' in found:
+            return found[f'{name}.weight'][0][0]
+    return None
 
 
 def _label(option: str, config: TrainConfig) -> str:
@@ -180,7 +249,7 @@ def _check_input_size(config: TrainConfig, size: tuple[int, int] | None) -> None
         )
 
 
-def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeacher:
+def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> DualForwardPathTeacher:
     """Give the teacher its second path, new or from `prompt_path`."""
     variant = METHODS[config.method].variant
     assert variant is not None
@@ -208,7 +277,10 @@ def wrap_teacher(config: TrainConfig, model: nn.Module) -> DualForwardPathTeache
             block=config.prompt_block,
             new_head=config.prompt_head,
         )
-        return wrap(model, stages=stages, prompt=prompt, variant=variant, train_bn=config.prompt_train_bn)
+        new = num_classes if config.teacher_head == 'new' else None
+        return wrap(
+            model, stages=stages, num_classes=new, prompt=prompt, variant=variant, train_bn=config.prompt_train_bn
+        )
     except ValueError as error:
         # What only the blocks and the model can check, under the names of the options.
         names = {

@@ -168,6 +168,7 @@ def _read_run(folder: RunFolder, prompt_path_repo: str | None) -> tuple[RunFacts
         command=summary.get('command') or None,
         versions=summary.get('versions', {}),
         prompt_path=prompt_path_repo,
+        teacher_head=record.get('teacher_head'),
         student_base=_student_base(recipe),
     )
     return facts.public(renamed), recipe
@@ -193,6 +194,7 @@ def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None)
         'method': run.method,
         'teacher': run.teacher,
         'teacher_revision': base_revision,
+        **({'teacher_head': run.teacher_head} if run.teacher_head is not None else {}),
         'prompt_path': run.prompt_path,
         'dataset': run.dataset,
         'eval_split': run.eval_split,

@@ -29,7 +29,7 @@ from ..job.devices import create_accelerator, on_main
 from ..job.optim import describe_average, describe_decay
 from ..job.options import TrainConfig
 from ..job.stopping import exit_code
-from ..tasks.evaluation import evaluate, evaluate_together
+from ..tasks.evaluation import evaluate_together
 from ..version import __version__
 from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config
 from .checkpoint import describe_teachers
@@ -41,6 +41,8 @@ from .report import attempt, closing_table, plot_curves, verdicts
 from .run_folder import RunFolder, claimed
 from .runtimes import export_files
 from .statistics import TeacherStatistics
+from .teacher_heads import TeacherHeads, read_heads, write_heads
+from .teacher_report import report_teachers
 from .trainer import Trainer
 
 __all__ = [
@@ -92,13 +94,22 @@ class Setup:
         return 'test' if 'test' in self.loaders else 'val'
 
     def create_learners(
-        self, arms: Mapping[str, TrainConfig], statistics: TeacherStatistics | None = None
+        self,
+        arms: Mapping[str, TrainConfig],
+        statistics: TeacherStatistics | None = None,
+        heads: TeacherHeads | None = None,
     ) -> list[Learner]:
-        """Create learners from options by name, their teachers with statistics for these images; `create_learners`."""
+        """Create learners from options by name, their teachers with heads and statistics; see `create_learners`."""
+        heads = heads or self.teacher_heads()
         steps = len(self.loaders['train'])
         arms = {name: dataclasses.replace(arm, batch_size=self.config.batch_size) for name, arm in arms.items()}
         adapt = statistics.adapt if statistics is not None else None
-        return create_learners(arms, self.data.class_names, self.input_config, self.accelerator, steps, adapt)
+        return create_learners(arms, self.data.class_names, self.input_config, self.accelerator, steps, heads, adapt)
+
+    def teacher_heads(self, folder: RunFolder | None = None) -> TeacherHeads:
+        """Return what gives teachers heads for these classes: those that a run folder has, or new ones."""
+        known = read_heads(folder.teacher_heads) if folder is not None else {}
+        return TeacherHeads(self.data.class_names, self.data.train, self.input_config, self.accelerator, known)
 
 
 def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup:
@@ -268,12 +279,15 @@ def train_side_by_side(
     """
     config, accelerator, loaders = setup.config, setup.accelerator, setup.loaders
     statistics = TeacherStatistics(setup.data, setup.input_config, loaders['val'], accelerator, folder.statistics)
-    learners = setup.create_learners(arms, statistics)
+    heads = setup.teacher_heads(folder)
+    learners = setup.create_learners(arms, statistics, heads)
     on_main(accelerator, lambda: check_export(learners, describe(setup, command)))
-    _report_teacher(setup, learners[0])
+    labelled = not config.unlabelled or setup.data.val.labelled
+    report_teachers(learners, heads.reasons, loaders['val'] if labelled else None, accelerator)
     kept = keep_logits(config, learners, setup.data, setup.input_config, accelerator)
     folder.open(config, accelerator)
     statistics.save()
+    on_main(accelerator, lambda: write_heads(folder.teacher_heads, {each.name: each.teacher for each in learners}))
     accelerator.print(f'run folder: {folder}')
     if config.log_with:
         accelerator.project_configuration.set_directories(config.output)
@@ -303,24 +317,6 @@ def train_side_by_side(
         origin=origin,
     )
     return learners, trainer.fit()
-
-
-def _report_teacher(setup: Setup, learner: Learner) -> None:
-    """Print what the teacher is and how accurate."""
-    say = setup.accelerator.print
-    dual_teacher = learner.task.get_dual_teacher()
-    if dual_teacher is not None:
-        say(dual_teacher.summary())
-        tuned, epochs = learner.task.prompt_epochs, learner.config.epochs
-        if tuned and tuned < epochs:
-            say(f'the prompt path is tuned in the first {tuned} of {epochs} epochs and then frozen')
-    if setup.config.unlabelled and not setup.data.val.labelled:
-        say('no labels to validate on: instead of top-1, agreement with what the student learns from is reported')
-    elif learner.task.shows_teacher:
-        forward = learner.task.teacher_logits
-        before = evaluate(lambda x: {'teacher': forward(x)}, setup.loaders['val'], setup.accelerator)
-        top1 = before['teacher']['top1']
-        say(f'teacher {learner.config.teacher}: {top1:.2f}% top-1 on the validation data')
 
 
 def measure(setup: Setup, learners: Sequence[Learner]) -> list[Results]:

@@ -54,6 +54,8 @@ class RunFolder:
         self.prompt_path = self.path / 'prompt_path'
         self.exported = self.path / 'exported'
         """The student in the formats of other runtimes."""
+        self.teacher_heads = self.path / 'teacher_heads'
+        """Heads that were fitted to teachers, or put into the order of the data."""
         self.curves = self.path / 'curves.png'
         self.summary = self.path / 'summary.json'
         """What the run was and reached; written at its end."""
