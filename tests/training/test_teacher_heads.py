@@ -141,7 +141,7 @@ def test_classes_in_another_order_are_mapped(job: Any, teachers: Path, tmp_path:
 def test_what_is_decided_is_said(argv_of: Any, teacher: str, more: tuple[str, ...], said: str) -> None:
     setup = set_up(parse_config(argv_of(teacher, 'run', *more)))
     heads = setup.teacher_heads()
-    learners = setup.create_learners({setup.config.method: setup.config}, heads)
+    learners = setup.create_learners({setup.config.method: setup.config}, heads=heads)
     assert said in heads.reasons[learners[0].teacher]
 
 
