@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.plan import Cell, Plan
-from timm_dfpt.training.report import summarise
+from timm_dfpt.reports.intervals import summarise
 
 __all__ = ['CONTRASTS', 'DUAL', 'TITLES', 'Study', 'options_text', 'unlike']
 

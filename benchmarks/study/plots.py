@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.study.analysis import CONTRASTS, DUAL, TITLES, Study
-from timm_dfpt.training.report import summarise
+from timm_dfpt.reports.intervals import summarise
 
 __all__ = ['Figure', 'figures']
 

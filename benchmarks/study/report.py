@@ -22,7 +22,7 @@ from benchmarks.study.plan import PLAN_FILE, Plan
 from benchmarks.study.plots import figures
 from benchmarks.study.run import RESULTS, read_records
 from timm_dfpt.hub.markdown import markdown_table
-from timm_dfpt.training.report import summarise
+from timm_dfpt.reports.intervals import summarise
 
 __all__ = ['blocks', 'main', 'rewrite']
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from timm_dfpt.job.cli import build_parser, resolve_config
+from timm_dfpt.reports.intervals import summarise, t_quantile
 from timm_dfpt.training import compare as compare_module
 from timm_dfpt.training.compare import Arm, compare, main, parse_arm
 from timm_dfpt.training.learner import Learner
-from timm_dfpt.training.report import summarise, t_quantile
 from timm_dfpt.training.run import main as distill
 from timm_dfpt.training.run import set_up
 from timm_dfpt.training.trainer import Trainer

@@ -198,6 +198,7 @@ class Options:
     export_epochs: list[int] = _opt([], 'also save the student of these epochs, as student-epoch<n>', 'run', low=1)
     log_interval: int = _opt(50, 'log every N steps', 'run', low=1)
     log_with: Literal['tensorboard', 'wandb', 'trackio'] | None = _opt(None, 'tracker of accelerate', 'run')
+    report: bool = _opt(True, 'write report.html, a page about the run, at its end', 'run')
     mixed_precision: Literal['no', 'bf16', 'fp16'] = _opt('no', 'autocast', 'run')
     channels_last: bool = _opt(False, 'channels_last memory format', 'run')
     compile: bool = _opt(False, 'torch.compile student and both paths', 'run')

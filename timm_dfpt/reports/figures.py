@@ -18,6 +18,7 @@ __all__ = ['COLORS', 'Line', 'class_figure', 'interval_figure', 'line_figure', '
 INK, GRID = '#1f2429', '#d9dde2'
 # Distinct for all kinds of color vision, on light and on dark ground; after Okabe and Ito (2008).
 COLORS = ('#0f6cbd', '#c2571a', '#5b6470', '#1a8f6e', '#a8489a', '#8a6d00', '#4a5bd0', '#b3324b')
+_FEW = 10
 _MARKERS = 'osDv^P*X'
 _STYLES = {
     'font.family': ['DejaVu Sans'], 'font.size': 9, 'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': GRID,
@@ -124,7 +125,7 @@ def line_figure(lines: Sequence[Line], ylabel: str, log: bool = False, colors: M
         colors: Numbers in `COLORS` by label; by default in the order of the curves.
     """
     def draw(figure: Any) -> None:
-        from matplotlib.ticker import MaxNLocator, NullFormatter  # costs 0.3 s
+        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter  # costs 0.3 s
 
         axes = figure.add_subplot()
         for i, line in enumerate(lines):
@@ -136,10 +137,11 @@ def line_figure(lines: Sequence[Line], ylabel: str, log: bool = False, colors: M
                 axes.fill_between(line.epochs, line.low, line.high, color=color, alpha=0.15, linewidth=0)
         if log and all(value > 0 for line in lines for value in line.values):
             axes.set_yscale('log')
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel='epoch', ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(ncols=2 if len(lines) > 4 else 1)
+        figure.legend(loc='outside upper left', ncols=2)
 
     return draw
 
@@ -173,7 +175,7 @@ def class_figure(names: Sequence[str], values: Mapping[str, Sequence[float]], co
 
 
 def reliability_figure(lines: Mapping[str, Reliability], colors: Mapping[str, int]) -> Draw:
-    """Return a reliability diagram.
+    """Return a reliability diagram; what fewer than ten images say is left out.
 
     Args:
         lines: What to draw, by label.
@@ -183,14 +185,14 @@ def reliability_figure(lines: Mapping[str, Reliability], colors: Mapping[str, in
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], '--', color=INK, linewidth=0.8, label='as sure as right')
         for label, found in lines.items():
-            filled = found.counts > 0
+            filled = found.counts >= min(_FEW, float(found.counts.max()))
             number = colors[label] % len(COLORS)
             sizes = 8 + 90 * found.counts[filled] / found.counts.sum()
             x, y = found.confidence[filled].numpy(), found.accuracy[filled].numpy()
             axes.plot(x, y, color=COLORS[number], label=shown(label, 40), linewidth=1.2)
             axes.scatter(x, y, s=sizes.numpy(), color=COLORS[number], marker=_MARKERS[number], zorder=2)
         axes.set(xlabel='confidence', ylabel='share that is right', xlim=(0, 1.02), ylim=(0, 1.02), aspect='equal')
-        axes.legend(loc='upper left')
+        figure.legend(loc='outside upper left', ncols=2)
 
     return draw
 

@@ -88,7 +88,8 @@ def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], title: str, no
     """Return a square table of counts, its cells the darker the larger their share of the row."""
     shades = [[count / max(1, sum(row)) for count in row] for row in counts]
     head = [shown(name, 16) for name in names]
-    cells = [[shown(name, 24), *(str(count) if count else '' for count in row)] for name, row in zip(names, counts, strict=True)]
+    rows = zip(names, counts, strict=True)
+    cells = [[shown(name, 24), *(str(count) if count else '' for count in row)] for name, row in rows]
     return Block('matrix', title, note, ['', *head], cells, shades=shades)
 
 

@@ -63,17 +63,16 @@ class PredictionRecorder:
     Only what is small stays: class and confidence of every image, and a bounded number of logits.
 
     Args:
-        num_classes: Number of classes. Logits of another number are not noted.
-        labelled: Whether the labels mean anything.
+        num_classes: Number of classes. Logits of another number, or features, are not noted.
     """
 
-    def __init__(self, num_classes: int, labelled: bool = True) -> None:
-        self.num_classes, self.labelled = num_classes, labelled
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
         self._splits: dict[str, _Notes] = {}
 
-    def start(self, split: str, images: int) -> _Notes:
+    def start(self, split: str, images: int, labelled: bool = True) -> _Notes:
         """Return what notes a split of that many images; `evaluate_together` calls it with each batch."""
-        self._splits[split] = _Notes(self.num_classes, images)
+        self._splits[split] = _Notes(self.num_classes, images, labelled)
         return self._splits[split]
 
     def result(self, names: Mapping[tuple[int, str], str]) -> dict[str, SplitPredictions]:
@@ -83,13 +82,13 @@ class PredictionRecorder:
             names: What to call the models, by the number of the function that was evaluated and the name of its output.
         """
         whole = {split: notes for split, notes in self._splits.items() if notes.is_whole}
-        found = {split: notes.result(names, self.labelled) for split, notes in whole.items()}
+        found = {split: notes.result(names) for split, notes in whole.items()}
         return {split: each for split, each in found.items() if each.models}
 
 
 class _Notes:
-    def __init__(self, num_classes: int, images: int) -> None:
-        self.num_classes, self.images = num_classes, images
+    def __init__(self, num_classes: int, images: int, labelled: bool) -> None:
+        self.num_classes, self.images, self.labelled = num_classes, images, labelled
         self._kept = torch.zeros(images, dtype=torch.bool)
         # Not the first ones: images are often sorted by class.
         order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
@@ -118,7 +117,7 @@ class _Notes:
     def is_whole(self) -> bool:
         return sum(map(len, self._rows)) == self.images
 
-    def result(self, names: Mapping[tuple[int, str], str], labelled: bool) -> SplitPredictions:
+    def result(self, names: Mapping[tuple[int, str], str]) -> SplitPredictions:
         rows = torch.cat(self._rows).cpu()
         order = rows.argsort()
         kept = self._kept.cpu()
@@ -128,7 +127,7 @@ class _Notes:
             if key in self._parts:
                 classes, confidence, logits = (torch.cat(part).cpu() for part in zip(*self._parts[key], strict=True))
                 models[name] = Predicted(classes[order], confidence[order], logits[sampled].float())
-        target = torch.cat(self._targets).cpu()[order] if labelled else None
+        target = torch.cat(self._targets).cpu()[order] if self.labelled else None
         return SplitPredictions(target, kept.nonzero()[:, 0], models)
 
 

@@ -67,6 +67,7 @@ def evaluate_together(
     loader: Iterable[Any],
     accelerator: Accelerator,
     measures: Sequence[Measure] | None = None,
+    observe: Callable[[Sequence[Outputs], torch.Tensor, torch.Tensor], None] | None = None,
 ) -> list[dict[str, dict[str, float]]]:
     """Do `evaluate` for several functions in one pass over a loader.
 
@@ -76,6 +77,8 @@ def evaluate_together(
         loader: As in `evaluate`.
         accelerator: As in `evaluate`.
         measures: What measures the outputs of each function; `measure_logits` for all by default.
+        observe: Called with each batch of all processes: the outputs of each function, the classes `[B]`, and the rows
+            `[B]` of the images, which are the third part of a batch.
 
     Returns:
         What `evaluate` returns, for each function.
@@ -86,6 +89,7 @@ def evaluate_together(
     count = 0
     for batch in loader:
         known: TeacherLogits = {}
+        seen: list[Outputs] = []
         for forward, parts, known_keys, measure in zip(forwards, sums, keys, measures, strict=True):
             with accelerator.autocast():
                 outputs = dict(forward(batch[0], known))
@@ -95,6 +99,10 @@ def evaluate_together(
             for name, metrics in measure(outputs, target).items():
                 known_keys[name] = list(metrics)
                 parts.setdefault(name, []).append(torch.stack(list(metrics.values())))
+            seen.append(outputs)
+        if observe is not None:
+            rows: Any = accelerator.gather_for_metrics(batch[2])
+            observe(seen, target, rows)
         count += len(target)
     if not count:
         raise ValueError('There is no sample to evaluate.')

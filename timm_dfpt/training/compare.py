@@ -20,11 +20,12 @@ from ..job.cli import build_parser, resolve_config
 from ..job.devices import create_accelerator
 from ..job.options import TrainConfig
 from ..job.stopping import NonFiniteLossError, Preempted, exit_code
+from ..reports.intervals import summarise
 from ..tasks.evaluation import score_of
 from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
 from .export import describe_models
 from .learner import Learner
-from .report import attempt, comparison_text, plot_comparison, summarise
+from .report import attempt, comparison_text, plot_comparison
 from .run import Setup, close, describe, example_batch, export_and_measure, set_up, train_side_by_side
 from .run_folder import ComparisonFolder, RunFolder, claimed
 

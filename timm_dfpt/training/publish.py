@@ -26,7 +26,7 @@ from ..job.options import PATH_OPTIONS, TrainConfig
 from ..job.stopping import exit_code
 from .run_folder import RunFolder
 
-__all__ = ['check_targets', 'main', 'publish_run', 'retry_command']
+__all__ = ['check_targets', 'main', 'publish_run', 'read_run', 'retry_command']
 
 # Options that say nothing about what was trained.
 _NOT_RECIPE = (
@@ -72,7 +72,7 @@ def publish_run(
     if not repos:
         raise ValueError('Name what to publish: --push-to-hub user/student, --push-prompt-path user/prompt, or both.')
     run_folder = RunFolder(run_dir)
-    run, recipe = _read_run(run_folder, push_prompt_path)
+    run, recipe = read_run(run_folder, push_prompt_path)
     license = license or recipe.get('license')
     base_revision = None
     prompt_config = run_folder.prompt_path / PROMPT_CONFIG
@@ -135,8 +135,16 @@ def retry_command(
     return shlex.join([*words, *(['--private'] if private else [])])
 
 
-def _read_run(folder: RunFolder, prompt_path_repo: str | None) -> tuple[RunFacts, dict[str, Any]]:
-    """Read what a card tells of a run, and its options. The only place that reads the layout of `summary.json`."""
+def read_run(folder: RunFolder, prompt_path_repo: str | None = None) -> tuple[RunFacts, dict[str, Any]]:
+    """Read what may be published of a run, and its options.
+
+    Args:
+        folder: The run folder.
+        prompt_path_repo: Repository of the prompt path.
+
+    Raises:
+        FileNotFoundError: If the run is not finished.
+    """
     for file in (folder.summary, folder.config):
         if not file.is_file():
             raise FileNotFoundError(

@@ -20,20 +20,13 @@ from ..hub.privacy import public
 from ..tasks.evaluation import SCORES, score_of
 
 __all__ = [
-    'attempt', 'closing_table', 'comparison_text', 'epoch_line', 'measure_cost', 'plot_comparison', 'plot_curves',
-    'save_figure', 'summarise', 't_quantile', 'verdicts',
+    'attempt', 'closing_cells', 'closing_table', 'comparison_text', 'epoch_line', 'loss_terms', 'measure_cost',
+    'plot_comparison', 'plot_curves', 'save_figure', 'verdicts',
 ]  # fmt: skip
 
 _T = TypeVar('_T')
 
 _logger = logging.getLogger(__name__)
-
-# 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
-_T975 = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
-    2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
-    2.0452, 2.0423,
-)  # fmt: skip
 
 
 def measure_cost(
@@ -121,6 +114,12 @@ def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
 
 def closing_table(summary: Mapping[str, Any]) -> str:
     """Return the models of a run side by side, as Markdown."""
+    head, rows = closing_cells(summary)
+    return markdown_table(head, rows, pad=True)
+
+
+def closing_cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the models of a run side by side: titles of columns, and rows."""
     split = summary['eval_split']
     models = dict(summary['models'])
     models |= {f'student of {method}': model for method, model in summary.get('baselines', {}).items()}
@@ -149,7 +148,7 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         ('images/s', lambda m: _cell(m.get('cost'), 'images_per_s', ',.0f')),
     ]
     cells = [[name, *(cell(model) for _, cell in columns)] for name, model in rows]
-    return markdown_table(['model', *(title for title, _ in columns)], cells, pad=True)
+    return ['model', *(title for title, _ in columns)], cells
 
 
 def _size_text(model: Mapping[str, Any]) -> str:
@@ -217,14 +216,8 @@ def plot_curves(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     learners = [name for name, value in lines[0].items() if isinstance(value, dict)]
     main = learners[0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
-    # Terms of a prompt path that is frozen after some epochs end there.
-    for key in dict.fromkeys(key for line in lines for key in line[main]['train'] if key.endswith('loss')):
-        label = key.removesuffix('_loss').replace('task', 'labels').replace('_', ' learns from ', 1)
-        known = [line for line in lines if key in line[main]['train']]
-        if not any(line[main]['train'][key] for line in known):
-            # That of labels where there are none.
-            continue
-        left.plot([line['epoch'] for line in known], [line[main]['train'][key] for line in known], label=label)
+    for label, (epochs, values) in loss_terms(lines, main).items():
+        left.plot(epochs, values, label=label)
     left.set(xlabel='epoch', ylabel='nats (terms unweighted)', yscale='log', title='training loss')
     left.legend(fontsize='small')
     titles: dict[str, None] = {}
@@ -249,6 +242,20 @@ def plot_curves(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
                 curve.set_marker('o')
     figure.suptitle(title)
     save_figure(figure, path, dpi=110)
+
+
+def loss_terms(lines: Sequence[Mapping[str, Any]], learner: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Return the loss terms of a learner by name: epochs of `metrics.jsonl`, and values."""
+    terms = {}
+    # Terms of a prompt path that is frozen after some epochs end there.
+    for key in dict.fromkeys(key for line in lines for key in line[learner]['train'] if key.endswith('loss')):
+        label = key.removesuffix('_loss').replace('task', 'labels').replace('_', ' learns from ', 1)
+        known = [line for line in lines if key in line[learner]['train']]
+        if not any(line[learner]['train'][key] for line in known):
+            # That of labels where there are none.
+            continue
+        terms[label] = [line['epoch'] for line in known], [line[learner]['train'][key] for line in known]
+    return terms
 
 
 def save_figure(figure: Any, path: Path, dpi: int) -> None:
@@ -366,33 +373,3 @@ def plot_comparison(result: Mapping[str, Any], runs: Sequence[Sequence[Mapping[s
     for axes in (left, right):
         axes.grid(alpha=0.3)
     save_figure(figure, path, dpi=90)
-
-
-def t_quantile(degrees: int) -> float:
-    """Return the 97.5% quantile of Student's t distribution.
-
-    Args:
-        degrees: Degrees of freedom, at least 1. Above 30 the first terms of the expansion about the normal quantile
-            are right to four digits (Abramowitz and Stegun, 26.7.5).
-    """
-    if degrees < 1:
-        raise ValueError(f'degrees must be at least 1, got {degrees}: an interval needs two values.')
-    if degrees <= len(_T975):
-        return _T975[degrees - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-
-
-def summarise(values: Sequence[float]) -> dict[str, Any]:
-    """Summarise independent values.
-
-    Returns:
-        `values`, `mean`, `sd` (of the sample), and `interval`: a 95% confidence interval of the mean by Student's t;
-        the last two are `None` for a single value.
-    """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {'values': list(values), 'mean': mean, 'sd': None, 'interval': None}
-    sd = statistics.stdev(values)
-    half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values))
-    return {'values': list(values), 'mean': mean, 'sd': sd, 'interval': [mean - half, mean + half]}

@@ -6,6 +6,7 @@ import logging
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ..job.devices import create_accelerator, on_main
 from ..job.optim import describe_average, describe_decay
 from ..job.options import TrainConfig
 from ..job.stopping import exit_code
+from ..reports.predictions import PredictionRecorder
 from ..tasks.evaluation import evaluate_together
 from ..version import __version__
 from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config
@@ -36,6 +38,8 @@ from .checkpoint import describe_teachers
 from .export import Results, check_export, describe_models, export, export_student
 from .kept_logits import keep_logits
 from .learner import Learner
+from .pages import write_run_report
+from .phases import Phases
 from .publish import check_targets, publish_run, retry_command
 from .report import attempt, closing_table, plot_curves, verdicts
 from .run_folder import RunFolder, claimed
@@ -80,6 +84,8 @@ class Setup:
         input_config: timm's data config, see `resolve_input_config`.
         data: The splits.
         loaders: Loaders of `train`, `val`, and `test` where there are test images.
+        recorder: Notes what is said of each image in the evaluation at the end, for the report.
+        phases: Seconds that parts of the run have taken, by name.
     """
 
     config: TrainConfig
@@ -87,6 +93,8 @@ class Setup:
     input_config: dict[str, Any]
     data: DataSplits
     loaders: dict[str, Any]
+    recorder: PredictionRecorder | None = None
+    phases: Phases = dataclasses.field(default_factory=Phases)
 
     @property
     def eval_split(self) -> str:
@@ -122,6 +130,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup
     Raises:
         ValueError: If an option does not fit the devices, the data or the student.
     """
+    start = time.perf_counter()
     accelerator = accelerator or create_accelerator(config)
     set_seed(config.seed)
     input_config = resolve_input_config(config)
@@ -145,7 +154,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup
     for warning in filter(None, (decay, average)):
         if accelerator.is_main_process:
             _logger.warning(warning)
-    return Setup(config, accelerator, input_config, data, loaders)
+    recorder = PredictionRecorder(data.num_classes) if config.report and data.num_classes else None
+    return Setup(config, accelerator, input_config, data, loaders, recorder, Phases(setup=time.perf_counter() - start))
 
 
 def _with_batch_size(config: TrainConfig, images: int, accelerator: Accelerator) -> TrainConfig:
@@ -198,12 +208,14 @@ def _run(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, comma
     results = export_and_measure(setup, learners, folder, command)
     summary: dict[str, Any] = {}
     if setup.accelerator.is_main_process:
-        example = attempt('loading images to measure costs with', lambda: example_batch(setup))
-        models = describe_models(learners, results, setup.eval_split, example)
+        with setup.phases.timed('costs'):
+            example = attempt('loading images to measure costs with', lambda: example_batch(setup))
+            models = describe_models(learners, results, setup.eval_split, example)
         summary = {
             **describe(setup, command),
             'eval_split': setup.eval_split,
             'train_seconds': seconds,
+            'phases': setup.phases,
             'models': models.pop(config.method),
             'baselines': {name: each['student'] for name, each in models.items()},
         }
@@ -214,6 +226,8 @@ def _run(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, comma
             folder.write_summary(summary)
         title = f'{config.method}: {public(config.student, local=True)}'
         attempt('drawing the curves', lambda: plot_curves(folder.read_metrics(), folder.curves, title))
+        if setup.recorder is not None:
+            write_run_report(setup.recorder, setup.loaders['val'].dataset, setup.input_config, learners, folder)
         for line in (closing_table(summary), *verdicts(summary)):
             print(line)
         if summary.get('exports'):
@@ -251,14 +265,17 @@ def export_and_measure(
     if accelerator.is_main_process:
         last = folder.read_metrics()[-1]
         results = [{'val': last[learner.name]['val']} for learner in learners]
-        export(learners, results, facts)
+        with setup.phases.timed('export'):
+            export(learners, results, facts)
     # Several processes have to fail together, which only the error itself makes them do.
-    if needed or accelerator.num_processes > 1:
-        results = measure(setup, learners)
-    else:
-        results = attempt('the evaluation', lambda: measure(setup, learners)) or results
+    with setup.phases.timed('evaluation'):
+        if needed or accelerator.num_processes > 1:
+            results = measure(setup, learners)
+        else:
+            results = attempt('the evaluation', lambda: measure(setup, learners)) or results
     if accelerator.is_main_process:
-        export(learners, results, facts)
+        with setup.phases.timed('export'):
+            export(learners, results, facts)
     return results
 
 
@@ -280,10 +297,12 @@ def train_side_by_side(
     config, accelerator, loaders = setup.config, setup.accelerator, setup.loaders
     statistics = TeacherStatistics(setup.data, setup.input_config, loaders['val'], accelerator, folder.statistics)
     heads = setup.teacher_heads(folder)
-    learners = setup.create_learners(arms, statistics, heads)
-    on_main(accelerator, lambda: check_export(learners, describe(setup, command)))
+    with setup.phases.timed('setup'):
+        learners = setup.create_learners(arms, statistics, heads)
+        on_main(accelerator, lambda: check_export(learners, describe(setup, command)))
     labelled = not config.unlabelled or setup.data.val.labelled
-    report_teachers(learners, heads.reasons, loaders['val'] if labelled else None, accelerator)
+    with setup.phases.timed('teacher_evaluation'):
+        report_teachers(learners, heads.reasons, loaders['val'] if labelled else None, accelerator)
     kept = keep_logits(config, learners, setup.data, setup.input_config, accelerator)
     folder.open(config, accelerator)
     statistics.save()
@@ -316,7 +335,8 @@ def train_side_by_side(
         kept=kept,
         origin=origin,
     )
-    return learners, trainer.fit()
+    setup.phases['training'] = trainer.fit()
+    return learners, setup.phases['training']
 
 
 def measure(setup: Setup, learners: Sequence[Learner]) -> list[Results]:
@@ -328,8 +348,10 @@ def measure(setup: Setup, learners: Sequence[Learner]) -> list[Results]:
     results: list[dict[str, Any]] = [{} for _ in learners]
     for split in dict.fromkeys(('val', setup.eval_split)):
         forwards = [learner.outputs_with_teacher for learner in learners]
+        data = setup.loaders[split].dataset.split
+        observe = None if setup.recorder is None else setup.recorder.start(split, len(data), data.labelled)
         measures = [learner.measure for learner in learners]
-        measured = evaluate_together(forwards, setup.loaders[split], setup.accelerator, measures)
+        measured = evaluate_together(forwards, setup.loaders[split], setup.accelerator, measures, observe)
         for result, metrics in zip(results, measured, strict=True):
             result[split] = metrics
     return list(results)

@@ -29,7 +29,7 @@ _FORMAT_VERSION = 1
 # What may differ when a run is resumed, since it says nothing about what is computed.
 _MAY_DIFFER = (
     'output', 'resume', 'log_with', 'log_interval', 'checkpoint_hist', 'checkpoint_steps', 'workers', 'cache_images',
-    'cache_teacher', 'teacher_cache_dir',
+    'cache_teacher', 'teacher_cache_dir', 'report',
     'push_to_hub', 'push_prompt_path', 'private', 'license', 'export', 'include_preprocessing',
 )  # fmt: skip
 
@@ -57,6 +57,9 @@ class RunFolder:
         self.teacher_heads = self.path / 'teacher_heads'
         """Heads that were fitted to teachers, or put into the order of the data."""
         self.curves = self.path / 'curves.png'
+        self.report = self.path / 'report.html'
+        self.predictions = self.path / 'predictions.safetensors'
+        """What the models said of each image that they were evaluated on; what the report is made from."""
         self.summary = self.path / 'summary.json'
         """What the run was and reached; written at its end."""
 
@@ -255,6 +258,7 @@ class ComparisonFolder:
         self.result = self.path / 'compare.json'
         self.table = self.path / 'compare.md'
         self.plot = self.path / 'compare.png'
+        self.report = self.path / 'report.html'
 
     def __str__(self) -> str:
         return str(self.path)
