@@ -6,7 +6,7 @@ from typing import Any
 
 from .markdown import markdown_table
 
-__all__ = ['exports_table']
+__all__ = ['export_cells', 'exports_table']
 
 
 def exports_table(rows: Sequence[Mapping[str, Any]], pad: bool = False) -> str:
@@ -16,6 +16,14 @@ def exports_table(rows: Sequence[Mapping[str, Any]], pad: bool = False) -> str:
         rows: The rows. Values that could not be measured are missing or `None`.
         pad: Fill cells up with blanks.
     """
+    head, cells = export_cells(rows)
+    # What would end a cell.
+    cells = [[cell.replace('|', '\\|').replace('\n', ' ') for cell in row] for row in cells]
+    return markdown_table(head, cells, text_columns=2, pad=pad)
+
+
+def export_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the rows of `summary.json`'s `exports` as titles of columns and cells; see `exports_table`."""
     head = [
         'format', 'file', 'on disk', 'largest difference', 'same class %', 'val top-1 %', 'images/s', 'note'
     ]  # fmt: skip
@@ -30,10 +38,10 @@ def exports_table(rows: Sequence[Mapping[str, Any]], pad: bool = False) -> str:
                 _form(row, 'agreement', lambda share: f'{share:.2f}'),
                 _form(row, 'top1', lambda share: f'{share:.2f}'),
                 _form(row, 'images_per_second', lambda speed: f'{speed:,.0f}'),
-                str(row.get('note') or '').replace('|', '\\|').replace('\n', ' '),
+                str(row.get('note') or ''),
             ]
         )
-    return markdown_table(head, cells, text_columns=2, pad=pad)
+    return head, cells
 
 
 def _form(row: Mapping[str, Any], key: str, form: Any) -> str:

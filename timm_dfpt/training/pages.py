@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..data.loader import ImageDataset
+from ..hub.export_table import export_cells
 from ..hub.files import read_json, write_text
 from ..hub.privacy import public
 from ..job.stopping import exit_code
@@ -181,9 +182,15 @@ def _cost(summary: Mapping[str, Any]) -> Section:
     first = next((name for name in ('teacher', 'student') if name in models), None)
     keys = {'params': 'parameters', 'macs': 'MACs an image', 'size_bytes': 'bytes on disk', 'images_per_s': 'images/s'}
     base = (models[first].get('cost') or {}) if first else {}
-    rows = []
+    costs: dict[str, Any] = {}
     for name, model in models.items():
-        cost, row = model.get('cost') or {}, [words(name)]
+        deployed = 'cost_as_trained' in model
+        costs[f'{name}, deployed' if deployed else name] = model.get('cost') or {}
+        if deployed:
+            costs[f'{name}, as trained'] = model['cost_as_trained'] or {}
+    rows = []
+    for name, cost in costs.items():
+        row = [words(name)]
         for key in keys:
             value, of = cost.get(key), base.get(key)
             share = f' ({100 * value / of:.3g}%)' if value and of and name != first else ''
@@ -203,21 +210,9 @@ def _cost(summary: Mapping[str, Any]) -> Section:
 
 
 def _exports(summary: Mapping[str, Any]) -> Section:
-    """Return the files that the student was exported to: every key of the rows is a column."""
-    rows = summary.get('exports') or []
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
-    return Section('exports', 'Exported files', [table([words(key) for key in keys], cells)] if rows else [])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return '-'
-    if isinstance(value, bool):
-        return 'yes' if value else 'no'
-    if isinstance(value, float):
-        return f'{value:,.2f}' if abs(value) >= 1 or value == 0 else f'{value:.3g}'
-    return f'{value:,}' if isinstance(value, int) else shown(public(value))
+    """Return the files that the student was exported to."""
+    head, rows = export_cells(summary.get('exports') or [])
+    return Section('exports', 'Exported files', [table(head, rows, text_columns=2)] if rows else [])
 
 
 def _configuration(facts: Any, recipe: Mapping[str, Any]) -> Section:
