@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.augment import AugmentConfig
 from ..data.datasets import DataSplits, load_splits
-from ..data.loader import create_loader
+from ..data.loader import create_loader, default_batch_size
 from ..hub.timm_models import ModelSource
 from ..job.options import TrainConfig
 from ..losses import DFPTWeights, KDLoss
@@ -29,7 +29,7 @@ from .teacher_heads import TeacherHeads
 
 __all__ = [
     'create_criterion', 'create_learners', 'create_loaders', 'create_mixup', 'create_task', 'load_data',
-    'resolve_input_config',
+    'resolve_input_config', 'with_batch_size',
 ]  # fmt: skip
 
 
@@ -183,6 +183,26 @@ def resolve_input_config(config: TrainConfig) -> dict[str, Any]:
             values = (sum(values) / len(values),)
         resolved[key] = values * channels if len(values) == 1 else values
     return resolved
+
+
+def with_batch_size(config: TrainConfig, images: int, accelerator: Accelerator) -> TrainConfig:
+    """Choose a batch size for the number of images if none is given, and print what an epoch is."""
+    processes = accelerator.num_processes
+    size = config.batch_size or default_batch_size(images, processes)
+    if (config.mixup or config.cutmix) and size // processes % 2:
+        raise ValueError(
+            f'batch_size={size} is {size // processes} images per process, of which mixup and cutmix make pairs: '
+            'choose an even number, or set both to 0.'
+        )
+    if config.batch_size is None and size < 128:
+        accelerator.print(
+            f'few images: batch size {size} instead of 128, as no --batch-size was given; the learning rate stays '
+            f'{config.lr:g}'
+        )
+    accelerator.print(
+        f'an epoch: {images // size:,} steps of {size} images; {images % size} images are left out of each epoch'
+    )
+    return dataclasses.replace(config, batch_size=size)
 
 
 def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:

@@ -18,7 +18,6 @@ from accelerate.utils import set_seed
 
 from ..data.datasets import DataSplits
 from ..data.fingerprint import describe_data
-from ..data.loader import default_batch_size
 from ..deploy.measure import check_formats
 from ..deploy.onnx_files import EXTRA, missing_packages
 from ..hub.config import check_data_config, check_label_names
@@ -33,7 +32,7 @@ from ..job.stopping import exit_code
 from ..reports.predictions import PredictionRecorder
 from ..tasks.evaluation import evaluate_together
 from ..version import __version__
-from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config
+from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config, with_batch_size
 from .checkpoint import describe_teachers
 from .export import Results, check_export, describe_models, export, export_student
 from .kept_logits import keep_logits
@@ -141,7 +140,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup
         f'{len(data.train):,} images to train on, '
         f'{len(data.val):,} to validate on ({data.val_from}){tested}'
     )
-    config = _with_batch_size(config, len(data.train), accelerator)
+    config = with_batch_size(config, len(data.train), accelerator)
     loaders = create_loaders(config, data, input_config, accelerator)
     # What no student could be exported with is refused before it is trained.
     check_data_config({key: list(value) if isinstance(value, tuple) else value for key, value in input_config.items()})
@@ -156,26 +155,6 @@ def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup
             _logger.warning(warning)
     recorder = PredictionRecorder(data.num_classes) if config.report and data.num_classes else None
     return Setup(config, accelerator, input_config, data, loaders, recorder, Phases(setup=time.perf_counter() - start))
-
-
-def _with_batch_size(config: TrainConfig, images: int, accelerator: Accelerator) -> TrainConfig:
-    """Choose a batch size for the number of images if none is given, and print what an epoch is."""
-    processes = accelerator.num_processes
-    size = config.batch_size or default_batch_size(images, processes)
-    if (config.mixup or config.cutmix) and size // processes % 2:
-        raise ValueError(
-            f'batch_size={size} is {size // processes} images per process, of which mixup and cutmix make pairs: '
-            'choose an even number, or set both to 0.'
-        )
-    if config.batch_size is None and size < 128:
-        accelerator.print(
-            f'few images: batch size {size} instead of 128, as no --batch-size was given; the learning rate stays '
-            f'{config.lr:g}'
-        )
-    accelerator.print(
-        f'an epoch: {images // size:,} steps of {size} images; {images % size} images are left out of each epoch'
-    )
-    return dataclasses.replace(config, batch_size=size)
 
 
 def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
