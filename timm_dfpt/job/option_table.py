@@ -56,6 +56,9 @@ class Options:
     student_prompt_weight_end: float | None = _opt(
         None, 'dfpt: final value of d, linear from --student-prompt-weight', 'method', low=0, unset='constant'
     )
+    adapt_statistics: bool = _opt(
+        True, 'unlabelled: estimate the BatchNorm statistics of the teacher anew on the training images', 'method'
+    )
     baselines: list[str] = _opt([], 'methods to train alongside, on the same batches', 'method', choices=METHODS)
     method_options: dict[str, Any] = _opt(
         {}, 'options that apply to one method: {dkd: {temperature: 4}} (in recipes only)', 'method', recipe_only=True
@@ -120,9 +123,6 @@ class Options:
     target_key: str | None = _opt(None, 'label column', 'data', unset='found')
     unlabelled: bool = _opt(
         False, 'train without labels, even if there are some: on what the teacher says, whose classes count', 'data'
-    )
-    adapt_statistics: bool = _opt(
-        True, 'unlabelled: estimate the BatchNorm statistics of the teacher anew on the training images', 'data'
     )
     val_fraction: float = _opt(
         0.1, 'share of the training data to validate on if there is no validation split', 'data', above=0, below=1

@@ -1,6 +1,7 @@
 """BatchNorm statistics of other images: what a network can learn of them without labels and without a gradient."""
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -61,22 +62,36 @@ def own_layers(model: nn.Module) -> list[_BatchNorm]:
     Raises:
         ValueError: If the prompt path has the statistics of the original path, which must stay as they are.
     """
-    trained = model.prompt_path if isinstance(model, DualForwardPathTeacher) else model
-    layers = [layer for layer in trained.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     if isinstance(model, DualForwardPathTeacher):
-        originals = {id(buffer) for buffer in model.model.buffers()}
-        if any(id(buffer) in originals for layer in layers for buffer in layer.buffers()):
+        if _layers_of(model.model) and getattr(model.config, 'norms', 'teacher') != 'own':
             raise ValueError(
-                "The prompt path has the BatchNorm statistics of the original path, which must stay as they are: wrap "
+                'The prompt path has the BatchNorm statistics of the original path, which must stay as they are: wrap '
                 "with PromptConfig(norms='own')."
             )
-    return layers
+        return _layers_of(model.prompt_path) if _layers_of(model.model) else []
+    return _layers_of(model)
 
 
-def _cast(layers: Sequence[_BatchNorm], dtypes: Sequence[torch.dtype]) -> None:
-    for layer, dtype in zip(layers, dtypes, strict=True):
-        for name in _NAMES:
-            setattr(layer, name, layer.get_buffer(name).to(dtype))
+def _layers_of(model: nn.Module) -> list[_BatchNorm]:
+    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+
+
+@contextlib.contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Convert weights to float32 within the context; going there and back changes none of them."""
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
+    model.float()
+    try:
+        yield
+    finally:
+        for name, dtype in dtypes.items():
+            path, _, leaf = name.rpartition('.')
+            owner = model.get_submodule(path)
+            if leaf in owner._parameters:
+                param = owner.get_parameter(leaf)
+                param.data = param.data.to(dtype)
+            else:
+                setattr(owner, leaf, owner.get_buffer(leaf).to(dtype))
 
 
 class _Pass(nn.Module):
@@ -115,7 +130,7 @@ def estimate_statistics(
             f'{name_of(model)} has no BatchNorm with running statistics, so that there is nothing to estimate: use it '
             'as it is.'
         )
-    dtypes = [layer.get_buffer('running_mean').dtype for layer in layers]
+    low = any(layer.get_buffer('running_mean').dtype.itemsize < 4 for layer in layers)
     count = 0
 
     def counted() -> Iterator[Any]:
@@ -124,11 +139,9 @@ def estimate_statistics(
             count += 1
             yield batch
 
-    with evaluating(model):
-        # Sums of many batches: a mean kept in half precision would stop moving.
-        _cast(layers, [torch.float32 if dtype.itemsize < 4 else dtype for dtype in dtypes])
+    # A mean of many batches that is kept in half precision would stop moving.
+    with evaluating(model), _in_float32(model) if low else contextlib.nullcontext():
         update_bn(counted(), _Pass(layers, forward), device=torch.device(device))
-        _cast(layers, dtypes)
     if not count:
         raise ValueError('The loader has no batch to estimate statistics on: give more images, or smaller batches.')
     if not all(layer.get_buffer(name).isfinite().all() for layer in layers for name in _NAMES):

@@ -28,8 +28,8 @@ from .models import SharedTeachers, create_student, teacher_classes, wrap_teache
 from .teacher_heads import TeacherHeads
 
 __all__ = [
-    'create_criterion', 'create_learners', 'create_loaders', 'create_mixup', 'create_task', 'load_data',
-    'resolve_input_config', 'with_batch_size',
+    'augmentation_of', 'create_criterion', 'create_learners', 'create_loaders', 'create_mixup', 'create_task',
+    'load_data', 'resolve_input_config', 'with_batch_size',
 ]  # fmt: skip
 
 
@@ -112,13 +112,9 @@ def load_data(config: TrainConfig) -> DataSplits:
     )
 
 
-def create_loaders(
-    config: TrainConfig, data: DataSplits, input_config: Mapping[str, Any], accelerator: Accelerator
-) -> dict[str, Any]:
-    """Create loaders of `train`, `val`, and `test` where there are test images, prepared by `accelerator`."""
-    batch_size = config.batch_size
-    assert batch_size is not None
-    augmentation = AugmentConfig(
+def augmentation_of(config: TrainConfig) -> AugmentConfig:
+    """Return how the images are augmented in training, as the options say."""
+    return AugmentConfig(
         no_aug=config.no_aug,
         train_crop_mode=config.train_crop_mode,
         scale=tuple(config.scale) or None,
@@ -130,6 +126,14 @@ def create_loaders(
         reprob=config.reprob,
         crop_padding=config.crop_padding,
     )
+
+
+def create_loaders(
+    config: TrainConfig, data: DataSplits, input_config: Mapping[str, Any], accelerator: Accelerator
+) -> dict[str, Any]:
+    """Create loaders of `train`, `val`, and `test` where there are test images, prepared by `accelerator`."""
+    batch_size = config.batch_size
+    assert batch_size is not None
     common: dict[str, Any] = {
         'data_config': input_config,
         'seed': config.seed,
@@ -148,7 +152,7 @@ def create_loaders(
             data.train,
             batch_size=batch_size,
             is_training=True,
-            augmentation=augmentation,
+            augmentation=augmentation_of(config),
             aug_cycle=config.aug_cycle,
             **common,
         ),

@@ -68,7 +68,7 @@ class SharedTeachers:
             key += ' fit'
         if not method.needs_classes and key not in self._teachers:
             key += ' whatever its classes'
-        elif config.unlabelled and method.needs_classes and not method.variant:
+        elif config.unlabelled and config.adapt_statistics and not method.variant and method.needs_classes:
             # Its statistics will change, and no original path may see that.
             key += ' with statistics of these images'
         if key not in self._teachers:

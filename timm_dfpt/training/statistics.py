@@ -12,7 +12,6 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data.augment import AugmentConfig
 from ..data.datasets import DataSplits
 from ..data.loader import create_loader
 from ..hub.files import read_tensors, write_tensors
@@ -22,12 +21,13 @@ from ..tasks.base import StudentTask
 from ..tasks.evaluation import evaluate
 from ..teacher.prompt_path import match_dtype
 from ..teacher.statistics import estimate_statistics, own_layers
+from .build import augmentation_of
 
 __all__ = ['TeacherStatistics']
 
 
 class TeacherStatistics:
-    """The statistics of the teachers of a run for its training images, in random order and without augmentation.
+    """Statistics of the teachers of a run for its training images, as the first epoch orders and augments them.
 
     The main process estimates them and the others get its own; a run that is resumed reads what it began with, so that
     they are the same to the bit whatever it goes on with.
@@ -125,7 +125,7 @@ class TeacherStatistics:
                 batch_size=config.batch_size,
                 is_training=True,
                 seed=config.seed,
-                augmentation=AugmentConfig(no_aug=True),
+                augmentation=augmentation_of(config),
                 cache_images='off',
             )
             estimate_statistics(model, layers, forward, loader, self.accelerator.device)
