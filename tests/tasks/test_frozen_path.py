@@ -17,7 +17,7 @@ CONFIG = {'input_size': (3, SIZE, SIZE), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
 def make_task(variant='dfpt', **kwargs):
     torch.manual_seed(0)
     teacher, student = (timm.create_model('test_resnet', num_classes=CLASSES) for _ in range(2))
-    paths = timm_dfpt.wrap(teacher.eval(), variant=variant, train_bn=variant == 'dfpt+')
+    paths = timm_dfpt.wrap(teacher.eval(), variant=variant, prompt=timm_dfpt.PromptConfig(norms='own'))
     with torch.no_grad():
         for param in paths.prompt_path.parameters():
             param.add_(0.05 * torch.randn(param.shape))

@@ -122,13 +122,13 @@ def test_parameter_groups() -> None:
 
 
 def test_batch_norm_of_the_copy_trains_only_where_asked() -> None:
-    for train_bn in (False, True):
-        teacher = make_teacher(variant='dfpt+', train_bn=train_bn)
+    for norms, adapts in (('teacher', False), ('own', True)):
+        teacher = make_teacher(variant='dfpt+', prompt=PromptConfig(norms=norms))
         norm = teacher.prompt_path.backbone.bn1
         before = norm.running_mean.clone()
         train_step(teacher, images())
-        assert torch.equal(norm.running_mean, before) is not train_bn
-        assert norm.training is train_bn
+        assert torch.equal(norm.running_mean, before) is not adapts
+        assert norm.training is adapts
         assert not teacher.eval().prompt_path.backbone.bn1.training
 
 
@@ -537,7 +537,10 @@ def test_torchvision_models() -> None:
         ({'variant': 'lora'}, "variant must be one of .* 'lora'"),
         ({'num_classes': 0}, 'num_classes must be'),
         ({'num_classes': True}, 'num_classes must be'),
-        ({'train_bn': True}, "needs variant='dfpt\\+'"),
+        (
+            {'prompt': PromptConfig(block=False, fusion='none', new_head=False)},
+            'nothing to train.*head and the norms of the teacher',
+        ),
         ({'classifier': 'nowhere'}, "no module 'nowhere'"),
         ({'stages': ['layer1', 'nowhere']}, "'nowhere', which is not a module"),
         ({'stages': []}, 'names no module'),
@@ -624,8 +627,8 @@ class _Skipping(nn.Module):
 
 
 def test_wrap_of_fused_batch_norm_layers() -> None:
-    # timm's BatchNormAct2d is a BatchNorm2d; the copy's must be found by train_bn.
-    teacher = make_teacher('test_efficientnet', variant='dfpt+', train_bn=True).train()
+    # timm's BatchNormAct2d is a BatchNorm2d; the copy's must be found, too.
+    teacher = make_teacher('test_efficientnet', variant='dfpt+', prompt=PromptConfig(norms='own')).train()
     norms = [m for m in teacher.prompt_path.backbone.modules() if isinstance(m, BatchNormAct2d)]
     assert norms
     assert all(norm.training for norm in norms)

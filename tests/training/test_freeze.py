@@ -47,7 +47,7 @@ def make_trainer(make_accelerator, folder, **options):
     torch.manual_seed(1)
     model = timm.create_model('resnet18', num_classes=CLASSES, **KWARGS).eval()
     common = {'input_config': DATA_CONFIG, 'teacher_input_config': DATA_CONFIG, 'verbose': False}
-    paths = timm_dfpt.wrap(model, variant='dfpt+', train_bn=True)
+    paths = timm_dfpt.wrap(model, variant='dfpt+', prompt=timm_dfpt.PromptConfig(norms='own'))
     tasks = [
         DFPTDistillationTask(make_student(), paths, prompt_epochs=config.tuned_epochs(), **common),
         LogitLossTask(make_student(), copy.deepcopy(model), **common),

@@ -38,7 +38,7 @@ def assert_frozen(run):
 
 @pytest.mark.parametrize('processes', [1, 2])
 def test_killed_around_the_freeze(tiny, tmp_path, processes):
-    runs = Runs(tiny, tmp_path, *FREEZE, '--method', 'dfpt+', '--prompt-train-bn')
+    runs = Runs(tiny, tmp_path, *FREEZE, '--method', 'dfpt+', '--prompt-norms', 'own')
     places = survive(runs, processes, tmp_path, 10, seed=processes, phases=SWEEP)
     print(f'{processes} processes: survived {len(places)} of {len(places)} kills, in: {" ".join(places)}')
 

@@ -115,7 +115,6 @@ class PromptPathRecord:
         prompt: Shape of the blocks.
         label_names: Names of the classes.
         data_config: Preprocessing of the base's input, as timm's `resolve_data_config` returns it.
-        train_bn: See `timm_dfpt.wrap`.
         fitted_head: What is known of the head that the base has in place of its published one; its tensors are with the
             prompt path's.
         training: Facts about the training, for the reader.
@@ -151,7 +150,6 @@ class PromptPathRecord:
     )
     label_names: list[str] | None = None
     data_config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    train_bn: bool = False
     fitted_head: dict[str, Any] | None = None
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -194,6 +192,9 @@ class PromptPathRecord:
             values['base_fingerprint'] = _read(Fingerprint, values['base_fingerprint'], 'base_fingerprint')
         if isinstance(size := values.get('input_size'), list):
             values['input_size'] = tuple(size)
+        if values.pop('train_bn', False) is True and isinstance(values.get('prompt'), Mapping):
+            # What versions before the first release called statistics of a copy's own.
+            values['prompt'] = {**values['prompt'], 'norms': 'own'}
         if 'prompt' in values:
             values['prompt'] = _read(PromptConfig, values['prompt'], 'prompt')
         stages = values.get('stages')

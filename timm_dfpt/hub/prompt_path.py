@@ -125,7 +125,6 @@ def _record_of(teacher: DualForwardPathTeacher, options: PromptPathOptions) -> P
         prompt=path.config,
         label_names=list(label_names) if label_names is not None else None,
         data_config=dict(data_config),
-        train_bn=path.train_bn,
         fitted_head=head.facts() if head is not None else None,
         training=dict(options.get('training') or {}),
         timm_dfpt_version=__version__,
@@ -253,7 +252,6 @@ def _wrap(base: Any, record: PromptPathRecord) -> DualForwardPathTeacher:
         variant=record.variant,
         classifier=record.classifier,
         num_classes=_new_classes(base, record),
-        train_bn=record.train_bn,
         input_size=_input_size(base, record),
     )
 

@@ -104,10 +104,15 @@ class Options:
     prompt_kernel_sizes: list[int] = _opt([1, 3, 5], 'kernel sizes of the partial convolutions', 'prompt path', low=1)
     prompt_norm: Literal['batch', 'layer', 'none'] = _opt('batch', 'norm layer of the blocks', 'prompt path')
     prompt_act: str = _opt('relu', 'activation of the blocks', 'prompt path')
-    prompt_fusion: Literal['conv', 'depthwise'] = _opt('conv', 'fusion: conv (1x1, paper) or depthwise', 'prompt path')
+    prompt_fusion: Literal['conv', 'depthwise', 'none'] = _opt(
+        'conv', 'fusion: conv (1x1, paper), depthwise, or none', 'prompt path'
+    )
     prompt_block: bool = _opt(True, 'use prompt blocks', 'prompt path')
     prompt_head: bool = _opt(True, 'give the prompt path a trainable head of its own', 'prompt path')
-    prompt_train_bn: bool = _opt(False, 'dfpt+: train BatchNorm of the backbone copy', 'prompt path')
+    prompt_norms: Literal['teacher', 'own'] = _opt(
+        'teacher', "norm layers of the backbone: the teacher's, or the path's own, with statistics of its own",
+        'prompt path',
+    )  # fmt: skip
     prompt_opt: str = _opt('adamw', 'optimizer of the prompt path (timm)', 'prompt path')
     prompt_lr: float = _opt(1e-3, 'learning rate of the prompt path', 'prompt path', low=0)
     prompt_weight_decay: float = _opt(0.01, 'weight decay of the prompt path', 'prompt path', low=0)

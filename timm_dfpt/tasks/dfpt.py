@@ -274,11 +274,15 @@ class DFPTDistillationTask(StudentTask):
         return outputs if teacher_logits is None else {**outputs, 'teacher': teacher_logits}
 
     def prompt_param_groups(self) -> list[dict[str, Any]]:
-        """Return the parameters of blocks, head and (DFPT-KD+) backbone copy; see `StudentTask.prompt_param_groups`."""
+        """Return the groups of `parameter_groups` with their learning rates; see `StudentTask.prompt_param_groups`."""
         groups = self.teacher.parameter_groups()
         for group in groups:
-            if group.pop('name') == 'backbone':
+            name = group.pop('name')
+            if name == 'backbone' or (name == 'norms' and not self.teacher.prompt_path.shares_backbone):
                 group['lr_scale'] = self.backbone_lr_scale
+            if name == 'norms':
+                # Decay draws towards zero what starts at the teacher's values.
+                group['weight_decay'] = 0.0
         return groups
 
     def set_progress(self, epoch: int, update: int, total: int) -> None:

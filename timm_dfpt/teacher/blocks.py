@@ -47,8 +47,12 @@ class PromptConfig:
             after the scales. Place and kind are ours.
         act_layer: Name of a timm activation, after each norm. Ours.
         fusion: `'conv'` is the paper's 1x1 convolution (C x C weights), `'depthwise'` a scale and shift per channel
-            (2 C weights; ours, for teachers where C x C is most of the size).
-        block: Whether there are prompt blocks (`False` is an ablation: only fusion and head are tuned).
+            (2 C weights; ours, for teachers where C x C is most of the size). `'none'` leaves it out (ours).
+        block: Whether there are prompt blocks. With `block=False` and `fusion='none'` nothing is done at the stages:
+            what is tuned is the head, with `'dfpt+'` the copy of the backbone, and what `norms` says (ours).
+        norms: `'own'`: the path has copies of the backbone's norm layers (ours). Their weights are trained; those with
+            running statistics, such as BatchNorm, use those of the batch in training, and update their own. With
+            `'teacher'` statistics are the teacher's, and so are, with `'dfpt'`, the weights.
         new_head: Whether the prompt path has a trainable head of its own (`False` is an ablation: the teacher's head).
 
     Raises:
@@ -64,12 +68,18 @@ class PromptConfig:
         "'batchnorm2d', 'layernorm2d' or None", default='batchnorm2d'
     )
     act_layer: str = limited("the name of a timm activation such as 'relu' or 'gelu'", _is_act_layer, default='relu')
-    fusion: Literal['conv', 'depthwise'] = 'conv'
+    fusion: Literal['conv', 'depthwise', 'none'] = 'conv'
     block: bool = True
+    norms: Literal['teacher', 'own'] = 'teacher'
     new_head: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, 'PromptConfig.')
+
+    @property
+    def open(self) -> bool:
+        """Whether something is done to the features of a stage."""
+        return self.block or self.fusion != 'none'
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain JSON types."""

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ..backbone.heads import add_head, replace_head
 from ..backbone.layouts import TokenOrder
 from ..backbone.modes import keep_frozen
+from ..backbone.norms import find_norms, has_statistics, unshare
 from ..backbone.rules import rule_for
 from ..backbone.types import Stage, name_of
 from .blocks import FusionBlock, PromptBlock, PromptConfig
@@ -30,7 +31,6 @@ __all__ = ['PromptPath', 'VARIANTS', 'Variant']
 Variant = Literal['dfpt', 'dfpt+']
 """What of the prompt path is trained: blocks and head (DFPT-KD), or a copy of the backbone as well (DFPT-KD+)."""
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 # The switches of gradient checkpointing in timm, transformers, torchvision and others.
 _RECOMPUTES = ('grad_checkpointing', 'gradient_checkpointing', 'use_checkpoint', 'memory_efficient', 'with_cp')
@@ -50,7 +50,6 @@ class PromptPath(nn.Module):
         classifier: Names of the classifier modules, as in timm's `pretrained_cfg['classifier']`; none for an encoder,
             which gets one.
         num_classes: Number of classes `K` of a head with new weights; `None` starts from the teacher's head.
-        train_bn: `'dfpt+'` only: the backbone copy's BatchNorm layers use and update batch statistics in training.
         save_memory: `'dfpt'` only: do not save inputs of frozen layers for the backward pass; the results are the same.
         x: Encoders only: images `[B, C, H, W]` that the model takes; by default of the smallest size.
 
@@ -58,6 +57,7 @@ class PromptPath(nn.Module):
         classifier: Names of the classifier modules.
         heads: Names of the modules that make up the head: the classifier, and what an encoder got along with it.
         num_classes: Number of its logits, as `wrap` saw them.
+        own_norms: The norm layers of the backbone that are its own, see `PromptConfig`.
         starts_as_teacher: Whether its head was the teacher's at the start, and so its classes are.
     """
 
@@ -72,14 +72,12 @@ class PromptPath(nn.Module):
         variant: Variant,
         classifier: Sequence[str],
         num_classes: int | None = None,
-        train_bn: bool = False,
         save_memory: bool = True,
         x: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.variant: Variant = variant
         self.stages = tuple(stages)
-        self.train_bn = train_bn
         self.classifier = tuple(classifier)
         self.calls = Calls()
         # Copy first, hook second: a copy of a hooked tree would copy hooks and state, as of another teacher's.
@@ -101,17 +99,22 @@ class PromptPath(nn.Module):
         # What is trained is kept in float32, even where the frozen teacher is not.
         dtype = torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
         features = [feature for stage in self.stages for feature in stage.features]
+        if not config.open:
+            features = []
         self.blocks = nn.ModuleList(
             PromptBlock(feature.channels, config) if config.block else _NoBlock() for feature in features
         ).to(device=param.device, dtype=dtype)
         self.fusions = nn.ModuleList(
-            FusionBlock(feature.channels, depthwise=config.fusion == 'depthwise') for feature in features
+            nn.Identity() if config.fusion == 'none' else FusionBlock(feature.channels, config.fusion == 'depthwise')
+            for feature in features
         ).to(device=param.device, dtype=dtype)
         # Without parameters and persistent buffers: nothing of it is in the state dict.
         self.orders = nn.ModuleList(
-            _token_order(tree, stage.module) for stage in self.stages for _ in stage.features
+            _token_order(tree, stage.module) for stage in self.stages for _ in stage.features if config.open
         ).to(device=param.device)
         self.head = nn.ModuleList()
+        # Of the shared backbone; those of a copy are in it.
+        self.norms = nn.ModuleList()
         if variant == 'dfpt':
             if config.new_head:
                 for name in self.heads:
@@ -119,6 +122,7 @@ class PromptPath(nn.Module):
                     leaf.register_forward_pre_hook(CastInput())
                     tree.set_submodule(name, leaf)
                     self.head.append(leaf)
+            self.norms.extend(self._own_norms(tree))
             if save_memory:
                 save_fewer_activations(tree)
             self._shared_tree = (tree,)
@@ -126,11 +130,37 @@ class PromptPath(nn.Module):
             self.backbone = tree.to(dtype).requires_grad_(True)
             for name in self.heads:
                 tree.get_submodule(name).requires_grad_(config.new_head)
-        self._hook_blocks()
+        self.own_norms = list(self.norms)
+        if variant == 'dfpt+' and config.norms == 'own':
+            self.own_norms = list(find_norms(tree, self.heads).values())
+        self._statistics = [part for norm in self.own_norms for part in norm.modules() if has_statistics(part)]
+        self._unused: list[nn.Parameter] = []
+        if config.open:
+            self._hook_blocks()
         # Modules of the original path, and those that share their weights.
         self._twins = self._pair_with(model) if variant == 'dfpt' else []
         self._switches = [(module, name) for module in tree.modules() for name in _RECOMPUTES if hasattr(module, name)]
         self.train(self.training)
+
+    def _own_norms(self, tree: nn.Module) -> list[nn.Module]:
+        norms = list(find_norms(tree, self.heads).values()) if self.config.norms == 'own' else []
+        low = next((p.dtype for norm in norms for p in norm.parameters() if p.dtype in _LOW_PRECISION), None)
+        if low is not None:
+            raise ValueError(
+                f"norms='own' trains the norm layers in float32, and those of {name_of(tree)} are in {low}: wrap the "
+                "model in float32, take variant='dfpt+', or leave norms='teacher'."
+            )
+        unshare(norms)
+        return norms
+
+    def describe_norms(self) -> str:
+        """Say how many norm layers are its own, and how many of them keep running statistics."""
+        return f'norm layers of its own: {len(self.own_norms)}, {len(self._statistics)} with running statistics'
+
+    def leave_unused(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leave parameters untrained on which the logits do not depend."""
+        self._unused.extend(parameters)
+        self.keep_frozen()
 
     def _hook_blocks(self) -> None:
         done = 0
@@ -163,11 +193,11 @@ class PromptPath(nn.Module):
             self.keep_frozen()
 
     def _pair_with(self, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-        own = self.heads if self.head else ()
+        own = {id(part) for part in itertools.chain(self.head.modules(), self.norms.modules())}
         modules = dict(model.named_modules(remove_duplicate=False))
         twins = []
         for name, mine in self.model.named_modules():
-            if any(name == head or name.startswith(f'{head}.') for head in own):
+            if id(mine) in own:
                 continue
             theirs = modules.get(name)
             if theirs is None or theirs._parameters.keys() != mine._parameters.keys():
@@ -180,9 +210,13 @@ class PromptPath(nn.Module):
 
     def keep_frozen(self) -> None:
         """Freeze the backbone again, whatever was called on it; costs little where nothing was."""
+        for param in self._unused:
+            if param.requires_grad:
+                param.requires_grad_(False)
         if not self.shares_backbone:
+            adapting = {id(module) for module in self._statistics if self.training}
             for module in self.backbone.modules():
-                if module.training and not (self.train_bn and self.training and isinstance(module, _BATCH_NORMS)):
+                if module.training and id(module) not in adapting:
                     module.training = False
             if not self.config.new_head:
                 keep_frozen(part for name in self.heads for part in self.backbone.get_submodule(name).modules())
@@ -218,14 +252,11 @@ class PromptPath(nn.Module):
         )
 
     def train(self, mode: bool = True) -> PromptPath:
-        """Set the mode of blocks and head; the backbone stays in evaluation (its BatchNorm with `train_bn` not)."""
+        """Set the mode of blocks, head and statistics of its own; all else of the backbone stays in evaluation."""
         super().train(mode)
-        if self.variant == 'dfpt+':
-            self.backbone.eval()
-            if self.train_bn and mode:
-                for module in self.backbone.modules():
-                    if isinstance(module, _BATCH_NORMS):
-                        module.train()
+        (self.norms if self.shares_backbone else self.backbone).eval()
+        for module in self._statistics:
+            module.training = mode
         return self
 
     def forward(self, x: Any, record: Record | None = None) -> torch.Tensor:
@@ -252,7 +283,7 @@ class PromptPath(nn.Module):
                 logits = self.model(x)
         finally:
             here.call = outer
-        if sorted(call.fired) != list(range(len(self.stages))):
+        if self.config.open and sorted(call.fired) != list(range(len(self.stages))):
             raise RuntimeError(self._explain_fired(call))
         return logits
 

@@ -1,7 +1,6 @@
 """A teacher with two forward paths: the frozen original and a trainable, prompt-based one."""
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -193,19 +192,19 @@ class DualForwardPathTeacher(nn.Module):
         """Return parameter groups for an optimizer.
 
         Returns:
-            A list of `{'name': ..., 'params': [...]}` for `'blocks'` (prompt and fusion blocks), `'head'` and, with
-            DFPT-KD+, `'backbone'`. Groups without parameters are left out.
+            A list of `{'name': ..., 'params': [...]}` for `'blocks'` (prompt and fusion blocks), `'norms'` (with
+            `PromptConfig(norms='own')`), `'head'` and, with DFPT-KD+, `'backbone'`. Groups without parameters are left
+            out.
         """
         path = self.prompt_path
-        head: list[nn.Parameter] = [p for p in path.head.parameters() if p.requires_grad]
-        backbone: list[nn.Parameter] = []
+        names = {id(param): 'norms' for norm in path.own_norms for param in norm.parameters()}
         if path.variant == 'dfpt+':
-            in_head = {id(p) for n in path.heads for p in path.model.get_submodule(n).parameters()}
-            for param in path.backbone.parameters():
-                if param.requires_grad:
-                    (head if id(param) in in_head else backbone).append(param)
-        blocks = [p for p in itertools.chain(path.blocks.parameters(), path.fusions.parameters()) if p.requires_grad]
-        groups = {'blocks': blocks, 'head': head, 'backbone': backbone}
+            names |= {id(param): 'head' for name in path.heads for param in path.model.get_submodule(name).parameters()}
+        kinds = {'blocks': 'blocks', 'fusions': 'blocks', 'head': 'head', 'backbone': 'backbone'}
+        groups: dict[str, list[nn.Parameter]] = {name: [] for name in ('blocks', 'head', 'backbone', 'norms')}
+        for name, param in path.named_parameters():
+            if param.requires_grad:
+                groups[names.get(id(param)) or kinds[name.partition('.')[0]]].append(param)
         return [{'name': name, 'params': params} for name, params in groups.items() if params]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -250,27 +249,30 @@ class DualForwardPathTeacher(nn.Module):
 
     def summary(self) -> str:
         """Return which stages are open, with which shapes, and how many parameters the prompt path adds, as text."""
-        total = sum(p.numel() for p in self.model.parameters())
+        path, total = self.prompt_path, sum(p.numel() for p in self.model.parameters())
         lines = [
             f'DualForwardPathTeacher(variant={self.variant!r}) on {name_of(self.model)}: '
             f'{total:,} frozen parameters',
         ]
         if not self.num_classes:
             lines.append(
-                f'an encoder: the original path has no logits; the prompt path has {self.prompt_path.num_classes} '
-                f'(new head: {", ".join(self.prompt_path.heads)})'
+                f'an encoder: the original path has no logits; the prompt path has {path.num_classes} '
+                f'(new head: {", ".join(path.heads)})'
             )
-        lines += [
-            f'{"block after":<32} {"layout":<6} {"channels":>8} {"reduction":>9}',
-        ]
-        for stage in self.stages:
+        if not self.config.open:
+            lines.append('no blocks: features of the stages stay as they are')
+        else:
+            lines.append(f'{"block after":<32} {"layout":<6} {"channels":>8} {"reduction":>9}')
+        for stage in self.stages if self.config.open else ():
             for feature in stage.features:
                 lines.append(
                     f'{stage.module:<32} {feature.layout:<6} {feature.channels:>8} {stage.reduction:>9}'
                     + (f'  ({feature.prefix_tokens} prefix tokens pass through)' if feature.prefix_tokens else '')
                 )
-        for name in self.bypassed:
+        for name in self.bypassed if self.config.open else ():
             lines.append(f'{name}: later layers also see features from before it, which pass its block by')
+        if self.config.norms == 'own':
+            lines.append(path.describe_norms())
         trained = 0
         for group in self.parameter_groups():
             count = sum(p.numel() for p in group['params'])

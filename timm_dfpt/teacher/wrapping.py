@@ -37,7 +37,6 @@ def wrap(
     prompt: PromptConfig | None = None,
     variant: Variant = 'dfpt',
     classifier: str | Sequence[str] | None = None,
-    train_bn: bool = False,
     save_memory: bool = True,
     input_size: tuple[int, int, int] | None = None,
 ) -> DualForwardPathTeacher:
@@ -58,8 +57,6 @@ def wrap(
         variant: `'dfpt'` tunes blocks and head only; `'dfpt+'` also a trainable copy of the backbone.
         classifier: Name (or names) of the classifier module; by default what timm or `get_classifier()` says; `()`
             where there is none.
-        train_bn: With `'dfpt+'`, let the copy's BatchNorm layers use batch statistics in training. The default
-            (ours) keeps them in evaluation, so that the prompt path starts as the teacher in training, too.
         save_memory: With `'dfpt'`, do not save inputs of frozen convolution and BatchNorm layers for the backward pass.
             Logits and gradients are the same to the last bit.
         input_size: `(C, H, W)` of the calibration input; by default the smallest size that the model takes.
@@ -84,7 +81,6 @@ def wrap(
         prompt=PromptConfig() if prompt is None else prompt,
         variant=variant,
         classifier=classifier,
-        train_bn=train_bn,
         save_memory=save_memory,
         input_size=input_size,
     )
@@ -99,7 +95,6 @@ def open_stages(
     variant: Variant,
     classifier: str | Sequence[str] | None,
     num_classes: int | None,
-    train_bn: bool,
     save_memory: bool = True,
     input_size: tuple[int, int, int] | None = None,
 ) -> DualForwardPathTeacher:
@@ -113,8 +108,6 @@ def open_stages(
         raise ValueError(f'variant must be one of {VARIANTS}, got {variant!r}.')
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise ValueError(f'num_classes must be None or a positive integer, got {num_classes!r}.')
-    if train_bn and variant != 'dfpt+':
-        raise ValueError("train_bn=True needs variant='dfpt+': the backbone of 'dfpt' is frozen.")
     if not isinstance(prompt, PromptConfig):
         raise TypeError(f'prompt must be a PromptConfig, got {type(prompt).__name__}.')
     names = find_classifier(model, classifier, num_classes, input_size)
@@ -124,7 +117,8 @@ def open_stages(
     closed = {taps[-1].module} if close_last else set()
     opened = _stages_to_open(model, found, closed, named=isinstance(stages, Sequence))
     prefix = []
-    if variant == 'dfpt':
+    # Norms of its own make the prompt path another one from the first of them on.
+    if variant == 'dfpt' and prompt.norms == 'teacher':
         with evaluating(model):
             prefix = plan_prefix(model, opened[0].module, x)
     # Weights made under inference_mode could never be trained.
@@ -136,7 +130,6 @@ def open_stages(
             variant=variant,
             classifier=names,
             num_classes=num_classes,
-            train_bn=train_bn,
             save_memory=save_memory,
             x=x,
         )
@@ -189,8 +182,19 @@ def _verify(teacher: DualForwardPathTeacher, x: torch.Tensor, num_classes: int |
                 'before training: the forward is not deterministic in eval mode. Name other modules in stages=[...].'
             )
         named = [(name, p) for name, p in teacher.prompt_path.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError(
+                f'The prompt path of {kind} has nothing to train: without blocks and fusion, with the head'
+                + (' and the norms of the teacher' if teacher.config.norms == 'teacher' else '')
+                + (' of the teacher' if teacher.config.norms == 'own' else '')
+                + ". Give it one of them: block=True, fusion='conv', norms='own' where there are norm layers, "
+                "new_head=True, or variant='dfpt+'."
+            )
         grads = torch.autograd.grad(prompt.float().square().sum(), [p for _, p in named], allow_unused=True)
-        unused = [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
+        idle = {name: param for (name, param), grad in zip(named, grads, strict=True) if grad is None}
+        # Some models have norm layers that they do not use.
+        teacher.prompt_path.leave_unused(param for name, param in idle.items() if name.startswith('norms.'))
+        unused = [name for name in idle if not name.startswith('norms.')]
         if unused and teacher.variant == 'dfpt':
             raise ValueError(
                 f'{kind}: the logits do not depend on {len(unused)} of {len(named)} new parameters, such as '

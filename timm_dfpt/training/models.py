@@ -276,11 +276,10 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
             fusion=config.prompt_fusion,
             block=config.prompt_block,
             new_head=config.prompt_head,
+            norms=config.prompt_norms,
         )
         new = num_classes if config.teacher_head == 'new' else None
-        return wrap(
-            model, stages=stages, num_classes=new, prompt=prompt, variant=variant, train_bn=config.prompt_train_bn
-        )
+        return wrap(model, stages=stages, num_classes=new, prompt=prompt, variant=variant)
     except ValueError as error:
         # What only the blocks and the model can check, under the names of the options.
         names = {
