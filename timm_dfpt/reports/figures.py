@@ -69,7 +69,8 @@ def svg(draw: Draw, size: tuple[float, float] = (5.0, 3.1)) -> str:
     text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
     # Names cannot look like tags here: in them < and > are escaped.
     text = re.sub(r'<g id="[^"<>]*">', '<g>', text)
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text, count=1)
+    element = f'<svg viewBox="\\1" role="img" style="max-width: {116 * size[0]:.0f}px">'
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', element, text, count=1)
     text = re.sub(r'<!--.*?-->\s*', '', text, flags=re.DOTALL)
     return re.sub(r'(?<= style=")[^"]*(?=")', lambda found: _themed(found[0]), text)
 
@@ -121,7 +122,7 @@ def line_figure(lines: Sequence[Line], ylabel: str, log: bool = False, colors: M
     Args:
         lines: The curves.
         ylabel: Label of the axis of values.
-        log: Whether that axis is logarithmic, as far as all values allow it.
+        log: Whether that axis is logarithmic where values differ by more than a factor of 10, and allow it.
         colors: Numbers in `COLORS` by label; by default in the order of the curves.
     """
     def draw(figure: Any) -> None:
@@ -135,7 +136,8 @@ def line_figure(lines: Sequence[Line], ylabel: str, log: bool = False, colors: M
             axes.plot(line.epochs, line.values, dashes, color=color, label=shown(line.label, 40), marker=marker)
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.epochs, line.low, line.high, color=color, alpha=0.15, linewidth=0)
-        if log and all(value > 0 for line in lines for value in line.values):
+        values = [value for line in lines for value in line.values]
+        if log and min(values) > 0 and max(values) > 10 * min(values):
             axes.set_yscale('log')
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
             axes.yaxis.set_minor_formatter(NullFormatter())

@@ -105,7 +105,7 @@ def confusion_section(
     found = confusions(split.models[model], split.target, len(names))
     wrong = sum(each.count for each in found)
     if not found:
-        return Section('confusions', title, [text(f'None: {words(model)} is right about all of {where}.')])
+        return Section('confusions', title, [text(f'None: the {words(model)} is right about all of {where}.')])
     known = {
         name: {(c.target, c.predicted): c.count for c in confusions(split.models[name], split.target, len(names))}
         for name in others
@@ -113,8 +113,8 @@ def confusion_section(
     first = found[0]
     blocks = [
         text(
-            f'{shown(names[first.target])} taken for {shown(names[first.predicted])} costs {words(model)} most: '
-            f'{first.count:,} of its {wrong:,} errors, {100 * first.count / len(split):.2f} points of accuracy.'
+            f'{shown(names[first.target])} taken for {shown(names[first.predicted])} costs most: {first.count:,} of '
+            f'the {wrong:,} errors of the {words(model)}, {100 * first.count / len(split):.2f} points of accuracy.'
         )
     ]
     rows = []
@@ -128,7 +128,7 @@ def confusion_section(
     if len(names) <= _MATRIX:
         cells = confusion_matrix(split.models[model], split.target, len(names)).tolist()
         note = 'Rows: what the images are. Columns: what they are taken for.'
-        blocks.append(matrix(names, cells, f'Every answer of {words(model)}', note))
+        blocks.append(matrix(names, cells, f'Every answer of the {words(model)}', note))
     return Section('confusions', title, blocks)
 
 

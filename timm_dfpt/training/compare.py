@@ -23,6 +23,7 @@ from ..job.stopping import NonFiniteLossError, Preempted, exit_code
 from ..reports.intervals import summarise
 from ..tasks.evaluation import score_of
 from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
+from .comparison_page import keep_arm_predictions, write_comparison_page
 from .export import describe_models
 from .learner import Learner
 from .report import attempt, comparison_text, plot_comparison
@@ -190,7 +191,7 @@ def _run_seeds(
                 _run_seed(run_folder.resumed(common), run_folder, arms, command)
         result = _collect(folder, [arm.name for arm in arms], seeds[:number], reference, command)
         if accelerator.is_main_process:
-            _write(folder, result)
+            _write(folder, result, config.report)
     accelerator.print(comparison_text(result))
     return result
 
@@ -220,9 +221,12 @@ def _run_seed(config: TrainConfig, folder: RunFolder, arms: Sequence[Arm], comma
         unknown = {learner.name: {'flops': None, 'ms': None} for learner in learners}
         costs = attempt('measuring what a step costs', lambda: _step_costs(setup, learners)) or unknown
     if setup.accelerator.is_main_process:
+        if setup.recorder is not None:
+            keep_arm_predictions(setup.recorder, learners, folder)
         folder.write_summary(
             {
                 **describe(setup, command),
+                'phases': setup.phases,
                 'eval_split': setup.eval_split,
                 'train_seconds': seconds,
                 'steps': config.epochs * len(setup.loaders['train']),
@@ -302,7 +306,9 @@ def _collect(
     }
 
 
-def _write(folder: ComparisonFolder, result: Mapping[str, Any]) -> None:
+def _write(folder: ComparisonFolder, result: Mapping[str, Any], report: bool) -> None:
     folder.write_result(result, comparison_text(result))
     runs = [folder.seed(seed).read_metrics() for seed in result['seeds']]
     attempt('drawing the comparison', lambda: plot_comparison(result, runs, folder.plot))
+    if report:
+        attempt('writing the report', lambda: write_comparison_page(folder, result))

@@ -29,10 +29,12 @@ from ..reports.sections import (
     words,
 )  # fmt: skip
 from ..reports.thumbnails import thumbnails
+from ..tasks.evaluation import SCORES, score_of
+from .comparison_page import write_comparison_page
 from .learner import Learner
 from .publish import read_run
 from .report import attempt, closing_cells, loss_terms, verdicts
-from .run_folder import RunFolder
+from .run_folder import ComparisonFolder, RunFolder
 
 __all__ = ['main', 'write_page', 'write_run_report']
 
@@ -149,27 +151,33 @@ def _results(summary: Mapping[str, Any]) -> Section:
     head, rows = closing_cells(summary)
     size = f'{summary["dataset_sizes"][summary["eval_split"]]:,} images'
     note = f'Measured on {size} at the end of the run; images/s on the machine of the run.'
-    return Section('results', 'Results', [table(head, rows, note=note), *map(text, verdicts(summary))])
+    blocks = [table(head, rows, note=note), *map(text, verdicts(summary))]
+    if score_of(summary['models']['student']['metrics']) != 'top1':
+        blocks.append(text('There are no labels to evaluate on: all that is about right and wrong is left out.'))
+    return Section('results', 'Results', blocks)
 
 
 def _curves(lines: Sequence[Mapping[str, Any]], colors: Mapping[str, int], summary: Mapping[str, Any]) -> Section:
     learners = [name for name, value in lines[0].items() if isinstance(value, Mapping)]
     drawn: list[tuple[str, str]] = []
-    accuracies = []
+    scores: list[figures.Line] = []
+    titles: dict[str, None] = {}
     for learner in learners:
         validated = [line for line in lines if 'val' in line[learner]]
         for who in validated[0][learner]['val'] if validated else ():
             label = who if learner == learners[0] else f'{who} of {learner}'
-            top1 = [line[learner]['val'][who].get('top1') for line in validated]
-            if None not in top1:
-                accuracies.append(figures.Line(words(label), [line['epoch'] for line in validated], top1))
-    if accuracies:
+            score = score_of(validated[0][learner]['val'][who])
+            if score is not None:
+                titles[SCORES[score]] = None
+                values = [line[learner]['val'][who][score] for line in validated]
+                scores.append(figures.Line(words(label), [line['epoch'] for line in validated], values))
+    if scores:
         numbers = {words(name): number for name, number in colors.items()}
         free = [number for number in range(len(figures.COLORS)) if number not in numbers.values()] or [0]
-        for i, line in enumerate(line for line in accuracies if line.label not in numbers):
+        for i, line in enumerate(line for line in scores if line.label not in numbers):
             numbers[line.label] = free[i % len(free)]
-        draw = figures.line_figure(accuracies, 'top-1 %', colors=numbers)
-        drawn.append((figures.svg(draw), 'Accuracy on the validation data.'))
+        draw = figures.line_figure(scores, ', '.join(titles), colors=numbers)
+        drawn.append((figures.svg(draw), f'{", ".join(titles)} on the validation data.'))
     for learner in learners:
         terms = [figures.Line(label, *values) for label, values in loss_terms(lines, learner).items()]
         caption = f'Loss of {learner} in training, and its terms before they are weighted.'
@@ -235,16 +243,17 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     student, teacher = summary['models']['student'], summary['models'].get('teacher')
     split, tiles = summary['eval_split'], []
     metrics = student['metrics'] or {}
-    if 'top1' in metrics:
+    score = score_of(metrics)
+    if score is not None:
         note = ''
-        other = ((teacher or {}).get('metrics') or {}).get('top1')
+        other = ((teacher or {}).get('metrics') or {}).get(score) if score == 'top1' else None
         if other is not None:
-            note = f'{metrics["top1"] - other:+.2f} points against the teacher'
-        tiles.append((f'{split} top-1', f'{metrics["top1"]:.2f}%', note))
+            note = f'{metrics[score] - other:+.2f} points against the teacher'
+        tiles.append((f'{split} {SCORES[score]}', f'{metrics[score]:.2f}', note))
     for method, model in summary['baselines'].items():
-        other = (model['metrics'] or {}).get('top1')
-        if other is not None and 'top1' in metrics:
-            tiles.append((f'against {method}', f'{metrics["top1"] - other:+.2f}', f'points; {method} has {other:.2f}%'))
+        other = (model['metrics'] or {}).get(score) if score else None
+        if score is not None and other is not None:
+            tiles.append((f'against {method}', f'{metrics[score] - other:+.2f}', f'points; {method} has {other:.2f}'))
     cost, of = student.get('cost') or {}, (teacher or {}).get('cost') or {}
     for key, title in (('params', 'parameters'), ('images_per_s', 'images/s')):
         if cost.get(key):
@@ -259,11 +268,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 after an error reported in one line, or 128 and the number of a signal to stop.
     """
-    about = 'Write report.html in the folder of a finished run.'
+    about = 'Write report.html in the folder of a finished run or comparison.'
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    parser.add_argument('run_dir', metavar='RUN_DIR', help='run folder of train/distill.py')
+    parser.add_argument('run_dir', metavar='RUN_DIR', help='folder of train/distill.py or train/compare.py')
 
     def job() -> None:
-        print(write_page(RunFolder(parser.parse_args(argv).run_dir)))
+        path = parser.parse_args(argv).run_dir
+        comparison = ComparisonFolder(path)
+        if comparison.result.is_file():
+            print(write_comparison_page(comparison, read_json(comparison.result)))
+        else:
+            print(write_page(RunFolder(path)))
 
     return exit_code(job, 'the run folder is as it was, and the same command tries again')

@@ -20,8 +20,8 @@ from ..hub.privacy import public
 from ..tasks.evaluation import SCORES, score_of
 
 __all__ = [
-    'attempt', 'closing_cells', 'closing_table', 'comparison_text', 'epoch_line', 'loss_terms', 'measure_cost',
-    'plot_comparison', 'plot_curves', 'save_figure', 'verdicts',
+    'arms_cells', 'attempt', 'closing_cells', 'closing_table', 'comparison_notes', 'comparison_text', 'epoch_line',
+    'loss_terms', 'measure_cost', 'plot_comparison', 'plot_curves', 'save_figure', 'verdicts',
 ]  # fmt: skip
 
 _T = TypeVar('_T')
@@ -274,7 +274,7 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
 
 def comparison_text(result: Mapping[str, Any]) -> str:
     """Return a comparison (`compare.json`) as Markdown: what was compared, the table, and how to read it."""
-    split, reference, seeds = result['eval_split'], result['reference'], result['seeds']
+    split, seeds = result['eval_split'], result['seeds']
     sizes = result['dataset_sizes']
     shown = ', '.join(str(seed) for seed in seeds)
     lines = [
@@ -285,7 +285,13 @@ def comparison_text(result: Mapping[str, Any]) -> str:
     teacher = result['teacher']
     if teacher is not None and 'top1' in (teacher['metrics'] or {}):
         lines.append(f'Teacher: {split} top-1 {teacher["metrics"]["top1"]:.2f}%.')
-    lines += ['', _arms_table(result), '']
+    lines += ['', _arms_table(result), '', *comparison_notes(result), '', '```', result['command'], '```']
+    return '\n'.join(lines)
+
+
+def comparison_notes(result: Mapping[str, Any]) -> list[str]:
+    """Say how the table of a comparison is to be read."""
+    lines, seeds, reference = [], result['seeds'], result['reference']
     if len(seeds) > 1:
         lines.append(
             f'Mean +- standard deviation over the seeds. Differences to {reference} are paired: the students of a seed '
@@ -298,11 +304,16 @@ def comparison_text(result: Mapping[str, Any]) -> str:
         'ms and FLOPs a step are of a student trained alone, teacher included (FLOPs counted by torch, two a '
         'multiply-accumulate, forward and backward); ms depend on the machine and on what else runs there.'
     )
-    lines += ['', '```', result['command'], '```']
-    return '\n'.join(lines)
+    return lines
 
 
 def _arms_table(result: Mapping[str, Any]) -> str:
+    head, rows = arms_cells(result)
+    return markdown_table(head, rows, text_columns=2)
+
+
+def arms_cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the arms of a comparison side by side: titles of columns, and rows."""
     split, reference = result['eval_split'], result['reference']
     splits = list(dict.fromkeys((split, 'val')))
     head = ['arm', 'options']
@@ -319,7 +330,7 @@ def _arms_table(result: Mapping[str, Any]) -> str:
             row += [_spread(arm[each]) + score, _difference(arm[each].get('difference'))]
         ms, flops = arm['step']['ms'], arm['step']['flops']
         rows.append([*row, '-' if ms is None else f'{ms:.1f}', '-' if flops is None else f'{flops / 1e9:.2f}'])
-    return markdown_table(head, rows, text_columns=2)
+    return head, rows
 
 
 def _spread(summary: Mapping[str, Any]) -> str:
