@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
@@ -255,12 +256,13 @@ def empty_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def push_folder(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> str:
+def push_folder(folder: Path, repo_id: str, space: bool = False, **options: Unpack[PushOptions]) -> str:
     """Upload the files of a folder in one commit, and not over somebody's other content.
 
     Args:
         folder: The folder; its files are the whole content of the repository.
         repo_id: Repository, created if it does not exist.
+        space: Whether it is a static Space instead of a model.
         **options: See `PushOptions`.
 
     Returns:
@@ -280,12 +282,14 @@ def push_folder(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> s
     revision, create_pr = options.get('revision'), options.get('create_pr', False)
     api = HfApi(token=options.get('token'), library_name='timm_dfpt', library_version=__version__)
     with hub_errors(f'Pushing to {repo_id}'):
-        url = api.create_repo(repo_id, private=options.get('private'), exist_ok=True)
+        kind: dict[str, Any] = {'repo_type': 'space'} if space else {}
+        sdk: dict[str, Any] = {'space_sdk': 'static'} if space else {}
+        url = api.create_repo(repo_id, private=options.get('private'), exist_ok=True, **kind, **sdk)
         repo_id = url.repo_id
         if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        parent, remote = _remote_state(api, repo_id, revision)
-        local = {path.name: path for path in folder.iterdir()}
+            api.create_branch(repo_id, branch=revision, exist_ok=True, **kind)
+        parent, remote = _remote_state(api, repo_id, revision, space)
+        local = {path.relative_to(folder).as_posix(): path for path in folder.rglob('*') if path.is_file()}
         differing = sorted(n for n, digest in remote.items() if n not in local or not _has_digest(local[n], digest))
         if set(remote) == set(local) and not differing:
             _logger.info(f'{repo_id} holds exactly this already; nothing to push.')
@@ -303,15 +307,18 @@ def push_folder(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> s
             revision=revision,
             create_pr=create_pr,
             parent_commit=None if create_pr else parent,
+            **kind,
             commit_message=options.get('commit_message', 'Upload with timm_dfpt'),
         )
         return str(commit.pr_url or url)
 
 
-def _remote_state(api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
+def _remote_state(
+    api: HfApi, repo_id: str, revision: str | None, space: bool
+) -> tuple[str | None, dict[str, str]]:
     """Return the commit that a revision is at, and the digests of its files."""
     try:
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+        info: Any = (api.space_info if space else api.model_info)(repo_id, revision=revision, files_metadata=True)
     except RepositoryNotFoundError:
         # create_repo has just succeeded, so this token may write but not read.
         return None, {}

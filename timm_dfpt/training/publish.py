@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.checks import default_of
+from ..deploy.space import write_space
+from ..deploy.transformers_js import write_onnx_repo
 from ..hub.base import hub_repo_of
 from ..hub.cards import ModelRow, RunFacts
 from ..hub.errors import HubError
@@ -40,27 +42,34 @@ def publish_run(
     push_to_hub: str | None = None,
     *,
     push_prompt_path: str | None = None,
+    push_onnx: str | None = None,
+    demo_space: str | None = None,
+    js_libraries: str | os.PathLike[str] | None = None,
     base_model: str | None = None,
     license: str | None = None,
     **options: Unpack[PushOptions],
 ) -> dict[str, str]:
-    """Publish what a run of `train/distill.py` has left: the student, the prompt path, or both.
+    """Publish what a run of `train/distill.py` has left: student, prompt path, ONNX files, and a page that runs them.
 
-    The run folder is only read. Both repositories are written completely before the first is pushed, the prompt path
+    The run folder is only read. All repositories are written completely before the first is pushed, the prompt path
     first. Doing it again with the same run makes no second commit.
 
     Args:
         run_dir: The run folder.
         push_to_hub: Repository `'user/name'` of the student.
         push_prompt_path: Repository `'user/name'` of the prompt path.
+        push_onnx: Repository `'user/name'` of the student for transformers.js and onnxruntime.
+        demo_space: Static Space `'user/name'` in which the student runs in the browser.
+        js_libraries: A `node_modules` folder with the libraries of the Space; by default npm fetches them.
         base_model: Where others find the prompt path's teacher, if not where this run had it from; see
             `timm_dfpt.hub.PromptPathOptions`.
         license: License of the weights, e.g. `'apache-2.0'`; by default what the run was given with `--license`, and
             never taken from the models it started from.
-        **options: See `timm_dfpt.hub.PushOptions`; a dry run writes to `student/` and `prompt_path/` in its folder.
+        **options: See `timm_dfpt.hub.PushOptions`; a dry run writes to `student/`, `prompt_path/`, `onnx/` and `space/`
+            in its folder.
 
     Returns:
-        Addresses (or folders) by `'student'` and `'prompt_path'`.
+        Addresses (or folders) by `'student'`, `'prompt_path'`, `'onnx'` and `'space'`.
 
     Raises:
         FileNotFoundError: If the run folder is not complete.
@@ -68,9 +77,12 @@ def publish_run(
         HubError: If an upload failed; the message says how to try again.
         ValueError: If an argument does not fit the run.
     """
-    repos = check_targets(push_to_hub, push_prompt_path)
+    repos = check_targets(push_to_hub, push_prompt_path, push_onnx, demo_space)
     if not repos:
-        raise ValueError('Name what to publish: --push-to-hub user/student, --push-prompt-path user/prompt, or both.')
+        raise ValueError(
+            'Name what to publish: --push-to-hub user/student, --push-prompt-path user/prompt, '
+            '--push-onnx user/student-ONNX, --demo-space user/space, or several.'
+        )
     run_folder = RunFolder(run_dir)
     run, recipe = read_run(run_folder, push_prompt_path)
     license = license or recipe.get('license')
@@ -86,12 +98,15 @@ def publish_run(
     dry_run = options.get('dry_run')
     with tempfile.TemporaryDirectory() as temporary:
         folders = {kind: Path(temporary, kind) for kind in repos}
+        shipped = _Shipped(run_folder, repos, license, js_libraries)
         if dry_run is not None:
             empty_folder(dry_run)
         for kind, folder in folders.items():
             folder.mkdir()
             common: dict[str, Any] = {'license': license, 'run': run, 'curves': curves}
-            if kind == 'student':
+            if kind in ('onnx', 'space'):
+                shipped.write(kind, folder)
+            elif kind == 'student':
                 write_student_repo(run_folder.student, folder, repos[kind], distillation=record, **common)
             else:
                 common |= {'training': record, 'base_model': base_model, 'token': options.get('token')}
@@ -101,38 +116,89 @@ def publish_run(
             for kind, folder in folders.items():
                 if dry_run is not None:
                     pushing['dry_run'] = Path(dry_run, kind)
-                places[kind] = push_folder(folder, repos[kind], **pushing)
+                places[kind] = push_folder(folder, repos[kind], kind == 'space', **pushing)
             return places
         except HubError as error:
-            again = retry_command(run_folder, push_to_hub, push_prompt_path, options.get('private'), license)
+            again = retry_command(
+                run_folder, push_to_hub, push_prompt_path, options.get('private'), license, push_onnx, demo_space
+            )
             raise HubError(f'{error} The run folder is as it was; to try again: {again}') from error
 
 
-def check_targets(push_to_hub: str | None, push_prompt_path: str | None) -> dict[str, str]:
+def check_targets(
+    push_to_hub: str | None, push_prompt_path: str | None, push_onnx: str | None = None, demo_space: str | None = None
+) -> dict[str, str]:
     """Check the repositories to publish to.
 
     Returns:
-        Their ids by `'prompt_path'` and `'student'`, for those that are given.
+        Their ids by `'prompt_path'`, `'student'`, `'onnx'` and `'space'`, for those that are given.
 
     Raises:
-        ValueError: If one is not an id, or both are the same.
+        ValueError: If one is not an id, or two are the same.
     """
-    wanted = {'prompt_path': (push_prompt_path, 'push_prompt_path'), 'student': (push_to_hub, 'push_to_hub')}
+    wanted = {
+        'prompt_path': (push_prompt_path, 'push_prompt_path'),
+        'student': (push_to_hub, 'push_to_hub'),
+        'onnx': (push_onnx, 'push_onnx'),
+        'space': (demo_space, 'demo_space'),
+    }
     repos = {kind: check_repo_id(repo, option) for kind, (repo, option) in wanted.items() if repo is not None}
-    if len(set(repos.values())) < len(repos):
-        raise ValueError(f'Student and prompt path need a repository each, got {push_to_hub!r} for both.')
+    # The Hub has Spaces elsewhere.
+    models = [repo for kind, repo in repos.items() if kind != 'space']
+    for repo in models:
+        if models.count(repo) > 1:
+            raise ValueError(f'Student, prompt path and ONNX files need a repository each, got {repo!r} for two.')
     return repos
 
 
 def retry_command(
-    folder: RunFolder, push_to_hub: str | None, push_prompt_path: str | None, private: bool | None, license: str | None
-) -> str:
+    folder: RunFolder, push_to_hub: str | None, push_prompt_path: str | None, private: bool | None,
+    license: str | None, push_onnx: str | None = None, demo_space: str | None = None,
+) -> str:  # fmt: skip
     """Return the command that publishes a run again."""
     words = ['python', 'train/publish.py', str(folder)]
-    flags = {'--push-prompt-path': push_prompt_path, '--push-to-hub': push_to_hub, '--license': license}
+    flags = {
+        '--push-prompt-path': push_prompt_path, '--push-to-hub': push_to_hub, '--push-onnx': push_onnx,
+        '--demo-space': demo_space, '--license': license,
+    }  # fmt: skip
     for flag, value in flags.items():
         words += [flag, value] if value else []
     return shlex.join([*words, *(['--private'] if private else [])])
+
+
+class _Shipped:
+    """What of a run goes to browsers: written once, for the repository and for the page."""
+
+    def __init__(self, run: RunFolder, repos: Mapping[str, str], license: str | None, js_libraries: Any) -> None:
+        self.run, self.repos, self.license, self.js_libraries = run, repos, license, js_libraries
+        self.summary = read_json(run.summary)
+        before = parse_yaml(run.config.read_text(encoding='utf-8')).get('push_to_hub')
+        self.base = repos.get('student') or before
+        if 'onnx' in repos and self.base is None:
+            raise ValueError('push_onnx names the repository of its student: give that, too, with --push-to-hub.')
+
+    def write(self, kind: str, folder: Path) -> None:
+        """Write the repository `'onnx'` or `'space'` to a folder."""
+        if kind == 'onnx':
+            self._write_onnx(folder)
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            self._write_onnx(Path(temporary))
+            rows = self.summary.get('exports', [])
+            options: dict[str, Any] = {'license': self.license, 'js_libraries': self.js_libraries}
+            write_space(Path(temporary), folder, self.repos['space'], base_model=self.base, rows=rows, **options)
+
+    def _write_onnx(self, folder: Path) -> None:
+        write_onnx_repo(
+            self.run.exported,
+            folder,
+            self.repos.get('onnx', 'user/student-ONNX'),
+            self.base or 'user/student',
+            label_names=self.summary['class_names'],
+            rows=self.summary.get('exports', []),
+            license=self.license,
+            architecture=read_json(self.run.student / 'config.json')['architecture'],
+        )
 
 
 def read_run(folder: RunFolder, prompt_path_repo: str | None = None) -> tuple[RunFacts, dict[str, Any]]:
@@ -220,13 +286,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 after an error told in one line, or 128 and the number of a signal to stop.
     """
     parser = argparse.ArgumentParser(
-        description='Publish the student and the prompt path of a finished run on the Hugging Face Hub.',
+        description='Publish student, prompt path and ONNX files of a finished run on the Hugging Face Hub.',
         allow_abbrev=False,
     )
     add = parser.add_argument
     add('run_dir', metavar='RUN_DIR', help='run folder of train/distill.py')
     add('--push-to-hub', metavar='USER/NAME', help='repository of the student')
     add('--push-prompt-path', metavar='USER/NAME', help='repository of the prompt path')
+    add('--push-onnx', metavar='USER/NAME', help='repository of the ONNX files, for transformers.js')
+    add('--demo-space', metavar='USER/NAME', help='static Space in which the student runs in the browser')
+    add('--js-libraries', metavar='DIR', help='node_modules with the libraries of the Space (default: from npm)')
     add('--base-model', metavar='ID', help="where others can have the prompt path's teacher: hf-hub:user/name")
     add('--private', action='store_true', help='make new repositories private (default: as your account does)')
     add('--license', metavar='ID', help='license of the weights, such as apache-2.0 (default: none is named)')
