@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
-LFS_SUFFIXES = ('.safetensors', '.bin', '.pt', '.pth', '.png', '.parquet')
+LFS_SUFFIXES = ('.safetensors', '.bin', '.pt', '.pth', '.png', '.parquet', '.onnx', '.wasm')
 LFS_SIZE = 10 * 2**20
 
 

@@ -10,15 +10,15 @@ from .programs import INPUT
 
 __all__ = ['takes_rgb']
 
-# Of red, green and blue in a grey image (ITU-R 601-2), as Pillow has it.
-_LUMINANCE = (0.299, 0.587, 0.114)
+# Shares of red, green and blue in a grey image (ITU-R 601-2) in parts of 65536, as Pillow computes it.
+_LUMINANCE = (19595, 38470, 7471)
 
 
 def takes_rgb(model: Any) -> Any:
     """Return a model whose input is RGB in float32, `[B, 3, H, W]`, as transformers.js prepares images.
 
-    A model of grey images gets their luminance; as it is linear, images are normalised before it with the grey mean and
-    standard deviation in each channel. One that takes pixels gets them from values in 0..1.
+    One that takes normalised RGB stays as it is. One of grey images gets their luminance, to the bit as Pillow computes
+    it, and one that takes pixels gets pixels; both from values in 0..1, which are not normalised yet.
 
     Args:
         model: `onnx.ModelProto` of `timm_dfpt.deploy.onnx_files`.
@@ -47,13 +47,21 @@ def takes_rgb(model: Any) -> Any:
         nodes.append(helper.make_node(kind, [name, *names], [output], name=output, **attributes))
         name = output
 
+    add('Mul', np.array(255, np.float32))
+    add('Round')
     if channels == 1:
+        # Whole numbers below 2**24, which float32 has exactly.
         add('Mul', np.array(_LUMINANCE, np.float32).reshape(1, 3, 1, 1))
         add('ReduceSum', np.array([1], np.int64), keepdims=1)
+        add('Add', np.array(2**15, np.float32))
+        add('Mul', np.array(2**-16, np.float32))
+        add('Floor')
     if pixels:
-        add('Mul', np.array(255, np.float32))
-        add('Round')
         add('Cast', to=TensorProto.UINT8)
+    else:
+        add('Div', np.array(255, np.float32))
+        add('Sub', np.array(json.loads(facts['mean']), np.float32).reshape(1, -1, 1, 1))
+        add('Div', np.array(json.loads(facts['std']), np.float32).reshape(1, -1, 1, 1))
     nodes[-1].output[0] = inner
     kept = list(graph.node)
     del graph.node[:], graph.input[:]

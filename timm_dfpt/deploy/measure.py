@@ -78,8 +78,8 @@ def export_student_files(job: ExportJob, formats: Sequence[str]) -> list[dict[st
 
     Returns:
         Rows with `format`, `file` (in the run folder), `bytes`, `largest_difference` (of the logits from timm's, as a
-        share of the largest logit), `agreement` and `top1` (percent, on the validation data), `images_per_second`
-        (median of five batches), and `note`. The first row is timm's own model.
+        share of the largest logit), `agreement` and `top1` (percent, on the validation data; `None` where there are no
+        classes or labels), `images_per_second` (median of five batches), and `note`. The first row is timm's own model.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     writers: dict[str, tuple[str, Callable[[Path], Any]]] = {}
@@ -110,7 +110,7 @@ def export_student_files(job: ExportJob, formats: Sequence[str]) -> list[dict[st
         (job.folder / name).unlink(missing_ok=True)
     plain = job.student.to('cpu', torch.float32).eval()
     deployed = deployed_form(plain)
-    expected = _Expected(_numpy(plain), job.validation)
+    expected = _Expected(_numpy(plain), job.validation, has_classes=bool(getattr(plain, 'num_classes', 1)))
     weights = job.saved / WEIGHTS
     note = 'as trained; speed of the form that is deployed' if has_deployed_form(plain) else ''
     rows = [_row('timm', weights, expected.measure(_numpy(deployed)), note)]
@@ -131,13 +131,13 @@ def export_student_files(job: ExportJob, formats: Sequence[str]) -> list[dict[st
 class _Expected:
     """What timm's model says of the validation data."""
 
-    def __init__(self, run: Run, batches: Iterable[Any]) -> None:
-        self.batches = batches
+    def __init__(self, run: Run, batches: Iterable[Any], has_classes: bool) -> None:
+        self.batches, self.has_classes = batches, has_classes
         self.logits = [run(batch[0]) for batch in batches]
         self.largest = max(float(np.abs(logits).max()) for logits in self.logits)
 
-    def measure(self, run: Run) -> dict[str, float]:
-        largest, same, right, count = 0.0, 0, 0, 0
+    def measure(self, run: Run) -> dict[str, float | None]:
+        largest, same, right, count, labelled = 0.0, 0, 0, 0, self.has_classes
         example = None
         for batch, expected in zip(self.batches, self.logits, strict=True):
             example = batch[0] if example is None else example
@@ -145,12 +145,13 @@ class _Expected:
             largest = max(largest, float(np.abs(logits - expected).max()))
             same += int((logits.argmax(1) == expected.argmax(1)).sum())
             right += int((logits.argmax(1) == batch[1].numpy()).sum())
+            labelled &= bool((batch[1] >= 0).all())
             count += len(logits)
         assert example is not None
         return {
             'largest_difference': largest / self.largest,
-            'agreement': 100 * same / count,
-            'top1': 100 * right / count,
+            'agreement': 100 * same / count if self.has_classes else None,
+            'top1': 100 * right / count if labelled else None,
             'images_per_second': _speed(run, example),
         }
 
@@ -186,16 +187,17 @@ def _opened(path: Path, job: ExportJob) -> Run:
     return lambda images: np.asarray(session.run([OUTPUT], {INPUT: prepare(images)})[0])
 
 
-def _row(name: str, path: Path, measured: Mapping[str, float], note: str) -> dict[str, Any]:
+def _row(name: str, path: Path, measured: Mapping[str, float | None], note: str) -> dict[str, Any]:
     file = f'{path.parent.name}/{path.name}'
     return {'format': name, 'file': file, 'bytes': path.stat().st_size, **measured, 'note': note}
 
 
-def _note(name: str, path: Path, measured: Mapping[str, float], reference: Mapping[str, Any]) -> str:
+def _note(name: str, path: Path, measured: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     notes = []
-    lost = reference['top1'] - measured['top1']
-    if lost > _LARGEST_LOSS:
-        notes.append(f'LOSES {lost:.1f} points')
+    if measured['top1'] is not None and reference['top1'] - measured['top1'] > _LARGEST_LOSS:
+        notes.append(f'LOSES {reference["top1"] - measured["top1"]:.1f} points')
+    elif measured['top1'] is None and (measured['agreement'] or 100) < 100 - _LARGEST_LOSS:
+        notes.append('DIFFERS in more than 1 of 100 images')
     if name == 'ONNX int8':
         import onnx  # of the extra `onnx`
 

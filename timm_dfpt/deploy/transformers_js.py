@@ -111,7 +111,8 @@ def write_onnx_repo(
     keys = ('input_size', 'mean', 'std', 'crop_pct')
     data_config = {key: json.loads(facts[key]) for key in keys}
     data_config |= {key: facts[key] for key in ('interpolation', 'crop_mode')}
-    prepared = preprocessor_config(data_config, normalize=facts['preprocessing'] == 'described')
+    normalised = facts['preprocessing'] == 'described' and data_config['input_size'][0] == 3
+    prepared = preprocessor_config(data_config, normalize=normalised)
     write_json(folder / 'preprocessor_config.json', prepared)
     write_json(
         folder / 'config.json',

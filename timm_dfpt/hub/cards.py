@@ -3,20 +3,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..tasks.evaluation import SCORES
 from ..tasks.methods import METHODS
 from ..version import __version__
+from .card_text import (
+    args_text,
+    cell_text,
+    classes_text,
+    fact_cells,
+    hub_link,
+    input_text,
+    is_hub_id,
+    recipe_text,
+    slug,
+)
 from .config import PromptPathRecord
+from .export_table import exports_table
 from .heads import describe_head
 from .markdown import html_color, markdown_table
 from .privacy import public, public_command
@@ -24,7 +34,6 @@ from .privacy import public, public_command
 __all__ = ['ModelRow', 'RunFacts', 'prompt_path_card', 'student_card']
 
 _ROLES = {'teacher': 'Teacher', 'prompt_path': 'Prompt path', 'student': 'Student'}
-_HUB_ID = re.compile(r'[\w.\-]+/[\w.\-]+')
 _VERSIONS = {'timm_dfpt': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
 _TEMPLATES = Path(__file__).parent / 'templates'
 
@@ -63,6 +72,8 @@ class RunFacts:
         versions: Versions by package name.
         prompt_path: Repository of the prompt path.
         teacher_head: How the teacher's head was made, see `FittedHead.facts`, where it is not the published one.
+        exports: The files that the student was exported to, rows of `summary.json`'s `exports`.
+        deployed: What the student costs in the form that is deployed, where that is another than the saved one.
         student_base: Repository that the student's weights started from; `None` when it started from scratch.
     """
 
@@ -79,6 +90,8 @@ class RunFacts:
     prompt_path: str | None = None
     teacher_head: Mapping[str, Any] | None = None
     student_base: str | None = None
+    exports: Sequence[Mapping[str, Any]] = ()
+    deployed: Mapping[str, Any] | None = None
 
     def public(self, renamed: Mapping[str, str] | None = None) -> RunFacts:
         """Return the facts without the folders of this machine.
@@ -123,13 +136,14 @@ def student_card(
     purpose = f'for images of {classes} classes' if classes else 'a backbone without classes'
     taught = f', taught by `{run.teacher}` with {_method_name(run.method)}' if run.teacher else ''
     facts = {
-        'Architecture': f'`{config["architecture"]}`' + _args_text(config.get('model_args')),
-        'Parameters': f'{params:,}',
-        'Input': _input_text(cfg),
-        'Started from': _link(run.student_base) if run.student_base else 'random weights' if run.method else None,
-        'Teacher': _link(run.teacher),
+        'Architecture': f'`{config["architecture"]}`' + args_text(config.get('model_args')),
+        'Parameters': f'{params:,}' + (' as saved' if run.deployed else ''),
+        'Deployed': _deployed_text(run.deployed),
+        'Input': input_text(cfg),
+        'Started from': hub_link(run.student_base) if run.student_base else 'random weights' if run.method else None,
+        'Teacher': hub_link(run.teacher),
         "Teacher's head": describe_head(run.teacher_head),
-        'Prompt path': _link(run.prompt_path),
+        'Prompt path': hub_link(run.prompt_path),
         **_common_facts(run, license),
     }
     task = 'image-classification' if classes else 'image-feature-extraction'
@@ -149,17 +163,18 @@ def student_card(
         run,
         repo_id=repo_id,
         summary=f'`{config["architecture"]}` with {params:,} parameters, {purpose}{taught}.',
-        facts=_cells(facts),
+        facts=fact_cells(facts),
         architecture=config['architecture'],
         registered_by=registered_by,
         background=html_color(background or run.recipe.get('background')),
         image_mode='L' if cfg['input_size'][0] == 1 else 'RGB',
         method=_method_text(run.method),
         num_classes=classes,
-        classes=_classes_text(config.get('label_names')),
+        classes=classes_text(config.get('label_names')),
         teacher=run.teacher,
-        limits=f'It sees {_input_text(cfg, short=True)}.',
+        limits=f'It sees {input_text(cfg, short=True)}.',
         curves=curves,
+        exports=exports_table(run.exports) if run.exports else '',
     )
 
 
@@ -195,7 +210,7 @@ def prompt_path_card(
     share = 100 * params / config.base_fingerprint.parameters
     facts = {
         'Variant': f'`{config.variant}`',
-        'Teacher': _link(base_link) if base_link else f'`{base}`',
+        'Teacher': hub_link(base_link) if base_link else f'`{base}`',
         'Teacher revision': f'`{config.base_revision}`' if config.base_revision else None,
         "Teacher's head": describe_head(config.fitted_head),
         'Teacher fingerprint': str(config.base_fingerprint),
@@ -203,7 +218,7 @@ def prompt_path_card(
         'File': f'{size_bytes:,} bytes',
         'Blocks after': ', '.join(f'`{stage.module}`' for stage in config.stages),
         'Blocks': prompt,
-        'Input': _input_text(config.data_config) if config.data_config else None,
+        'Input': input_text(config.data_config) if config.data_config else None,
         **_common_facts(run, license),
     }
     data = _card_data(
@@ -223,13 +238,13 @@ def prompt_path_card(
         repo_id=repo_id,
         summary=f'A prompt path of {params:,} parameters for the frozen teacher `{base}`: with it the teacher says '
         f'what a smaller student can learn, for {config.num_classes} classes.',
-        facts=_cells(facts),
+        facts=fact_cells(facts),
         base_model=config.base_model,
-        base_link=_link(base_link) if base_link else f'`{base}`',
+        base_link=hub_link(base_link) if base_link else f'`{base}`',
         reuse=' '.join(
             [
                 *(['--teacher local-dir:teacher'] if config.base_model is None else []),
-                f'--dataset {run.dataset if _is_hub_id(run.dataset) else "images"}',
+                f'--dataset {run.dataset if is_hub_id(run.dataset) else "images"}',
                 f'--student {run.recipe.get("student", "resnet18")}',
             ]
         ),
@@ -238,7 +253,7 @@ def prompt_path_card(
         image_mode='L' if (config.data_config.get('input_size') or [3])[0] == 1 else 'RGB',
         method=_method_text(config.variant),
         num_classes=config.num_classes,
-        classes=_classes_text(config.label_names),
+        classes=classes_text(config.label_names),
         curves=curves,
     )
 
@@ -250,7 +265,7 @@ def _render(template: str, data: ModelCardData, run: RunFacts, **values: Any) ->
         title=values['repo_id'].split('/')[-1],
         results=_table(run),
         results_note=_results_note(run),
-        recipe=_recipe_text(run.recipe),
+        recipe=recipe_text(run.recipe),
         command=run.command,
         versions=', '.join(f'{name} {version}' for name, version in (run.versions or _VERSIONS).items()),
         **values,
@@ -258,13 +273,13 @@ def _render(template: str, data: ModelCardData, run: RunFacts, **values: Any) ->
 
 
 def _card_data(repo_id: str, license: str | None, run: RunFacts, role: str, **values: Any) -> ModelCardData:
-    dataset = run.dataset if _is_hub_id(run.dataset) else None
+    dataset = run.dataset if is_hub_id(run.dataset) else None
     splits = next((row.splits for row in run.rows if row.role == role), {})
     results = [
         EvalResult(
             task_type='image-classification',
             task_name='Image Classification',
-            dataset_type=dataset or _slug(run.dataset),
+            dataset_type=dataset or slug(run.dataset),
             dataset_name=run.dataset or 'unknown',
             dataset_split=split,
             metric_type=kind,
@@ -306,7 +321,7 @@ def _table(run: RunFacts) -> str:
     head = ['', 'model', *(f'{split} {titles[key]}' for key in shown), 'parameters']
     rows = []
     for row, measured in zip(run.rows, metrics, strict=True):
-        cells = [_ROLES.get(row.role, row.role.replace('_', ' ')), _cell(row.name)]
+        cells = [_ROLES.get(row.role, row.role.replace('_', ' ')), cell_text(row.name)]
         cells += [f'{measured[key]:.2f}' if key in measured else '' for key in shown]
         cells.append(f'{row.params:,}' if row.params is not None else '')
         rows.append(cells)
@@ -316,18 +331,23 @@ def _table(run: RunFacts) -> str:
 def _results_note(run: RunFacts) -> str:
     size = f' ({run.eval_size:,} images)' if run.eval_size else ''
     seed = f', seed {run.seed}' if run.seed is not None else ''
-    where = f'the {run.eval_split} split{size} of {_link(run.dataset)}' if run.dataset else f'{run.eval_split}{size}'
+    where = f'the {run.eval_split} split{size} of {hub_link(run.dataset)}' if run.dataset else f'{run.eval_split}{size}'
     return f'Measured on {where}. All numbers are of one run{seed}, so that small differences are not significant.'
 
 
-def _recipe_text(recipe: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in recipe.items() if value not in (None, [], {})}
-    return yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=110).strip() if shown else ''
+def _deployed_text(cost: Mapping[str, Any] | None) -> str | None:
+    if not cost:
+        return None
+    parts = [f'{cost["params"]:,} parameters']
+    parts += [f'{cost["macs"]:,} MACs'] if cost.get('macs') else []
+    parts += [f'{cost["size_bytes"]:,} bytes'] if cost.get('size_bytes') else []
+    parts += [f'{cost["images_per_s"]:,.0f} images/s'] if cost.get('images_per_s') else []
+    return f'{", ".join(parts)}, after `timm.utils.reparameterize_model(model)`; logits stay the same'
 
 
 def _common_facts(run: RunFacts, license: str | None) -> dict[str, str | None]:
     return {
-        'Training data': _link(run.dataset),
+        'Training data': hub_link(run.dataset),
         'Method': _method_name(run.method) if run.method else None,
         'License': license or 'not given by the author',
     }
@@ -352,49 +372,3 @@ def _tags(method: str | None) -> list[str]:
     if method is not None and (known is None or known.needs_teacher):
         tags.append('knowledge-distillation')
     return [*tags, 'arxiv:2506.18244'] if known is not None and known.variant else tags
-
-
-def _args_text(args: Mapping[str, Any] | None) -> str:
-    shown = {k: v for k, v in (args or {}).items() if k not in ('in_chans', 'global_pool', 'num_classes')}
-    return f' with `{", ".join(f"{k}={v}" for k, v in shown.items())}`' if shown else ''
-
-
-def _input_text(cfg: Mapping[str, Any], short: bool = False) -> str:
-    channels, height, width = cfg.get('input_size') or (3, 224, 224)
-    size = f'{height} x {width} pixels, {channels} channel{"s" if channels != 1 else ""}'
-    if short:
-        return size
-    mean, std = (', '.join(f'{v:.4g}' for v in cfg.get(key) or ()) for key in ('mean', 'std'))
-    crop = f', crop {cfg["crop_pct"]:.4g} ({cfg.get("crop_mode", "center")})' if cfg.get('crop_pct') else ''
-    return f'{size}; mean {mean}; std {std}; {cfg.get("interpolation", "bicubic")} resize{crop}'
-
-
-def _classes_text(names: Sequence[str] | None, most: int = 10) -> str:
-    if not names:
-        return 'unnamed'
-    shown = ', '.join(_cell(name) for name in names[:most])
-    return shown + (f', and {len(names) - most} more' if len(names) > most else '')
-
-
-def _is_hub_id(name: str | None) -> bool:
-    return name is not None and _HUB_ID.fullmatch(name) is not None
-
-
-def _link(name: str | None) -> str | None:
-    if name is None:
-        return None
-    repo = name.removeprefix('hf-hub:')
-    return f'[{repo}](https://huggingface.co/{repo})' if _is_hub_id(repo) else f'`{_cell(name)}`'
-
-
-def _cells(facts: Mapping[str, str | None]) -> list[tuple[str, str]]:
-    return [(name, value.replace('\n', ' ')) for name, value in facts.items() if value is not None]
-
-
-def _cell(text: str) -> str:
-    """Keep a name from a file from breaking out of its table cell."""
-    return re.sub(r'([|`<>\[\]])', r'\\\1', ' '.join(text.split()))
-
-
-def _slug(name: str | None) -> str:
-    return re.sub(r'[^\w.\-]+', '-', name or 'unknown').strip('-') or 'unknown'

@@ -174,6 +174,8 @@ class _Shipped:
         self.summary = read_json(run.summary)
         before = parse_yaml(run.config.read_text(encoding='utf-8')).get('push_to_hub')
         self.base = repos.get('student') or before
+        if {'onnx', 'space'} & set(repos) and not self.summary.get('class_names'):
+            raise ValueError('push_onnx and demo_space need a student with classes, and that of this run has none.')
         if 'onnx' in repos and self.base is None:
             raise ValueError('push_onnx names the repository of its student: give that, too, with --push-to-hub.')
 
@@ -244,6 +246,8 @@ def read_run(folder: RunFolder, prompt_path_repo: str | None = None) -> tuple[Ru
         prompt_path=prompt_path_repo,
         teacher_head=record.get('teacher_head'),
         student_base=_student_base(recipe),
+        exports=summary.get('exports', []),
+        deployed=_deployed(summary.get('models', {}).get('student', {})),
     )
     return facts.public(renamed), recipe
 
@@ -252,6 +256,11 @@ def _row(role: str, model: Mapping[str, Any], split: str) -> ModelRow:
     # What could not be measured is null.
     splits = {'val': model.get('val_metrics') or {}, split: model.get('metrics') or {}}
     return ModelRow(role, str(model.get('name', role)), splits, (model.get('cost') or {}).get('params'))
+
+
+def _deployed(student: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    cost: Mapping[str, Any] | None = student.get('cost')
+    return cost if 'cost_as_trained' in student else None
 
 
 def _student_base(recipe: Mapping[str, Any]) -> str | None:
