@@ -233,3 +233,51 @@ def test_script(trainer: Client) -> None:
     for flag in ('--push-to-hub', '--push-prompt-path', '--private', '--license', '--dry-run', '--force'):
         assert flag in shown
     assert trainer.run(_script, 'run', '--push-to-hub', 'alice/s', '--dry-run', 'dry') == 'student: dry/student\n'
+
+
+def _export(folder: str) -> None:
+    """Export the student of a finished run, as `--export onnx` does at its end."""
+    from pathlib import Path
+
+    import timm
+    import torch
+
+    from timm_dfpt import export_onnx
+
+    student = timm.create_model(f'local-dir:{folder}/student', pretrained=True).eval()
+    images = torch.randn(8, *timm.data.resolve_model_data_config(student)['input_size'])
+    Path(folder, 'exported').mkdir()
+    for name, precision in (('model', 'float32'), ('model_fp16', 'float16'), ('model_quantized', 'int8')):
+        export_onnx(student, Path(folder, 'exported', f'{name}.onnx'), precision=precision, calibration=images)
+
+
+@pytest.mark.slow
+def test_files_for_browsers_leave_the_student_as_it_is(hub: Hub, trainer: Client, tmp_path: Path) -> None:
+    """To the byte, and timm and transformers load it as before."""
+    pytest.importorskip('onnxruntime', reason="the extra 'onnx' is not installed")
+    student = ('run', '--push-to-hub', 'alice/student')
+    assert trainer.run(_publish, *student)['code'] == 0
+    before = hub.files('alice/student')
+    trainer.run(_export, 'run')
+    named = trainer.run(_publish, 'run', '--push-onnx', 'alice/student-ONNX')
+    assert 'give that, too, with --push-to-hub' in named['stderr']
+    for _ in range(2):
+        assert trainer.run(_publish, *student, '--push-onnx', 'alice/student-ONNX')['code'] == 0
+    assert hub.files('alice/student') == before
+    assert len(hub.repos['alice/student'].commits) == len(hub.repos['alice/student-ONNX'].commits) == 2
+    files = hub.files('alice/student-ONNX')
+    assert set(files) == {
+        '.gitattributes', 'README.md', 'config.json', 'preprocessor_config.json', 'onnx/model.onnx',
+        'onnx/model_fp16.onnx', 'onnx/model_quantized.onnx',
+    }  # fmt: skip
+    assert not any(str(tmp_path).encode() in data for data in files.values())
+    card = ModelCard(files['README.md'].decode()).data.to_dict()
+    assert card['library_name'] == 'transformers.js'
+    assert (card['base_model'], card['base_model_relation']) == ('alice/student', 'quantized')
+    labels = json.loads(files['config.json'])['id2label']
+    assert labels == {str(i): name for i, name in enumerate(sorted(clients.LABELS))}
+    reader = Client(hub.endpoint, tmp_path / 'reader', token=None)
+    logits = reader.run(clients.load_with_timm, 'hf-hub:alice/student')
+    loaded = reader.run(clients.load_with_transformers, 'alice/student')
+    assert loaded['same_weights']
+    assert loaded['logits'][0] == pytest.approx(logits[0], abs=1e-5)
