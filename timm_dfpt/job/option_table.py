@@ -104,19 +104,26 @@ class Options:
     prompt_kernel_sizes: list[int] = _opt([1, 3, 5], 'kernel sizes of the partial convolutions', 'prompt path', low=1)
     prompt_norm: Literal['batch', 'layer', 'none'] = _opt('batch', 'norm layer of the blocks', 'prompt path')
     prompt_act: str = _opt('relu', 'activation of the blocks', 'prompt path')
-    prompt_fusion: Literal['conv', 'depthwise', 'none'] = _opt(
-        'conv', 'fusion: conv (1x1, paper), depthwise, or none', 'prompt path'
+    prompt_fusion: Literal['conv', 'depthwise', 'none'] | None = _opt(
+        None, 'fusion: conv (1x1, paper), depthwise, or none', 'prompt path', unset='conv; none as --prompt-block'
     )
-    prompt_block: bool = _opt(True, 'use prompt blocks', 'prompt path')
+    prompt_block: bool | None = _opt(
+        None, 'use prompt blocks', 'prompt path', unset='yes; no for dfpt+ with a teacher of other classes'
+    )
     prompt_head: bool = _opt(True, 'give the prompt path a trainable head of its own', 'prompt path')
-    prompt_norms: Literal['teacher', 'own'] = _opt(
-        'teacher', "norm layers of the backbone: the teacher's, or the path's own, with statistics of its own",
-        'prompt path',
+    prompt_norms: Literal['teacher', 'own'] | None = _opt(
+        None, "norm layers of the backbone: the teacher's, or the path's own, with statistics of its own",
+        'prompt path', unset='teacher; own for a teacher of other classes',
     )  # fmt: skip
     prompt_opt: str = _opt('adamw', 'optimizer of the prompt path (timm)', 'prompt path')
-    prompt_lr: float = _opt(1e-3, 'learning rate of the prompt path', 'prompt path', low=0)
+    prompt_lr: float | None = _opt(
+        None, 'learning rate of the prompt path', 'prompt path', low=0,
+        unset='0.001; 0.003 for a teacher of other classes',
+    )  # fmt: skip
     prompt_weight_decay: float = _opt(0.01, 'weight decay of the prompt path', 'prompt path', low=0)
-    prompt_backbone_lr_scale: float = _opt(0.3, 'dfpt+: lr of the backbone copy, x prompt_lr', 'prompt path', low=0)
+    prompt_backbone_lr_scale: float | None = _opt(
+        None, 'dfpt+: lr of the backbone copy, x prompt_lr', 'prompt path', low=0, unset='0.3'
+    )
     # --- data
     dataset: str | None = _opt(None, 'Hub id, folder of class folders, or parquet', 'data')
     dataset_config: str | None = _opt(None, 'configuration name of the dataset', 'data')

@@ -16,6 +16,7 @@ from ..backbone.input_size import input_size_of, set_input_size
 from ..hub.files import read_specs
 from ..hub.timm_models import ModelSource, check_takes, load_weights_file
 from ..job.options import TrainConfig
+from ..job.path_options import path_options
 from ..tasks.methods import METHODS
 from ..teacher.blocks import PromptConfig
 from ..teacher.teacher import DualForwardPathTeacher
@@ -264,6 +265,7 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
             )
         return teacher
     stages: Any = config.prompt_stages or None
+    path = path_options(config)
     if stages and len(stages) == 1 and stages[0].isdigit():
         stages = int(stages[0])
     try:
@@ -273,10 +275,10 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
             kernel_sizes=tuple(config.prompt_kernel_sizes),
             norm_layer=_NORM_LAYERS[config.prompt_norm],
             act_layer=config.prompt_act,
-            fusion=config.prompt_fusion,
-            block=config.prompt_block,
+            fusion=path.fusion,
+            block=path.block,
             new_head=config.prompt_head,
-            norms=config.prompt_norms,
+            norms=path.norms,
         )
         new = num_classes if config.teacher_head == 'new' else None
         return wrap(model, stages=stages, num_classes=new, prompt=prompt, variant=variant)
@@ -284,7 +286,7 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
         # What only the blocks and the model can check, under the names of the options.
         names = {
             'PromptConfig.kernel_sizes': 'prompt_kernel_sizes', 'PromptConfig.act_layer': 'prompt_act',
-            'stages': 'prompt_stages',
+            'stages': 'prompt_stages', 'norms': 'prompt_norms',
         }  # fmt: skip
-        message = re.sub(r'^[\w.]+|\bstages(?==)', lambda found: names.get(found[0], found[0]), str(error))
+        message = re.sub(r'^[\w.]+|\b(stages|norms)(?==)', lambda found: names.get(found[0], found[0]), str(error))
         raise ValueError(message) from error
