@@ -74,7 +74,9 @@ def _accuracy(forward: Callable[[torch.Tensor], torch.Tensor], loader: Any, acce
 
 
 def _remedy(config: TrainConfig) -> str | None:
-    """Return what helps against a bad teacher; `None` where its weight is not the default one."""
+    """Return what helps against a bad teacher; `None` where its weight is not the default one, or all that there is."""
+    if config.unlabelled:
+        return None
     fit = ', or fit its head to these images with --teacher-head fit' if config.teacher_head == 'own' else ''
     if METHODS[config.method].variant:
         weights = config.dfpt_weights
