@@ -85,6 +85,24 @@ def test_no_batch_and_infinite_images_are_refused():
         timm_dfpt.adapt_statistics(Net(), [torch.full((2, 3, 8, 8), float('inf'))])
 
 
+@pytest.mark.parametrize('variant', ['dfpt', 'dfpt+'])
+def test_of_a_teacher_they_are_those_of_its_prompt_path(variant):
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=5).eval()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    expected = timm_dfpt.adapt_statistics(model, batches())
+    teacher = timm_dfpt.wrap(model, prompt=timm_dfpt.PromptConfig(norms='own'), variant=variant)
+    adapted = timm_dfpt.adapt_statistics(teacher, batches())
+    x = batches(1)[0]
+    with torch.no_grad():
+        original, path = adapted.eval()(x)
+        assert torch.equal(original, teacher.eval().original(x))
+        assert torch.equal(teacher.prompt(x), original)
+        torch.testing.assert_close(path, expected.eval()(x), rtol=1e-5, atol=1e-5)
+        assert (path - original).abs().max() > 0.01
+
+
 def test_a_path_with_the_statistics_of_its_teacher_is_refused():
     teacher = timm_dfpt.wrap(timm.create_model('test_resnet', num_classes=5))
     with pytest.raises(ValueError, match=r"wrap with PromptConfig\(norms='own'\)"):

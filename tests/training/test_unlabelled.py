@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import RESNET
+from timm_dfpt import DualForwardPathTeacher
 from timm_dfpt.hub.cards import RunFacts, student_card
 from timm_dfpt.training import compare
 from timm_dfpt.training.run import main
@@ -144,6 +145,39 @@ def test_features_first_and_then_labels(runs, tiny, tmp_path):
     tuned, first = (load_file(folder / 'model.safetensors') for folder in (tmp_path / 'run' / 'student', backbone))
     assert tuned['fc.weight'].shape == (3, model.num_features)
     torch.testing.assert_close(tuned['layer1.0.conv1.weight'], first['layer1.0.conv1.weight'])
+
+
+@pytest.mark.parametrize('variant', ['dfpt', pytest.param('dfpt+', marks=pytest.mark.slow)])
+def test_a_path_of_other_statistics_teaches_what_such_a_teacher_does(variant, runs, tiny, tmp_path):
+    """The prompt path and plain KD from the adapted teacher are two ways to one student; the path is saved."""
+    data = runs('none').with_name('data none')
+    assert main(argv(tiny, data, tmp_path / 'run', '--method', variant, *METHODS[4:])) == 0
+    files = [folder / 'metrics.jsonl' for folder in (tmp_path / 'run', runs('none'))]
+    lines = [json.loads(file.read_text().splitlines()[0]) for file in files]
+    for key, value in lines[1]['kd']['val']['student'].items():
+        assert lines[0][variant]['val']['student'][key] == pytest.approx(value, rel=1e-3), key
+    published, model = (timm.create_model(f'local-dir:{tiny.teacher}', pretrained=True).eval() for _ in range(2))
+    teacher = DualForwardPathTeacher.from_pretrained(tmp_path / 'run' / 'prompt_path', model=published)
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(teacher.original(x), model(x))
+        kept = load_file(runs('none') / 'teacher_statistics.safetensors')
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        for number, layer in enumerate(layers):
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(kept[f'0.{number}.{name}'])
+        torch.testing.assert_close(teacher.prompt(x), model(x))
+    if variant == 'dfpt':
+        # Nothing but norm layers is its own.
+        saved = load_file(tmp_path / 'run' / 'prompt_path' / 'prompt_path.safetensors')
+        own = [value for layer in layers for value in layer.state_dict().values()]
+        assert sum(map(torch.numel, saved.values())) == sum(map(torch.numel, own))
+
+
+def test_without_batch_norm_a_path_has_nothing_to_say(tiny, tmp_path, capsys):
+    more = ['--method', 'dfpt', '--teacher', f'local-dir:{tiny.vit_teacher}']
+    assert main(argv(tiny, tiny.data, tmp_path / 'out', *more)) == 1
+    assert 'has no BatchNorm, whose statistics are all that a prompt path can learn' in capsys.readouterr().err
 
 
 @pytest.mark.slow

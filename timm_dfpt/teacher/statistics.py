@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 
 from ..backbone.modes import evaluating, look_through
 from ..backbone.types import name_of
-from .prompt_path import match_dtype
+from .prompt_path import PromptPath, match_dtype
 from .teacher import DualForwardPathTeacher
 
 __all__ = ['adapt_statistics', 'estimate_statistics', 'own_layers']
@@ -63,7 +63,7 @@ def own_layers(model: nn.Module) -> list[_BatchNorm]:
         ValueError: If the prompt path has the statistics of the original path, which must stay as they are.
     """
     if isinstance(model, DualForwardPathTeacher):
-        if _layers_of(model.model) and getattr(model.config, 'norms', 'teacher') != 'own':
+        if _layers_of(model.model) and model.config.norms != 'own':
             raise ValueError(
                 'The prompt path has the BatchNorm statistics of the original path, which must stay as they are: wrap '
                 "with PromptConfig(norms='own')."
@@ -141,6 +141,9 @@ def estimate_statistics(
 
     # A mean of many batches that is kept in half precision would stop moving.
     with evaluating(model), _in_float32(model) if low else contextlib.nullcontext():
+        if isinstance(model, PromptPath):
+            # Its layers stay in training only where it is itself.
+            model.training = True
         update_bn(counted(), _Pass(layers, forward), device=torch.device(device))
     if not count:
         raise ValueError('The loader has no batch to estimate statistics on: give more images, or smaller batches.')
