@@ -1,0 +1,175 @@
+"""Write the page of tables of the study of foreign teachers, and its plot, from plan and records and nothing else.
+
+    python -m benchmarks.foreign.report            # rewrite docs/FOREIGN.md and docs/results/foreign-cost.png
+    python -m benchmarks.foreign.report --check    # write nothing; exit 1 if the page is not what the records give
+"""
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.foreign.analysis import Study
+from benchmarks.foreign.plan import PLAN_FILE, Plan
+from benchmarks.foreign.run import RECORDS, read_records
+from timm_dfpt.hub.markdown import markdown_table
+from timm_dfpt.reports.intervals import summarise
+from timm_dfpt.training.report import save_figure
+
+__all__ = ['draw', 'main', 'page']
+
+DOCUMENT = Path(__file__).parents[2] / 'docs' / 'FOREIGN.md'
+PLOT = 'foreign-cost.png'
+
+
+def page(study: Study) -> str:
+    """Return the whole page."""
+    hours = sum(record['total_cpu_s'] for record in study.records) / 3600
+    phases = [record['phase'] for record in study.records]
+    machines = sorted({record['machine']['cpu'] for record in study.records})
+    parts = [
+        '# From a foreign teacher to a small model: all tables',
+        'Written by `python -m benchmarks.foreign.report` from `benchmarks/foreign/plan.yaml` and the records in '
+        '`benchmarks/foreign/records`; what the regimes and ways are is said in the plan. '
+        f'{len(phases):,} runs ({phases.count("tune")} to tune, {phases.count("final")} final), {hours:.1f} CPU hours '
+        f'of training, evaluation not counted, on {", ".join(machines) or "-"}, one thread each.',
+        'Test top-1 of the last epoch in percent. In brackets: 95% interval of a difference by Welch over the seeds, '
+        'which are not paired. Cost: CPU time of the whole way (fitting, fine-tuning, adapting, all epochs), relative'
+        ' to the student alone for as many epochs. Arms with `=time` train for as long as the dearest.',
+    ]
+    for regime in study.regimes:
+        parts += _regime(study, regime)
+    if any(study.arms(regime) for regime in study.regimes):
+        parts.append(f'![Test accuracy against the total cost of a way, by regime](results/{PLOT})')
+    return '\n\n'.join(parts) + '\n'
+
+
+def _regime(study: Study, regime: str) -> list[str]:
+    values = study.plan.values['regimes'][regime]
+    parts = [f'## {regime}', values['about']]
+    finals, trials = study.arms(regime), study.arms(regime, 'tune')
+    if finals:
+        missing = study.missing(regime)
+        if missing:
+            parts.append(f'**Not finished: {missing} of the planned students are missing.**')
+        contrasts = study.primary(regime)
+        rows = []
+        for arm, records in finals.items():
+            rows.append([
+                arm,
+                _options(records[0]['stages']),
+                ' + '.join('fit' if each is None else str(each) for each in records[0]['epochs']),
+                str(len(records)),
+                _spread([record['student_top1'] for record in records]),
+                _mean([record['path_top1'] for record in records]),
+                _mean([record['teacher_top1'] for record in records]),
+                _number(study.cost(regime, arm)),
+                _difference(study.difference(regime, arm, 'alone')),
+            ])
+        head = ['arm', 'options', 'epochs', 'n', 'test', 'path', 'teacher', 'cost', '- alone']
+        parts.append(markdown_table(head, rows, text_columns=3))
+        if contrasts:
+            rows = [[f'{one} - {other}', _difference(study.difference(regime, one, other))] for one, other in contrasts]
+            parts += ['Primary contrasts, written down before the first of these records:',
+                      markdown_table(['contrast', 'difference'], rows, text_columns=1)]
+    if trials:
+        chosen = study.chosen(regime).values()
+        rows = []
+        for trial, records in trials.items():
+            row = [
+                trial.partition(':')[0],
+                _options(records[0]['stages']),
+                ', '.join(_number(record['student_top1']) for record in records),
+                _mean([record['student_top1'] for record in records]),
+                _mean([record['path_top1'] for record in records]),
+                _number(statistics.median(record['total_cpu_s'] for record in records), '.0f'),
+            ]
+            rows.append([f'**{cell}**' for cell in row] if trial in chosen else row)
+        head = ['way', 'options', 'seeds', 'mean', 'path', 'CPU s']
+        parts += ['Tuning, validation top-1; bold: chosen.', markdown_table(head, rows, text_columns=3)]
+    return parts
+
+
+def _options(stages: Sequence[Mapping[str, Any]]) -> str:
+    texts = []
+    for stage in stages:
+        options = {key: value for key, value in stage.get('options', {}).items() if key not in ('method', 'epochs')}
+        texts.append(', '.join(f'{key}={value}' for key, value in options.items()) or '-')
+    return '; '.join(texts)
+
+
+def _number(value: float | None, form: str = '.2f') -> str:
+    return '-' if value is None else format(value, form)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    return _number(statistics.fmean(found)) if found else '-'
+
+
+def _spread(values: Sequence[float]) -> str:
+    summary = summarise(values)
+    return f'{summary["mean"]:.2f}' + (f' +- {summary["sd"]:.2f}' if summary['sd'] is not None else '')
+
+
+def _difference(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return '-'
+    low, high = summary['interval']
+    return f'{summary["mean"]:+.2f} [{low:+.2f}, {high:+.2f}]'
+
+
+def draw(study: Study, path: Path) -> None:
+    """Draw test accuracy against total cost, a line a way and a panel a regime."""
+    import matplotlib  # costs 0.3 s
+
+    matplotlib.use('agg')
+    from matplotlib import pyplot as plt  # costs 0.3 s
+
+    regimes = [regime for regime in study.regimes if study.arms(regime)]
+    figure, panels = plt.subplots(1, len(regimes), figsize=(4.2 * len(regimes), 4), layout='constrained', squeeze=False)
+    for regime, axes in zip(regimes, panels[0], strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for arm, records in study.arms(regime).items():
+            seconds = statistics.median(record['total_cpu_s'] for record in records)
+            accuracy = statistics.fmean(record['student_top1'] for record in records)
+            lines.setdefault(arm.partition(' ')[0], []).append((seconds, accuracy))
+        for number, (way, points) in enumerate(lines.items()):
+            xs, ys = zip(*sorted(points), strict=True)
+            axes.plot(xs, ys, marker='o', color=f'C{number % 10}', label=way)
+        axes.set(xlabel='CPU seconds, all of the way', ylabel='test top-1 %', title=regime, xscale='log')
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize='x-small')
+    save_figure(figure, path, dpi=90)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit code is 1 if `--check` finds a page that is not what the records give."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--plan', type=Path, default=PLAN_FILE, help='the study (%(default)s)')
+    parser.add_argument('--records', type=Path, default=RECORDS, help='folder of the records (%(default)s)')
+    parser.add_argument('--document', type=Path, default=DOCUMENT, help='the page (%(default)s)')
+    parser.add_argument('--check', action='store_true', help='write nothing, say whether the page is up to date')
+    args = parser.parse_args(argv)
+    records = read_records(args.records)
+    study = Study(Plan(args.plan, Path(), records), records)
+    text, plot = page(study), args.document.parent / 'results' / PLOT
+    has_finals = any(study.arms(regime) for regime in study.regimes)
+    if args.check:
+        same = args.document.is_file() and args.document.read_text(encoding='utf-8') == text
+        if not same or (has_finals and not plot.is_file()):
+            print(f'{args.document.name} is not what the records give; run python -m benchmarks.foreign.report')
+            return 1
+        return 0
+    args.document.write_text(text, encoding='utf-8')
+    if has_finals:
+        plot.parent.mkdir(exist_ok=True)
+        draw(study, plot)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
