@@ -4,6 +4,7 @@
     python -m benchmarks.step resnet50-resnet18 --size 224 --rounds 15
     python -m benchmarks.step --compile                # compiled, kept in benchmarks/results/step-compiled.md
     python -m benchmarks.step --freeze                 # before and after the freeze, in results/step-freeze.md
+    python -m benchmarks.step --parts                  # by what is trained, in results/step-parts.md
     python -m benchmarks.step --plot                   # cost against batch size and teacher depth
     python -m benchmarks.step resnet50-resnet18 --profile
 
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument('--ways', default=USUAL, help='letters of the ways to measure, a among them')
     parser.add_argument('--compile', action='store_true', help='compile with inductor')
     parser.add_argument('--freeze', action='store_true', help='measure before and after the freeze of the prompt path')
+    parser.add_argument('--parts', action='store_true', help='measure by what of the prompt path is trained')
     parser.add_argument('--plot', action='store_true', help='plot cost against batch size and depth instead')
     parser.add_argument('--profile', action='store_true', help='print where the time goes instead')
     args = parser.parse_args()
@@ -230,7 +232,10 @@ def main() -> None:
         usual, kind, how = ['quickstart', 'resnet32x4-resnet8x4'], '-compiled', 'compiled with inductor'
     elif args.freeze:
         usual, kind, how = list(_FREEZE), '-freeze', 'before and after the freeze of the prompt path'
-        args.ways = ''.join(way for way in WAYS if way not in 'bc')
+        args.ways = 'adefghijk'
+    elif args.parts:
+        usual, kind, how = list(_FREEZE), '-parts', 'by what of the prompt path is trained'
+        args.ways = 'adgeilmno'
     names = args.pairs or usual
     unknown = [name for name in names if name not in known]
     if unknown:

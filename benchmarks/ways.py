@@ -38,10 +38,14 @@ WAYS = {
     'i': 'DFPT-KD+, a = c = 0',
     'j': 'DFPT-KD+, a = c = 0, path frozen',
     'k': 'DFPT-KD, a = c = 0, path frozen, its logits kept',
+    'l': 'norms of its own and head, a = c = 0',
+    'm': 'norms of its own, blocks and head, a = c = 0',
+    'n': 'DFPT-KD+ with norms of its own, without blocks, a = c = 0',
+    'o': 'the same, path frozen',
 }
 USUAL = 'abcde'
 """Ways of a run at whose end the path is still tuned, with the default weights."""
-_PLUS, _ALONE, _FROZEN = 'eij', 'ghijk', 'fhjk'
+_PLUS, _ALONE, _FROZEN, _OWN_NORMS, _BARE = 'eijno', 'ghijklmno', 'fhjko', 'lmno', 'lno'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,9 @@ class Steps:
             if way == 'a':
                 return LogitDistillationTask(student, teacher.requires_grad_(False), verbose=False)
             return LogitLossTask(student, teacher, input_config=config, teacher_input_config=config, verbose=False)
-        wrapped = timm_dfpt.wrap(teacher, variant='dfpt+' if way in _PLUS else 'dfpt')
+        parts: dict[str, Any] = {'block': False, 'fusion': 'none'} if way in _BARE else {}
+        prompt = timm_dfpt.PromptConfig(norms='own' if way in _OWN_NORMS else 'teacher', **parts)
+        wrapped = timm_dfpt.wrap(teacher, variant='dfpt+' if way in _PLUS else 'dfpt', prompt=prompt)
         if way == 'c':
             wrapped.stop_sharing_prefix()
         return DFPTDistillationTask(

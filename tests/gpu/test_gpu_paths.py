@@ -50,6 +50,26 @@ def test_the_prompt_path_starts_as_the_original(family: str, precision: str, dev
         assert float(error) <= (0 if family == 'resnet' else START[precision])
 
 
+@pytest.mark.parametrize('precision', PRECISIONS)
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_path_with_norms_of_its_own_starts_as_the_original_and_leaves_it_alone(
+    family: str, precision: str, device: torch.device
+) -> None:
+    skip_tf32_on_cpu(device, precision)
+    x, _ = make_batch(device)
+    teacher = timm_dfpt.wrap(make_model(family, device), prompt=timm_dfpt.PromptConfig(norms='own')).eval()
+    with computing(device, precision):
+        out = teacher(x)
+        error = (out.prompt - out.original).detach().abs().max() / out.original.abs().max()
+        assert float(error) <= (0 if family == 'resnet' else START[precision])
+        teacher.train().prompt(x).float().square().sum().backward()
+        assert all(p.grad is not None for group in teacher.parameter_groups() for p in group['params'])
+        with torch.no_grad():
+            for norm in teacher.prompt_path.norms:
+                norm.weight.mul_(1.1)
+        assert torch.equal(teacher.eval()(x).original, out.original)
+
+
 @pytest.mark.parametrize('precision', ['float32', 'bf16'])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_sharing_the_prefix_changes_no_bit(family: str, precision: str, device: torch.device) -> None:

@@ -216,3 +216,13 @@ def test_saved_and_loaded(variant, config, tmp_path):
     assert all(map(torch.equal, loaded(images()), teacher(images())))
     for mine, theirs in zip(loaded.prompt_path.norms, teacher.prompt_path.norms, strict=True):
         assert all(map(torch.equal, mine.state_dict().values(), theirs.state_dict().values()))
+
+
+@pytest.mark.parametrize('config', [OWN, BARE])
+def test_compiled_to_one_graph(config):
+    torch._dynamo.reset()
+    plain, compiled = (timm_dfpt.wrap(make_model(), prompt=config).train() for _ in range(2))
+    logits = torch.compile(compiled.prompt, fullgraph=True, backend='eager')(images())
+    assert torch.equal(logits, plain.prompt(images()))
+    buffers = (paths.prompt_path.norms.state_dict().values() for paths in (compiled, plain))
+    assert all(map(torch.equal, *buffers))
