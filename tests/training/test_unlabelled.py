@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.jobs import Job
 from tests.tiny import RESNET
 from timm_dfpt import DualForwardPathTeacher
 from timm_dfpt.hub.cards import RunFacts, student_card
@@ -213,6 +214,23 @@ def test_a_teacher_without_batch_norm_teaches_as_it_is(tiny, tmp_path, capsys):
     assert main(argv(tiny, tiny.data, tmp_path / 'out', *more)) == 0
     assert 'has no BatchNorm to adapt, and the student learns what it says as it is' in capsys.readouterr().out
     assert not (tmp_path / 'out' / 'teacher_statistics.safetensors').exists()
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_teacher_and_end_as_one(tiny, tmp_path):
+    folders = [tmp_path / '1', tmp_path / '2']
+    for processes, folder in enumerate(folders, start=1):
+        more = ['--unlabelled', '--method', 'dfpt', '--teacher', f'local-dir:{tiny.teacher}', '--epochs', '1']
+        job = Job(tiny.vit_argv(folder, *more), tmp_path / f'{processes}.log', processes)
+        assert job.wait() == [0] * processes, job.output()
+    statistics, students = (
+        [load_file(folder / name) for folder in folders]
+        for name in ('teacher_statistics.safetensors', 'student/model.safetensors')
+    )
+    for name, value in statistics[0].items():
+        assert torch.equal(value, statistics[1][name]), name
+    for name, value in students[0].items():
+        torch.testing.assert_close(value, students[1][name], rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize(
