@@ -178,6 +178,7 @@ def test_tables_show_both_forms(tiny: TinyJob, tmp_path: Path, capsys: pytest.Ca
     assert rows['ONNX float32']['bytes'] < rows['timm']['bytes']
 
 
+@pytest.mark.slow
 def test_defaults_are_of_the_model(tmp_path: Path) -> None:
     model = trained_like(timm.create_model('resnet18', num_classes=3, in_chans=1, **RESNET))
     model.pretrained_cfg['label_names'] = ['ä', '<b>', '"']

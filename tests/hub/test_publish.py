@@ -258,7 +258,7 @@ def test_files_for_browsers_leave_the_student_as_it_is(hub: Hub, trainer: Client
     student = ('run', '--push-to-hub', 'alice/student')
     assert trainer.run(_publish, *student)['code'] == 0
     before = hub.files('alice/student')
-    trainer.run(_export, 'run')
+    trainer.start(_export, 'run', timeout=280).outcome()
     named = trainer.run(_publish, 'run', '--push-onnx', 'alice/student-ONNX')
     assert 'give that, too, with --push-to-hub' in named['stderr']
     for _ in range(2):
