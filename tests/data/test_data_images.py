@@ -140,25 +140,17 @@ BAD_INSIDE = {
 }
 
 
-@pytest.mark.parametrize('name', BAD)
-def test_bad_images_are_found_without_and_with_decoding(name: str) -> None:
-    source, message = BAD[name]
+@pytest.mark.parametrize('name', BAD | BAD_INSIDE)
+def test_a_check_finds_what_decoding_finds(name: str) -> None:
+    source, message = (BAD | BAD_INSIDE)[name]
     assert message in str(inspect_image(source).problem)
     with pytest.raises(BadImageError, match=message or None):
         decode_image(source)
 
 
-@pytest.mark.parametrize('name', BAD | BAD_INSIDE)
-def test_a_check_in_full_finds_what_decoding_finds(name: str) -> None:
-    source, message = (BAD | BAD_INSIDE)[name]
-    assert message in str(inspect_image(source, in_full=True).problem)
-    with pytest.raises(BadImageError, match=message or None):
-        decode_image(source)
-
-
 @pytest.mark.parametrize('name', SAME_AS_PILLOW)
-def test_a_check_in_full_has_nothing_against_good_images(name: str) -> None:
-    assert inspect_image(SAME_AS_PILLOW[name], in_full=True).problem is None
+def test_a_check_has_nothing_against_good_images(name: str) -> None:
+    assert inspect_image(SAME_AS_PILLOW[name]).problem is None
 
 
 def test_a_job_that_skips_bad_images_gets_to_its_end(tiny, tmp_path, capsys) -> None:
@@ -217,7 +209,6 @@ TRANSPARENT = {
 @pytest.mark.parametrize('name', TRANSPARENT)
 def test_transparent_images_are_laid_over_the_background(name: str) -> None:
     source = TRANSPARENT[name]
-    assert inspect_image(source, in_full=True).transparent
     assert inspect_image(source).transparent
     for background, color in (('white', 255), ('10,10,10', 10), ('7', 7)):
         for channels in (1, 3):
@@ -232,9 +223,9 @@ def test_half_transparent_images_are_mixed_and_others_left_alone() -> None:
     for name, source in SAME_AS_PILLOW.items():
         if 'transparen' not in name and 'alpha' not in name and name != 'rgba':
             np.testing.assert_array_equal(np.asarray(decode_image(source, 3, 'white')), pixels(source, 3))
-            assert not inspect_image(source, in_full=True).transparent
+            assert not inspect_image(source).transparent
     opaque = encode(Image.fromarray(RGB).convert('RGBA'))
-    assert not inspect_image(opaque, in_full=True).transparent
+    assert not inspect_image(opaque).transparent
 
 
 @pytest.mark.parametrize('text', ['', 'whitish', '1,2', '256', '-1', '1,2,300', '#12345'])
@@ -279,10 +270,7 @@ def test_images_of_fewer_bits_than_their_file(tmp_path, caplog, name: str, bits:
 
 
 @pytest.mark.parametrize('background', [None, 'white'])
-@pytest.mark.parametrize('small', [True, False])
-def test_transparent_images_are_counted(tmp_path, caplog, monkeypatch, background: str | None, small: bool) -> None:
-    if not small:
-        monkeypatch.setattr('timm_dfpt.data.inspection._SMALL', 5)
+def test_transparent_images_are_counted(tmp_path, caplog, background: str | None) -> None:
     for i, name in enumerate(['rgb', *TRANSPARENT, 'grey jpeg']):
         folder = tmp_path / 'ab'[i % 2]
         folder.mkdir(exist_ok=True)
@@ -294,18 +282,28 @@ def test_transparent_images_are_counted(tmp_path, caplog, monkeypatch, backgroun
     assert all(message.startswith(f'{len(TRANSPARENT)} of {len(TRANSPARENT) + 2} images') for message in messages)
 
 
-def test_small_sets_are_read_through(tmp_path, monkeypatch) -> None:
+def test_small_sets_are_read_through_and_large_ones_on_demand(tmp_path, monkeypatch) -> None:
     for name in 'ab':
         for i in range(3):
             (tmp_path / name).mkdir(exist_ok=True)
             Image.fromarray(RGB + np.uint8(i)).save(tmp_path / name / f'{i}.png')
     (tmp_path / 'b' / '2.png').write_bytes(short_png())
-    with pytest.raises(ValueError, match=r'1 images of split .*b/2.png .*truncated.*--on-bad-image skip') as error:
+    message = r'1 images of split .*b/2.png .*truncated.*--on-bad-image skip'
+    with pytest.raises(ValueError, match=message) as error:
         load_splits(str(tmp_path))
     assert '\n' not in str(error.value)
-    monkeypatch.setattr('timm_dfpt.data.inspection._SMALL', 5)
-    monkeypatch.setattr('timm_dfpt.data.inspection._SAMPLE', 1)
-    assert len(load_splits(str(tmp_path)).train) == 4
+    assert not load_splits(str(tmp_path), check_images='off').checked
+    monkeypatch.setattr('timm_dfpt.data.datasets.SMALL', 5)
+    large = load_splits(str(tmp_path))
+    assert len(large.train) == 4
+    assert not large.checked
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(tmp_path), check_images='on')
+    left = load_splits(str(tmp_path), on_bad_image='skip')
+    assert left.checked
+    assert len(left.train) + len(left.val) == 5
+    with pytest.raises(ValueError, match='leave --check-images off out'):
+        load_splits(str(tmp_path), on_bad_image='skip', check_images='off')
 
 
 def test_channels_are_one_or_three() -> None:

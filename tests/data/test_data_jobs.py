@@ -24,9 +24,9 @@ from timm_dfpt.training.run_folder import RunFolder
 def test_parameters_of_the_data_are_called_as_their_options() -> None:
     """Else messages would name what is not on the command line."""
     options = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert set(inspect.signature(load_splits).parameters) <= options
+    assert set(inspect.signature(load_splits).parameters) - {'once', 'teacher_classes'} <= options
     assert {field.name for field in dataclasses.fields(AugmentConfig)} <= options
-    own = {'data_config', 'is_training', 'augmentation', 'pin_memory'}
+    own = {'data_config', 'is_training', 'augmentation', 'pin_memory', 'passes'}
     assert set(inspect.signature(create_loader).parameters) - own <= options
 
 
@@ -108,15 +108,19 @@ def short_png(width: int) -> bytes:
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])
-def test_a_bad_image_in_training_is_one_line(tiny, tmp_path, capfd, monkeypatch, workers: str) -> None:
-    """In a large set, of which few images are decoded before."""
-    monkeypatch.setattr('timm_dfpt.data.inspection._SMALL', 5)
-    monkeypatch.setattr('timm_dfpt.data.inspection._SAMPLE', 1)
+def test_a_bad_image_in_training_is_one_line_and_a_checkpoint(tiny, tmp_path, capfd, monkeypatch, workers: str) -> None:
+    """In a large set, none of which is read before; with the image replaced the run ends as if nothing had been."""
+    monkeypatch.setattr('timm_dfpt.data.datasets.SMALL', 5)
+    monkeypatch.setattr('timm_dfpt.data.fingerprint.SMALL', 5)
+    monkeypatch.setattr('timm_dfpt.data.fingerprint._SIZES', 2)
     shutil.copytree(tiny.data, tmp_path / 'data')
+    argv = ['--dataset', str(tmp_path / 'data'), '--method', 'kd', '--workers', workers, '--cache-images', 'off']
+    # Not among those whose sizes are known.
     bad = sorted((tmp_path / 'data' / 'train' / 'birch').iterdir())[5]
+    good = bad.read_bytes()
     bad.write_bytes(short_png(16))
-    argv = tiny.argv(tmp_path / 'run', '--dataset', str(tmp_path / 'data'), '--method', 'kd', '--workers', workers)
-    assert main([*argv, '--cache-images', 'off']) == 1
+    capfd.readouterr()
+    assert main(tiny.argv(tmp_path / 'run', *argv)) == 1
     shown = capfd.readouterr().err
     assert 'Traceback' not in shown
     errors = [line for line in shown.splitlines() if line.startswith('error: ')]
@@ -124,3 +128,12 @@ def test_a_bad_image_in_training_is_one_line(tiny, tmp_path, capfd, monkeypatch,
     assert errors[0].startswith(f'error: {bad} (row ')
     assert 'truncated' in errors[0]
     assert 'repair or remove it' in errors[0]
+    assert '--on-bad-image skip' in errors[0]
+    if workers == '2':
+        return
+    assert 'continue with' in errors[0]
+    bad.write_bytes(good)
+    assert main(tiny.argv(tmp_path / 'whole', *argv)) == 0
+    assert main(tiny.argv(tmp_path / 'run', *argv, '--resume')) == 0
+    ends = [(tmp_path / name / 'metrics.jsonl').read_text() for name in ('whole', 'run')]
+    assert ends[0] == ends[1]

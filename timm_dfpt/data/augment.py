@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from .checks import checked
+from .crops import RandomCrops
 from .seeding import derive_seed, preserved_rng, seed_rng
 
-__all__ = ['AugmentConfig', 'BatchTransform', 'create_transforms']
+__all__ = ['AugmentConfig', 'BatchTransform', 'create_crops', 'create_transforms']
 
 
 _TRIALS = 200  # of a policy, which draws a few of its operations each time
@@ -41,6 +42,8 @@ class AugmentConfig:
         reprob: Probability of random erasing.
         crop_padding: CIFAR's augmentation instead of random resized crops: the image as in evaluation, padded by so
             many black pixels on every side, and a random crop of the input size.
+        jpeg_draft: Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its random resized crop is still as large as the
+            input: faster for large photographs, and other pixels.
     """
 
     no_aug: bool = False
@@ -53,6 +56,7 @@ class AugmentConfig:
     aa: str | None = None
     reprob: float = _probability(0.0)
     crop_padding: int = dataclasses.field(default=0, metadata={'low': 0})
+    jpeg_draft: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -71,6 +75,17 @@ class AugmentConfig:
             clash = [name for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio') if getattr(self, name)]
             if clash:
                 raise ValueError(f'crop_padding={self.crop_padding} and {clash[0]} exclude each other; drop one')
+
+        if self.jpeg_draft and not self.plain_crops():
+            raise ValueError(
+                'jpeg_draft is for random resized crops and flips alone: leave no_aug, train_crop_mode, crop_padding, '
+                'aa, color_jitter and reprob out, or jpeg_draft'
+            )
+
+    def plain_crops(self) -> bool:
+        """Say whether there is nothing but random resized crops and flips."""
+        others = (self.no_aug, self.crop_padding, self.aa, self.color_jitter, self.reprob)
+        return self.train_crop_mode in (None, 'rrc') and not any(others)
 
     def per_image(self) -> str | None:
         """Name what must be done image by image and keeps images from being decoded once for all, if anything does."""
@@ -164,6 +179,22 @@ class BatchTransform:
 
 def _flipped(positions: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     return torch.where(flip[:, None], positions.flip(1), positions)
+
+
+def create_crops(data_config: Mapping[str, Any], augment: AugmentConfig | None, seed: int) -> RandomCrops | None:
+    """Return random resized crops and flips, where there is nothing else to augment by.
+
+    Args:
+        data_config: As for `create_transforms`.
+        augment: Augmentation for training, `None` for evaluation.
+        seed: Seed of all epochs.
+    """
+    if augment is None or not augment.plain_crops():
+        return None
+    height, width = data_config['input_size'][1:]
+    ranges = {'scale': augment.scale, 'ratio': augment.ratio}
+    given: dict[str, Any] = {name: tuple(bounds) for name, bounds in ranges.items() if bounds}
+    return RandomCrops((height, width), seed, hflip=augment.hflip, vflip=augment.vflip, **given)
 
 
 def create_transforms(

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import unicodedata
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .class_names import match_classes
+from .columns import find_image_column, find_label_column, images_of, is_unlabelled, local_classes
 from .image_split import ImageSplit
 from .images import parse_color
-from .inspection import inspect_splits, warn_of_copies
-from .metadata import LABEL_COLUMNS
+from .inspection import SMALL, find_bad_images, warn_of_copies
 from .sources import open_dataset
 from .splits import assign_roles
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .files import FileTable
+
 __all__ = ['DataSplits', 'load_splits']
 
 _logger = logging.getLogger(__name__)
-
-_MAX_NAME = 1000  # what a published student may call a class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +47,11 @@ class DataSplits:
     val_from: str
 
     @property
+    def checked(self) -> bool:
+        """Whether all images have been read."""
+        return self.train.findings is None
+
+    @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
@@ -67,8 +70,10 @@ def load_splits(
     val_fraction: float = 0.1,
     seed: int = 0,
     on_bad_image: str = 'stop',
+    check_images: str = 'auto',
     background: str | None = None,
     teacher_classes: Sequence[str] | None = None,
+    once: Callable[[Callable[[], Any]], Any] = lambda act: act(),
 ) -> DataSplits:
     """Load a dataset for image classification and check it before any work starts.
 
@@ -76,10 +81,9 @@ def load_splits(
     being a function of `seed`. The test split is never taken for it. Classes are matched between splits by name
     (unicode NFC).
 
-    The images are read before training. Up to 10,000 of them are decoded (some 5,000 a second and core of 32 x 32
-    pixels, 500 (PNG) to 2,000 (JPEG) of 224 x 224), and images of equal content on both sides of a split are counted.
-    Larger sets get the quick look of `inspect_image` (about 10,000 a second and core), and are decoded to skip bad
-    images only.
+    Up to 10,000 images are read before training (some 5,000 a second and core of 32 x 32 pixels, 500 (PNG) to 2,000
+    (JPEG) of 224 x 224), and images of equal content on both sides of a split are counted. Of a larger folder only the
+    names are read; what is to be said of its images is noted when they are first read (`ImageSplit.findings`).
 
     Args:
         dataset: What `open_dataset` takes: a local folder of images, parquet, what `save_to_disk` has written, or the
@@ -94,9 +98,12 @@ def load_splits(
         val_fraction: Share of the training images to split off when there is no validation split, in (0, 1).
         seed: Seed of that split, not negative.
         on_bad_image: `'stop'`: an unreadable image is an error. `'skip'`: it is left out, with a warning naming it.
+        check_images: `'on'`: read all images before training, `'off'`: none, `'auto'`: up to 10,000; to skip bad images
+            all are read.
         background: Colour behind transparent images, see `parse_color`; by default transparency is dropped.
         teacher_classes: Train without labels, and take these names of classes: there need be no labels, those of the
             training split are dropped, and those of others are kept where all of their classes are among these.
+        once: Does what one process of several is to do for all, and returns the result in each.
 
     Returns:
         The splits. Rows without a label have the class number -1, and are numbered without what was left out.
@@ -111,6 +118,10 @@ def load_splits(
         raise ValueError(f'seed={seed} must not be negative')
     if on_bad_image not in ('stop', 'skip'):
         raise ValueError(f"on_bad_image={on_bad_image!r} must be 'stop' or 'skip'")
+    if check_images not in ('auto', 'on', 'off'):
+        raise ValueError(f"check_images={check_images!r} must be 'auto', 'on' or 'off'")
+    if check_images == 'off' and on_bad_image == 'skip':
+        raise ValueError("on_bad_image='skip' reads all images before training: leave --check-images off out")
     if background is not None:
         parse_color(background)
     named = {'train': train_split, 'val': val_split, 'test': test_split}
@@ -125,8 +136,8 @@ def load_splits(
     )
     roles = assign_roles(list(available), named)
     found = {role: available[name] for role, name in roles.items()}
-    image = _find_image_column(found['train'], input_key)
-    label = None if unlabelled else _find_label_column(found['train'], target_key, image)
+    image = find_image_column(found['train'], input_key)
+    label = None if unlabelled else find_label_column(found['train'], target_key, image)
     for role, split in found.items():
         for column, option in ((image, '--input-key'), (label, '--target-key')):
             if column is not None and column not in split.column_names:
@@ -140,15 +151,19 @@ def load_splits(
         labels = {role: _labels_if_any(split, target_key, image, class_names) for role, split in found.items()}
     else:
         assert label is not None
-        if 'test' in found and test_split is None and _is_unlabelled(found['test'], label):
+        if 'test' in found and test_split is None and is_unlabelled(found['test'], label):
             _logger.warning('Split %r has no labels and is not used', roles['test'])
             del found['test']
         class_names, labels = _number_classes(found, label, roles)
     splits = {
-        role: ImageSplit(roles[role], _undecoded(split, image), image, torch.from_numpy(labels[role]), background)
+        role: ImageSplit(roles[role], images_of(split, image), torch.from_numpy(labels[role]), background)
         for role, split in found.items()
     }
-    splits = inspect_splits(splits, on_bad_image)
+    few = sum(map(len, splits.values())) <= SMALL
+    checked = on_bad_image == 'skip' or check_images == 'on' or (check_images == 'auto' and few)
+    if checked:
+        bad = once(lambda: find_bad_images(splits, on_bad_image))
+        splits = {role: split.without(bad[role]) for role, split in splits.items()}
     if not unlabelled:
         _check_classes(splits, class_names)
 
@@ -164,85 +179,24 @@ def load_splits(
         val_from = f'{val_fraction:.1%} of split {name!r}, {"at random" if unlabelled else "stratified"}, seed {seed}'
     if unlabelled:
         splits['train'] = splits['train'].without_labels()
-    warn_of_copies(splits)
+    if checked:
+        once(lambda: warn_of_copies(splits))
+    else:
+        splits |= {role: splits[role].with_findings() for role in ('train', 'val')}
     return DataSplits(splits['train'], splits['val'], splits.get('test'), class_names, val_from)
 
 
 
 
-def _find_image_column(dataset: Dataset, named: str | None) -> str:
-    from datasets import Image  # costs 0.5 s
-
-    if named is not None:
-        if named not in dataset.column_names:
-            raise ValueError(
-                f'input_key={named!r} is unknown; the dataset has the columns {dataset.column_names}: name one of '
-                'them with --input-key'
-            )
-        return named
-    columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image) or _is_raw(feature)]
-    if len(columns) != 1:
-        problem = f'several image columns, {columns}' if columns else f'no image column among {dataset.column_names}'
-        raise ValueError(f'{problem}; name one with --input-key')
-    return columns[0]
-
-
-def _is_raw(feature: Any) -> bool:
-    return isinstance(feature, dict) and set(feature) == {'bytes', 'path'}
-
-
-def _find_label_column(dataset: Dataset, named: str | None, image_column: str) -> str:
-    from datasets import ClassLabel, Value  # costs 0.5 s
-
-    if named is not None:
-        if named not in dataset.column_names:
-            raise ValueError(
-                f'target_key={named!r} is unknown; the dataset has the columns {dataset.column_names}: name one of '
-                'them with --target-key'
-            )
-        return named
-    others = {name: feature for name, feature in dataset.features.items() if name != image_column}
-    columns = [name for name, feature in others.items() if isinstance(feature, ClassLabel)]
-    if not columns:
-        usable = [name for name, feature in others.items() if isinstance(feature, Value)]
-        columns = [name for name in LABEL_COLUMNS if name in usable][:1] or usable
-    if len(columns) != 1:
-        problem = f'several label columns, {columns}' if columns else f'no label column among {dataset.column_names}'
-        raise ValueError(f'{problem}; name one with --target-key')
-    return columns[0]
-
-
-def _undecoded(dataset: Dataset, image_column: str) -> Dataset:
-    from datasets import Image  # costs 0.5 s
-
-    feature = dataset.features[image_column]
-    if isinstance(feature, Image) and not feature.decode:
-        return dataset
-    try:
-        return dataset.cast_column(image_column, Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(
-            f'input_key={image_column!r} does not hold images: {error}; name another column with --input-key'
-        ) from error
-
-
-def _values(dataset: Dataset, column: str) -> list[Any]:
-    return dataset.select_columns(column).with_format(None)[column][:]
-
-
-def _is_unlabelled(dataset: Dataset, column: str) -> bool:
-    return all(value in (None, -1) for value in _values(dataset, column))
-
-
 def _number_classes(
-    splits: dict[str, Dataset], column: str, roles: dict[str, str]
+    splits: Mapping[str, Dataset | FileTable], column: str, roles: dict[str, str]
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """Give every class a number that is the same in all splits; returns class names and numbers `[N]` by split."""
     names: list[str] = []
     numbers: dict[str, np.ndarray] = {}
     for role, dataset in splits.items():
         where = f'column {column!r} of split {roles[role]!r}'
-        local_names, local = _local_classes(dataset, column, where)
+        local_names, local = local_classes(dataset, column, where)
         names = names or local_names
         unknown = {local_names[i] for i in np.unique(local)} - set(names)
         names = names + sorted(unknown)
@@ -256,57 +210,12 @@ def _number_classes(
     return names, numbers
 
 
-def _local_classes(dataset: Dataset, column: str, where: str) -> tuple[list[str], np.ndarray]:
-    from datasets import ClassLabel  # costs 0.5 s
-
-    values = _values(dataset, column)
-    if not values:
-        raise ValueError(f'{where} is empty')
-    missing = [row for row, value in enumerate(values) if value is None]
-    if missing:
-        raise ValueError(f'{where} has no label in {len(missing)} rows, the first is row {missing[0]}; remove them')
-    feature = dataset.features[column]
-    if isinstance(feature, ClassLabel):
-        names, local = list(feature.names), np.array(values, dtype=np.int64)
-        outside = np.flatnonzero((local < 0) | (local >= len(names)))
-        if outside.size:
-            row = int(outside[0])
-            raise ValueError(
-                f'{where} has {outside.size} labels out of range: row {row} has {local[row]}, '
-                f'the {len(names)} classes are 0 to {len(names) - 1}'
-            )
-    elif isinstance(values[0], (str, int)):
-        # Integers sort by value: as text, class 10 would come before class 2.
-        unique = sorted(set(values))
-        if unique[0] == -1:
-            raise ValueError(f'{where} has rows without a label (-1), the first is row {values.index(-1)}; remove them')
-        index = {value: i for i, value in enumerate(unique)}
-        names, local = [str(value) for value in unique], np.array([index[value] for value in values], dtype=np.int64)
-    else:
-        raise ValueError(
-            f'{where} holds {type(values[0]).__name__}; labels are class labels, strings or integers; name '
-            'another column with --target-key'
-        )
-    names = [unicodedata.normalize('NFC', name) for name in names]
-    wrong = [name for name in names if not 0 < len(name) <= _MAX_NAME]
-    if wrong:
-        what = f'a class whose name has {len(wrong[0])} characters' if wrong[0] else 'a class without a name (\'\')'
-        raise ValueError(
-            f'{where} has {what}, which no student can be published with: rename it, or name another column with '
-            '--target-key'
-        )
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f'{where} has several classes named {twice[0]!r} (in unicode NFC); rename or join them')
-    return names, local
-
-
-def _labels_if_any(dataset: Dataset, named: str | None, image: str, class_names: list[str]) -> np.ndarray:
+def _labels_if_any(dataset: Dataset | FileTable, named: str | None, image: str, class_names: list[str]) -> np.ndarray:
     """Return the class numbers `[N]` among `class_names`, -1 everywhere if there are no labels or others."""
     none = np.full(len(dataset), -1, dtype=np.int64)
     try:
-        column = _find_label_column(dataset, named, image)
-        names, local = _local_classes(dataset, column, f'column {column!r}')
+        column = find_label_column(dataset, named, image)
+        names, local = local_classes(dataset, column, f'column {column!r}')
     except ValueError:
         return none
     used = np.unique(local)

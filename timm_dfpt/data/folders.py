@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .files import FileTable, ImageFiles
+from .listing import Folder
 from .metadata import find_metadata, open_metadata
-from .paths import is_hidden, pack_path, printable
+from .paths import printable
 from .splits import assign_roles, role_of
 
 if TYPE_CHECKING:
@@ -23,72 +24,18 @@ __all__ = ['open_folder']
 _logger = logging.getLogger(__name__)
 
 # Name of the class to its folders; of a split.
-_Classes = Mapping[str, list['_Folder']]
-
-
-@dataclasses.dataclass(eq=False)
-class _Folder:
-    """A folder and what is visible in it.
-
-    Args:
-        path: Its path.
-        real: The same without links.
-        images: Names of the images, sorted, and whether each is a link.
-        others: Names of the other files.
-        folders: Folders in it, by name.
-    """
-
-    path: str
-    real: str
-    images: list[tuple[str, bool]]
-    others: list[str]
-    folders: dict[str, _Folder]
-    filled: bool = False  # whether there is an image in it, at any depth
-
-    @property
-    def parts(self) -> dict[str, _Folder]:
-        """The folders in it that hold images."""
-        return {name: folder for name, folder in self.folders.items() if folder.filled}
-
-    def walk(self) -> Iterator[_Folder]:
-        yield self
-        for folder in self.folders.values():
-            yield from folder.walk()
-
-
-def _scan(path: str, above: tuple[str, ...] = ()) -> _Folder:
-    real = os.path.realpath(path)
-    images, others, folders = [], [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if is_hidden(entry.name):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif has_file_allowed_extension(entry.name, IMG_EXTENSIONS):
-                images.append((entry.name, entry.is_symlink()))
-            else:
-                others.append(entry.name)
-    found = _Folder(path, real, sorted(images), sorted(others), {})
-    for name in sorted(folders):
-        child = os.path.join(path, name)
-        # A link to a folder around it has no end.
-        if os.path.realpath(child) not in (real, *above):
-            found.folders[name] = _scan(child, (real, *above))
-    found.filled = bool(images) or any(folder.filled for folder in found.folders.values())
-    return found
+_Classes = Mapping[str, list[Folder]]
 
 
 def open_folder(
-    path: Path, named: Mapping[str, str | None], target_key: str | None = None, unlabelled: bool = False
-) -> dict[str, Dataset]:
+    listed: Folder, named: Mapping[str, str | None], target_key: str | None = None, unlabelled: bool = False
+) -> Mapping[str, Dataset | FileTable]:
     """Open a folder of images.
 
-    Names that begin with a point, and the folders that systems leave behind, are left out at every level. Links are
-    followed; a file that is there twice because of them counts once.
+    A file that is there twice because of links counts once.
 
     Args:
-        path: A folder of class folders; of split folders above them, or in each of them; or with a `metadata.csv` (or
+        listed: A folder of class folders; of split folders above them, or in each of them; or with a `metadata.csv` (or
             `.jsonl`, `.parquet`) as `datasets` has it. A folder that holds nothing but one of these is looked through.
         named: For `train`, `val` and `test` the split that the user named, or `None`; a folder in a folder is written
             `a/b`, and `.` is the folder itself.
@@ -97,12 +44,12 @@ def open_folder(
             of all images in it, without the column `label`.
 
     Returns:
-        Split name to dataset. Images are referred to by path, class names are those of all splits.
+        Split name to images; a table of `datasets` where there is a metadata file. Class names are those of all splits.
 
     Raises:
         ValueError: If there are no classes, a class folder is empty, or it is not clear what is a split.
     """
-    root = _unwrapped(_scan(str(path)), named)
+    root = _unwrapped(listed, named)
     tables = _tables(root, named, target_key)
     if root in tables.values():
         return open_metadata(root.path, _relative(root), split_by_folder=True)
@@ -114,13 +61,13 @@ def open_folder(
     classes = sorted({name for split in splits.values() for name in split})
     if not classes:
         raise ValueError(
-            f'dataset={printable(str(path))!r}: expected one sub folder of images per class (with or without split '
+            f'dataset={printable(listed.path)!r}: expected one sub folder of images per class (with or without split '
             'folders above them), or a metadata.csv with the columns file_name and label, found neither'
         )
     return {name: _read(name, split, classes) for name, split in splits.items()}
 
 
-def _open_unlabelled(root: _Folder, named: Mapping[str, str | None]) -> dict[str, Dataset]:
+def _open_unlabelled(root: Folder, named: Mapping[str, str | None]) -> dict[str, FileTable]:
     given = {name: folder for name in named.values() if name and (folder := _find(root, name)) is not None}
     usual = {name: folder for name, folder in root.parts.items() if role_of(name) and root not in given.values()}
     # A folder next to others that are none is hardly a split: dates and the like, or classes.
@@ -139,17 +86,12 @@ def _open_unlabelled(root: _Folder, named: Mapping[str, str | None]) -> dict[str
     }
 
 
-def _read_flat(folder: _Folder) -> Dataset:
-    from datasets import Dataset, Features, Image  # costs 0.5 s
-
-    files: dict[str, str] = {}
-    for path, real in _images([folder]):
-        files.setdefault(real, path)
-    cells = [{'bytes': None, 'path': pack_path(path)} for path in files.values()]
-    return Dataset.from_dict({'image': cells}, features=Features({'image': Image(decode=False)}))
+def _read_flat(folder: Folder) -> FileTable:
+    kept, _ = _without_copies([(each, 0) for each in _in_order([folder])], [''])
+    return FileTable(ImageFiles((each.path, names) for each, _, names in kept))
 
 
-def _unwrapped(folder: _Folder, named: Mapping[str, str | None]) -> _Folder:
+def _unwrapped(folder: Folder, named: Mapping[str, str | None]) -> Folder:
     """Go down to the first folder in which there is a choice."""
     while len(folder.parts) == 1 and not folder.images and not find_metadata(folder.others):
         (inside,) = folder.parts.values()
@@ -163,15 +105,15 @@ def _unwrapped(folder: _Folder, named: Mapping[str, str | None]) -> _Folder:
     return folder
 
 
-def _find(root: _Folder, name: str | None) -> _Folder | None:
-    folder: _Folder | None = root if name else None
+def _find(root: Folder, name: str | None) -> Folder | None:
+    folder: Folder | None = root if name else None
     for part in (name or '').split('/'):
         if part not in ('', '.') and folder is not None:
             folder = folder.folders.get(part)
     return folder
 
 
-def _tables(root: _Folder, named: Mapping[str, str | None], target_key: str | None) -> dict[str, _Folder]:
+def _tables(root: Folder, named: Mapping[str, str | None], target_key: str | None) -> dict[str, Folder]:
     """Return the folders with a metadata file that has the labels, by split."""
     if find_metadata(root.others, root.path, target_key, len(root.parts) > 1):
         return {'train': root}
@@ -181,16 +123,16 @@ def _tables(root: _Folder, named: Mapping[str, str | None], target_key: str | No
     return {name: splits[name] for name in roles.values()}
 
 
-def _relative(folder: _Folder) -> set[str]:
+def _relative(folder: Folder) -> set[str]:
     """Return all images in a folder, relative to it."""
     return {
-        os.path.relpath(os.path.join(each.path, name), folder.path)
+        os.path.normpath(os.path.join(os.path.relpath(each.path, folder.path), name))
         for each in folder.walk()
-        for name, _ in each.images
+        for name in each.images
     }
 
 
-def _splits(root: _Folder, named: Mapping[str, str | None]) -> dict[str, _Classes]:
+def _splits(root: Folder, named: Mapping[str, str | None]) -> dict[str, _Classes]:
     where = printable(root.path)
     given = {name: folder for name in named.values() if name and (folder := _find(root, name)) is not None}
     parts = root.parts
@@ -230,15 +172,15 @@ def _unclear(where: str, what: str) -> str:
     )
 
 
-def _splits_in_classes(parts: Mapping[str, _Folder]) -> dict[str, _Classes]:
-    splits: dict[str, dict[str, list[_Folder]]] = {}
+def _splits_in_classes(parts: Mapping[str, Folder]) -> dict[str, _Classes]:
+    splits: dict[str, dict[str, list[Folder]]] = {}
     for label, folder in parts.items():
         for name, part in folder.parts.items():
             splits.setdefault(str(role_of(name)), {}).setdefault(label, []).append(part)
     return dict(splits)
 
 
-def _chosen(folders: Mapping[str, _Folder], named: Mapping[str, str | None]) -> dict[str, _Classes]:
+def _chosen(folders: Mapping[str, Folder], named: Mapping[str, str | None]) -> dict[str, _Classes]:
     used = {name: folders[name] for name in assign_roles(list(folders), named).values()}
     # A folder between split and classes, as in `train/images/cat`.
     while all(len(f.parts) == 1 and next(iter(f.parts.values())).parts for f in used.values() if f.parts):
@@ -254,9 +196,7 @@ def _chosen(folders: Mapping[str, _Folder], named: Mapping[str, str | None]) -> 
     }
 
 
-def _read(split: str, folders: _Classes, classes: list[str]) -> Dataset:
-    from datasets import ClassLabel, Dataset, Features, Image  # costs 0.5 s
-
+def _read(split: str, folders: _Classes, classes: list[str]) -> FileTable:
     empty = [folder.path for each in folders.values() for folder in each if not folder.filled]
     if empty:
         raise ValueError(
@@ -264,26 +204,11 @@ def _read(split: str, folders: _Classes, classes: list[str]) -> Dataset:
             f'add images ({", ".join(IMG_EXTENSIONS)}) or remove it'
         )
     numbers = {name: number for number, name in enumerate(classes)}
-    files: list[str] = []
-    labels: list[int] = []
-    seen: dict[str, tuple[str, str]] = {}
-    linked = 0
-    for label in sorted(folders):
-        for path, real in _images(folders[label]):
-            first, before = seen.setdefault(real, (path, label))
-            if before != label:
-                raise ValueError(
-                    f'{printable(path)!r} and {printable(first)!r} are one file by way of links, in two classes; '
-                    'remove one'
-                )
-            if first != path:
-                linked += 1
-                continue
-            files.append(pack_path(path))
-            labels.append(numbers[label])
+    ordered = [(each, numbers[label]) for label in sorted(folders) for each in _in_order(folders[label])]
+    kept, linked = _without_copies(ordered, classes)
     if linked:
         _logger.warning('%d links of split %r lead to files that are there already and count once', linked, split)
-    others = [os.path.join(f.path, name) for each in folders.values() for f in _walk(each) for name in f.others]
+    others = [os.path.join(folder.path, name) for folder, _ in ordered for name in folder.others]
     if others:
         _logger.warning(
             '%d files in the class folders of split %r are left out, the first is %r: convert them if they are images '
@@ -293,19 +218,43 @@ def _read(split: str, folders: _Classes, classes: list[str]) -> Dataset:
     if names != classes:
         wrong = next(name for name, known in zip(names, classes, strict=True) if name != known)
         _logger.warning('The name of class folder %r is not UTF-8, and the class is called so: better rename it', wrong)
-    features = Features({'image': Image(decode=False), 'label': ClassLabel(names=names)})
-    images = [{'bytes': None, 'path': file} for file in files]
-    return Dataset.from_dict({'image': images, 'label': labels}, features=features)
+    counts = np.array([len(images) for _, _, images in kept], np.int64)
+    labels = np.repeat(np.array([label for _, label, _ in kept], np.int64), counts)
+    return FileTable(ImageFiles((folder.path, images) for folder, _, images in kept), names, labels)
 
 
-def _walk(folders: Iterable[_Folder]) -> Iterator[_Folder]:
-    return (each for folder in folders for each in folder.walk())
+def _in_order(folders: Iterable[Folder]) -> list[Folder]:
+    """Return all folders in some, in the order of torchvision's `make_dataset`."""
+    return sorted((each for folder in folders for each in folder.walk()), key=lambda folder: folder.path)
 
 
-def _images(folders: Iterable[_Folder]) -> Iterator[tuple[str, str]]:
-    """Yield the paths of all images and where they lie without links, in the order of torchvision's `make_dataset`."""
-    for folder in sorted(_walk(folders), key=lambda folder: folder.path):
-        for name, is_link in folder.images:
+def _without_copies(
+    folders: list[tuple[Folder, int]], classes: list[str]
+) -> tuple[list[tuple[Folder, int, list[str]]], int]:
+    """Return folders and class numbers with the images that are no links to earlier ones, and how many links there are.
+
+    Raises:
+        ValueError: If a file is in two classes.
+    """
+    reals = {folder.real for folder, _ in folders}
+    if len(reals) == len(folders) and not any(folder.links for folder, _ in folders):
+        return [(folder, label, folder.images) for folder, label in folders], 0
+    seen: dict[str, tuple[str, int]] = {}
+    kept, linked = [], 0
+    for folder, label in folders:
+        images = []
+        for name in folder.images:
             path = os.path.join(folder.path, name)
             # Only of links: a call for each of a million files would take a minute.
-            yield path, os.path.realpath(path) if is_link else os.path.join(folder.real, name)
+            real = os.path.realpath(path) if name in folder.links else os.path.join(folder.real, name)
+            first, before = seen.setdefault(real, (path, label))
+            if before != label:
+                raise ValueError(
+                    f'{printable(path)!r} and {printable(first)!r} are one file by way of links, in two classes; '
+                    'remove one'
+                )
+            if first == path:
+                images.append(name)
+        linked += len(folder.images) - len(images)
+        kept.append((folder, label, images))
+    return kept, linked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import struct
@@ -11,13 +12,17 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-__all__ = ['BadImageError', 'EncodedImage', 'ImageReport', 'decode_image', 'inspect_image', 'parse_color']
+__all__ = [
+    'BadImageError', 'EncodedImage', 'ImageReport', 'Reduction', 'decode_and_inspect', 'decode_image', 'inspect_image',
+    'parse_color', 'read_source',
+]  # fmt: skip
 
 # The bytes of an image file, or the path of one. `None` is how `datasets` says that a row has no image.
 EncodedImage = bytes | str | None
 
 T = TypeVar('T')
 
+_ORIENTATION = 0x0112  # in EXIF
 _MODES = {1: 'L', 3: 'RGB'}
 # What Pillow's decoders raise on damaged files: the documented OSError, and what escapes from the parsers of formats.
 _DECODE_ERRORS = (
@@ -35,8 +40,8 @@ class ImageReport(NamedTuple):
 
     Args:
         problem: The reason why it cannot be used, or `None` if it can.
-        transparent: Whether pixels of it are transparent; without decoding, whether it has an alpha channel.
-        peak: The largest value of an image of 16 bits; `None` for other images, and without decoding.
+        transparent: Whether pixels of it are transparent.
+        peak: The largest value of an image of 16 bits; `None` for other images.
     """
 
     problem: str | None = None
@@ -68,7 +73,46 @@ def parse_color(text: str) -> tuple[int, int, int]:
     return color[0], color[1], color[2]
 
 
-def decode_image(source: EncodedImage, channels: int = 3, background: str | None = None) -> Image.Image:
+@dataclasses.dataclass
+class Reduction:
+    """A wish to have a JPEG decoded at a smaller size, which is several times faster.
+
+    Args:
+        choose: From width and height the factor by which it may be smaller: 1, 2, 4 or 8.
+        whole: Its width and height, once it is decoded.
+    """
+
+    choose: Callable[[int, int], int]
+    whole: tuple[int, int] | None = None
+
+    def apply(self, image: Image.Image) -> None:
+        """Tell the decoder, if it is one of JPEGs; an orientation would turn width and height."""
+        if image.format != 'JPEG' or image.getexif().get(_ORIENTATION, 1) != 1:
+            return
+        self.whole = image.size
+        factor = self.choose(*image.size)
+        if factor > 1:
+            image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+
+
+def read_source(source: EncodedImage) -> bytes | None:
+    """Return the bytes of an image.
+
+    Raises:
+        BadImageError: If there is no such file.
+    """
+    if not isinstance(source, str):
+        return source
+    try:
+        with open(source, 'rb') as file:
+            return file.read()
+    except OSError as error:
+        raise BadImageError(f'{type(error).__name__}: {error}') from error
+
+
+def decode_image(
+    source: EncodedImage, channels: int = 3, background: str | None = None, reduction: Reduction | None = None
+) -> Image.Image:
     """Decode an image of any kind to 8 bits and the wanted number of channels.
 
     Grey, palette, bilevel and CMYK images are converted. Transparency is dropped, as torchvision, timm and transformers
@@ -80,6 +124,7 @@ def decode_image(source: EncodedImage, channels: int = 3, background: str | None
         source: The bytes of the file, or its path.
         channels: 1 for a grey image (Pillow mode `L`), 3 for `RGB`.
         background: The colour to lay transparent images over, see `parse_color`; `None`: transparency is dropped.
+        reduction: Where a JPEG may be smaller.
 
     Returns:
         A loaded image `[H, W]` or `[H, W, 3]`.
@@ -91,26 +136,56 @@ def decode_image(source: EncodedImage, channels: int = 3, background: str | None
     if channels not in _MODES:
         raise ValueError(f'channels={channels}: images are decoded to 1 (grey) or 3 (RGB) channels')
     color = None if background is None else parse_color(background)
-    return _reading(source, lambda image: _convert(image, _MODES[channels], color))
+
+    def use(image: Image.Image) -> Image.Image:
+        if reduction is not None:
+            reduction.apply(image)
+        return _convert(image, _MODES[channels], color)
+
+    return _reading(source, use)
 
 
-def inspect_image(source: EncodedImage, in_full: bool = False) -> ImageReport:
-    """Look for what is wrong with an image or unusual, without decoding it where the format allows that.
+def decode_and_inspect(
+    source: EncodedImage, channels: int = 3, background: str | None = None, reduction: Reduction | None = None
+) -> tuple[Image.Image, ImageReport]:
+    """Decode an image as `decode_image` does, and say what is unusual about it.
 
-    PNG carries checksums and JPEG an end marker, which find truncated files at the price of reading them. Files that
-    fail here, and all other formats, are decoded, and that decides. What was damaged before its checksum was made, or
-    in the middle of a JPEG, is found by decoding alone: 4 to 50 times slower, the larger the image the more.
+    Args:
+        source: As for `decode_image`.
+        channels: As for `decode_image`.
+        background: As for `decode_image`.
+        reduction: As for `decode_image`.
+
+    Raises:
+        BadImageError: As `decode_image` does.
+    """
+    color = None if background is None else parse_color(background)
+
+    def use(image: Image.Image) -> tuple[Image.Image, ImageReport]:
+        if reduction is not None:
+            reduction.apply(image)
+        # Pillow keeps the upper byte of colours of 16 bits; this is where it says so.
+        wide = any(';16' in str(tile) for tile in getattr(image, 'tile', ()))
+        converted = _convert(image, _MODES[channels], color)
+        peak = None
+        if image.mode.startswith('I'):
+            peak = int(np.asarray(image).max())
+        elif wide:
+            peak = 256 * int(np.asarray(converted).max()) + 255
+        alpha = image.convert('RGBA').getchannel('A') if image.has_transparency_data else None
+        return converted, ImageReport(transparent=alpha is not None and int(np.asarray(alpha).min()) < 255, peak=peak)
+
+    return _reading(source, use)
+
+
+def inspect_image(source: EncodedImage) -> ImageReport:
+    """Decode an image, and say what is wrong with it or unusual.
 
     Args:
         source: The bytes of the file, or its path.
-        in_full: Decode files of all formats.
-
-    Returns:
-        What was found.
     """
     try:
-        report = None if in_full else _reading(source, lambda image: _look(image, source))
-        return report or _reading(source, _measure)
+        return decode_and_inspect(source)[1]
     except BadImageError as error:
         return ImageReport(problem=str(error))
 
@@ -133,7 +208,7 @@ def _reading(source: EncodedImage, use: Callable[[Image.Image], T]) -> T:
 
 def _convert(image: Image.Image, mode: str, background: tuple[int, int, int] | None = None) -> Image.Image:
     image.load()
-    if image.getexif().get(0x0112, 1) != 1:
+    if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == 'F':
         raise BadImageError('pixels are floating point, whose range is not defined: convert it to 8 or 16 bits')
@@ -149,40 +224,3 @@ def _convert(image: Image.Image, mode: str, background: tuple[int, int, int] | N
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
     return image if image.mode == mode else image.convert(mode)
-
-
-def _measure(image: Image.Image) -> ImageReport:
-    # Pillow keeps the upper byte of colours of 16 bits; this is where it says so.
-    wide = any(';16' in str(tile) for tile in getattr(image, 'tile', ()))
-    converted = _convert(image, 'RGB')
-    peak = None
-    if image.mode.startswith('I'):
-        peak = int(np.asarray(image).max())
-    elif wide:
-        peak = 256 * int(np.asarray(converted).max()) + 255
-    alpha = image.convert('RGBA').getchannel('A') if image.has_transparency_data else None
-    return ImageReport(transparent=alpha is not None and int(np.asarray(alpha).min()) < 255, peak=peak)
-
-
-def _look(image: Image.Image, source: EncodedImage) -> ImageReport | None:
-    transparent = image.has_transparency_data
-    return ImageReport(transparent=transparent) if _looks_whole(image, source) else None
-
-
-def _looks_whole(image: Image.Image, source: EncodedImage) -> bool:
-    if image.format == 'PNG':
-        try:
-            image.verify()
-        except _DECODE_ERRORS:
-            return False
-        return True
-    return image.format == 'JPEG' and _tail(source) == b'\xff\xd9'
-
-
-def _tail(source: EncodedImage) -> bytes:
-    if isinstance(source, bytes):
-        return source[-2:]
-    assert source is not None
-    with open(source, 'rb') as file:
-        file.seek(-2, os.SEEK_END)
-        return file.read()

@@ -1,79 +1,86 @@
-"""What is looked for in the images of a dataset before training: damage, what would mislead, and copies."""
+"""What is looked for in the images of a dataset: damage, what would mislead, and copies.
+
+In a small dataset before training, in a large one when its images are first read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
+from .findings import Findings
 from .image_split import ImageSplit
 from .images import EncodedImage, ImageReport, inspect_image
+from .progress import progress_bar
 
-__all__ = ['inspect_splits', 'warn_of_copies']
+__all__ = ['SMALL', 'find_bad_images', 'report_findings', 'warn_of_copies']
 
 _logger = logging.getLogger(__name__)
 
-_SMALL = 10_000  # images that are all decoded before training
-_SAMPLE = 100  # of a split of a larger set
+SMALL = 10_000  # images that are all decoded before training
 _READ_ROWS = 512  # rows fetched at once: large enough to spare the overhead of a fetch, small enough for memory
 _DIM_BITS = 14  # 16-bit images none of which needs more are of a camera or scanner with fewer
 
 
-def inspect_splits(splits: Mapping[str, ImageSplit], on_bad_image: str) -> dict[str, ImageSplit]:
-    """Inspect all images, and warn of those that are seen otherwise than was meant.
+def find_bad_images(splits: Mapping[str, ImageSplit], on_bad_image: str) -> dict[str, list[int]]:
+    """Decode all images, and warn of those that are seen otherwise than was meant.
 
     Args:
         splits: The splits by role.
         on_bad_image: `'stop'` or `'skip'`.
 
     Returns:
-        The splits without bad images.
+        By role the rows that cannot be read.
 
     Raises:
         ValueError: If there are bad images, and they stop.
     """
-    # A quick look is enough for many to stop soon; what it overlooks stops the run later, which is not to skip it.
-    in_full = on_bad_image == 'skip' or sum(map(len, splits.values())) <= _SMALL
-    reports = {role: _reports(split, in_full) for role, split in splits.items()}
-    kept = {role: _without_bad_images(split, reports[role], on_bad_image) for role, split in splits.items()}
+    reports = {role: _reports(split) for role, split in splits.items()}
+    bad = {role: _bad_rows(split, reports[role], on_bad_image) for role, split in splits.items()}
     found = [report for each in reports.values() for report in each]
     transparent = sum(report.transparent for report in found)
-    if transparent and splits['train'].background is None:
-        what = 'are transparent in places' if in_full else 'have an alpha channel'
-        _logger.warning(
-            '%d of %d images %s, and what is behind is not defined: alpha is dropped, as timm and transformers do; '
-            'to lay them over a colour instead, give --background white (or another)', transparent, len(found), what,
-        )  # fmt: skip
     peaks = [report.peak for report in found if report.peak is not None]
+    _warn_of_kinds(transparent, len(found), peaks, splits['train'].background)
+    return bad
+
+
+def _warn_of_kinds(transparent: int, count: int, peaks: Sequence[int], background: str | None) -> None:
+    if transparent and background is None:
+        _logger.warning(
+            '%d of %d images are transparent in places, and what is behind is not defined: alpha is dropped, as timm '
+            'and transformers do; to lay them over a colour instead, give --background white (or another)',
+            transparent, count,
+        )  # fmt: skip
     if peaks and max(peaks).bit_length() <= _DIM_BITS:
         bits = max(1, max(peaks).bit_length())
         _logger.warning(
             '%d images of 16 bits have no value above %d, and are nearly black, since the upper 8 bits of 16 are used: '
             'multiply their pixels by %d and save them again', len(peaks), max(peaks), 2 ** (16 - bits),
         )  # fmt: skip
-    return kept
 
 
-def _reports(split: ImageSplit, in_full: bool) -> list[ImageReport]:
-    stride = max(1, len(split) // _SAMPLE)
-
+def _reports(split: ImageSplit) -> list[ImageReport]:
     def inspect(start: int) -> list[ImageReport]:
         rows = range(start, min(start + _READ_ROWS, len(split)))
-        return [
-            inspect_image(source, in_full=in_full or row % stride == 0)
-            for row, source in zip(rows, split.encoded(rows), strict=True)
-        ]
+        return [inspect_image(source) for source in split.encoded(rows)]
 
-    with ThreadPoolExecutor() as pool:
-        return [report for part in pool.map(inspect, range(0, len(split), _READ_ROWS)) for report in part]
+    reports: list[ImageReport] = []
+    with ThreadPoolExecutor() as pool, progress_bar(f'checking {split.name}', 'images', len(split)) as bar:
+        for part in pool.map(inspect, range(0, len(split), _READ_ROWS)):
+            reports += part
+            bar.update(len(part))
+    return reports
 
 
-def _without_bad_images(split: ImageSplit, reports: list[ImageReport], on_bad_image: str) -> ImageSplit:
+def _bad_rows(split: ImageSplit, reports: list[ImageReport], on_bad_image: str) -> list[int]:
     bad = {row: report.problem for row, report in enumerate(reports) if report.problem is not None}
     if not bad:
-        return split
+        return []
     lines = [f'{split.describe(row)}: {reason}' for row, reason in bad.items()]
     if on_bad_image == 'stop':
         shown = '; '.join(lines[:5] + [f'and {len(lines) - 5} more'] * (len(lines) > 5))
@@ -82,19 +89,39 @@ def _without_bad_images(split: ImageSplit, reports: list[ImageReport], on_bad_im
             'out with --on-bad-image skip'
         )
     _logger.warning('%d unreadable images of split %r are left out:\n%s', len(bad), split.name, '\n'.join(lines))
-    return split.select([row for row in range(len(split)) if row not in bad])
+    return list(bad)
+
+
+def report_findings(splits: Mapping[str, ImageSplit], read: Mapping[str, np.ndarray]) -> None:
+    """Warn of what was seen in images when they were read for the first time.
+
+    Args:
+        splits: The splits by role.
+        read: By role what `Findings.read` returns, of all processes.
+    """
+    everything = np.concatenate(list(read.values()))
+    _warn_of_kinds(
+        Findings.transparent(everything), len(everything), Findings.peaks(everything), splits['train'].background
+    )
+    learnt = read['train']
+    for role, found in read.items():
+        if role == 'train':
+            continue
+        copies = np.flatnonzero(np.isin(found[:, 1], learnt[:, 1]))
+        if len(copies):
+            first = found[copies[0]]
+            original = learnt[np.argmax(learnt[:, 1] == first[1])]
+            _warn_of_copies(splits, role, len(copies), int(first[0]), int(original[0]))
 
 
 def warn_of_copies(splits: Mapping[str, ImageSplit]) -> None:
-    """Warn of images to validate or test on that are also trained on, by their content; in small sets only.
+    """Warn of images to validate or test on that are also trained on, by their content.
 
     Args:
         splits: The splits by role.
     """
-    if sum(map(len, splits.values())) > _SMALL:
-        return
     sizes = {role: _sizes(split) for role, split in splits.items()}
-    for role, split in splits.items():
+    for role in splits:
         if role == 'train':
             continue
         # Large images hardly ever have one size, and need not be read again.
@@ -103,11 +130,16 @@ def warn_of_copies(splits: Mapping[str, ImageSplit]) -> None:
         copies = {content: rows for content, rows in found.items() if content in learnt}
         if copies:
             content, rows = next(iter(copies.items()))
-            _logger.warning(
-                '%d of %d images of split %r are trained on, too: files of equal content, such as %s and %s; what is '
-                'measured on them says nothing, remove them from one side', sum(map(len, copies.values())), len(split),
-                split.name, split.describe(rows[0]), splits['train'].describe(learnt[content][0]),
-            )  # fmt: skip
+            _warn_of_copies(splits, role, sum(map(len, copies.values())), rows[0], learnt[content][0])
+
+
+def _warn_of_copies(splits: Mapping[str, ImageSplit], role: str, count: int, row: int, original: int) -> None:
+    split = splits[role]
+    _logger.warning(
+        '%d of %d images of split %r are trained on, too: files of equal content, such as %s and %s; what is '
+        'measured on them says nothing, remove them from one side', count, len(split), split.name,
+        split.describe(row), splits['train'].describe(original),
+    )  # fmt: skip
 
 
 def _sizes(split: ImageSplit) -> list[int]:

@@ -3,133 +3,26 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from .augment import AugmentConfig, BatchTransform, create_transforms
+from .augment import AugmentConfig
+from .image_dataset import Batch, ImageDataset
 from .image_split import ImageSplit
-from .images import BadImageError, decode_image
-from .seeding import derive_seed, preserved_rng, seed_rng
+from .seeding import derive_seed
+from .workers import leave_signals_to_main_process
 
-__all__ = ['EpochSampler', 'ImageDataset', 'create_loader', 'default_batch_size']
+__all__ = ['Batch', 'EpochSampler', 'ImageDataset', 'create_loader', 'default_batch_size']
 
 _logger = logging.getLogger(__name__)
-
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _CACHE_BYTES = 512 * 2**20
 # What a published student may say of its images.
 _RANGES = {'mean': (-1e3, 1e3), 'std': (1e-6, 1e3)}
 _MAX_SIDE = 4096
-_DECODE_ROWS = 256  # images in flight while the cache is filled
-
-
-class ImageDataset(Dataset):
-    """Images of a split as batches, decoded at each access or once for all.
-
-    All randomness is a function of seed, epoch and row. Rows are asked for as `(epoch, row)`, so that workers that live
-    longer than an epoch know the right one; a plain row means the epoch of `set_epoch`.
-
-    Args:
-        split: The images.
-        data_config: Input size and statistics, see `create_loader`.
-        augment: Augmentation, `None` for evaluation.
-        seed: Seed of the augmentation.
-        cache: Decode all images now and keep them as uint8.
-        aug_cycle: Augment epoch `e` as epoch `e % aug_cycle`; 0 for every epoch anew.
-
-    Raises:
-        ValueError: If `cache` is asked for and the augmentation works image by image.
-    """
-
-    def __init__(
-        self,
-        split: ImageSplit,
-        data_config: Mapping[str, Any],
-        augment: AugmentConfig | None,
-        seed: int,
-        cache: bool,
-        aug_cycle: int = 0,
-    ) -> None:
-        self.split = split
-        self.aug_cycle = aug_cycle
-        self.seed = seed
-        self.epoch = 0
-        self.channels = int(data_config['input_size'][0])
-        self.transform, complete = create_transforms(data_config, augment)
-        self.batch_transform: BatchTransform | None = None
-        if not complete:
-            flips = augment is not None and not augment.no_aug
-            self.batch_transform = BatchTransform(
-                len(split),
-                data_config['mean'],
-                data_config['std'],
-                seed,
-                padding=augment.crop_padding if augment is not None else 0,
-                hflip=augment.hflip if augment is not None and flips else 0.0,
-                vflip=augment.vflip if augment is not None and flips else 0.0,
-            )
-        self.cached: torch.Tensor | None = None
-        if cache:
-            if complete:
-                reason = augment.per_image() if augment is not None else None
-                raise ValueError(f'images cannot be decoded once for all: {reason} works image by image')
-            self.cached = self._decode_all(tuple(data_config['input_size']))
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that augmentation and order are drawn for."""
-        self.epoch = epoch
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Batch:
-        """Get one image: input `[C, H, W]`, target `[]`, index `[]`."""
-        inputs, target, index = self.__getitems__([key])
-        return inputs[0], target[0], index[0]
-
-    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Batch:
-        """Get a batch: input float32 `[B, C, H, W]`, target int64 `[B]`, index (row in the split) int64 `[B]`."""
-        pairs = [key if isinstance(key, tuple) else (self.epoch, key) for key in keys]
-        if self.aug_cycle:
-            pairs = [(epoch % self.aug_cycle, row) for epoch, row in pairs]
-        epoch, rows = pairs[0][0], [row for _, row in pairs]
-        index = torch.tensor(rows)
-        if self.batch_transform is None:
-            with preserved_rng():
-                inputs = torch.stack([self._augmented(*each) for each in zip(self._decode(rows), pairs, strict=True)])
-        else:
-            images = self.cached.index_select(0, index) if self.cached is not None else self._resized(rows)
-            inputs = self.batch_transform(images, index, epoch)
-        return inputs, self.split.labels[index], index
-
-    def _augmented(self, image: Image.Image, pair: tuple[int, int]) -> torch.Tensor:
-        seed_rng(derive_seed(self.seed, 2, *pair))
-        return self.transform(image)
-
-    def _resized(self, rows: Sequence[int]) -> torch.Tensor:
-        return torch.stack([self.transform(image) for image in self._decode(rows)])
-
-    def _decode(self, rows: Sequence[int]) -> Iterator[Image.Image]:
-        for row, source in zip(rows, self.split.encoded(rows), strict=True):
-            try:
-                yield decode_image(source, self.channels, self.split.background)
-            except BadImageError as error:
-                raise BadImageError(f'{self.split.describe(row)}: {error}; repair or remove it') from error
-
-    def _decode_all(self, size: tuple[int, ...]) -> torch.Tensor:
-        images = torch.empty(len(self), *size, dtype=torch.uint8)
-        for start in range(0, len(self), _DECODE_ROWS):
-            rows = range(start, min(start + _DECODE_ROWS, len(self)))
-            images[start : rows.stop] = self._resized(rows)
-        return images
 
 
 class EpochSampler(Sampler):
@@ -177,6 +70,7 @@ def create_loader(
     cache_images: str = 'auto',
     pin_memory: bool = False,
     aug_cycle: int = 0,
+    passes: int | None = None,
 ) -> DataLoader:
     """Create a loader of `(input, target, index)` batches.
 
@@ -187,7 +81,8 @@ def create_loader(
 
     In evaluation, and in training when `AugmentConfig` asks for nothing but `crop_padding` and flips (or `no_aug`),
     images are resized by timm's transform and the rest is done on whole batches; then images can be decoded once and
-    kept in memory as uint8. All other augmentation is timm's, image by image.
+    kept in memory as uint8. Random resized crops with flips alone are drawn for whole batches (see `RandomCrops`). All
+    other augmentation is timm's, image by image.
 
     Args:
         dataset: A split of `load_splits`.
@@ -199,9 +94,11 @@ def create_loader(
         workers: Processes that prepare batches, 0 for none.
         augmentation: Augmentation in training, timm's defaults if not given.
         cache_images: `'on'`: decode images once and keep them in memory, `'off'`: at each access, `'auto'`: once if
-            the augmentation allows it and they take no more than 512 MiB.
+            the augmentation allows it, they take no more than 512 MiB, and are needed more than once. The `workers` do
+            that, too; where it takes a while, a bar shows the memory and the time that is left.
         pin_memory: Return batches in pinned memory, for faster copies to an accelerator.
         aug_cycle: Augment epoch `e` as epoch `e % aug_cycle`, in an order of its own; 0 for every epoch anew.
+        passes: How often the images are needed, if that is known.
 
     Returns:
         The loader. accelerate's `prepare` and `skip_first_batches` work on it.
@@ -229,13 +126,14 @@ def create_loader(
     num_bytes = len(dataset) * int(torch.Size(data_config['input_size']).numel())
     if cache_images == 'on' and obstacle is not None:
         raise ValueError(f"cache_images='on' is not possible with {obstacle}, which works image by image; use 'auto'")
-    cache = cache_images == 'on' or (cache_images == 'auto' and obstacle is None and num_bytes <= _CACHE_BYTES)
-    _logger.info(
-        'Images of split %r: %s',
-        dataset.name,
-        f'decoded once ({num_bytes / 2**20:.0f} MiB)' if cache else f'decoded at each access ({obstacle or "size"})',
-    )
-    images = ImageDataset(dataset, data_config, augment, seed, cache, aug_cycle)
+    if obstacle is None and num_bytes > _CACHE_BYTES:
+        obstacle = f'they would take {num_bytes / 2**20:.0f} MiB'
+    if obstacle is None and passes is not None and passes < 2:
+        obstacle = 'they are needed once'
+    cache = cache_images == 'on' or (cache_images == 'auto' and obstacle is None)
+    how = f'once ({num_bytes / 2**20:.0f} MiB)' if cache else f'at each access ({obstacle or "as asked"})'
+    _logger.info('Images of split %r: decoded %s', dataset.name, how)
+    images = ImageDataset(dataset, data_config, augment, seed, cache, aug_cycle, workers)
     return DataLoader(
         images,
         batch_size=batch_size,
@@ -245,7 +143,7 @@ def create_loader(
         pin_memory=pin_memory,
         drop_last=is_training,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_signals_to_main_process,
+        worker_init_fn=leave_signals_to_main_process,
         # A generator of its own: else each epoch would draw from the global one, and evaluation change training.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -269,30 +167,6 @@ def default_batch_size(num_images: int, num_processes: int = 1) -> int:
 
 def _identity(batch: Any) -> Any:
     return batch
-
-
-def _leave_signals_to_main_process(worker: int) -> None:
-    """Make a worker end by SIGTERM only if that comes from the main process, and not at all by other such signals.
-
-    Terminals and job queues send them to a whole process group, and the main process can save only if its workers
-    outlive it.
-    """
-    for name in ('SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if not hasattr(signal, 'sigwaitinfo'):
-        return
-    main = os.getppid()
-    # Blocked before there are other threads, which inherit that: else one of them would be ended by it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
-            pass
-        # torch ends workers so that are slow to leave, and wants to see no error then.
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _check_data_config(data_config: Mapping[str, Any]) -> None:

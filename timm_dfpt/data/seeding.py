@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-__all__ = ['derive_seed', 'preserved_rng', 'seed_rng']
+__all__ = ['derive_seed', 'preserved_rng', 'seed_rng', 'uniforms']
 
 
 def derive_seed(*words: int) -> int:
@@ -44,3 +44,25 @@ def seed_rng(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
+
+
+def uniforms(key: int, rows: Sequence[int], count: int) -> np.ndarray:
+    """Draw numbers for some rows by their position in one sequence, without drawing those between.
+
+    The sequence is SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014), whose n-th
+    number is a hash of `key + n * gamma`: no generator has to be made and seeded for each row.
+
+    Args:
+        key: Start of the sequence, from `derive_seed`.
+        rows: The rows, none negative.
+        count: Numbers a row.
+
+    Returns:
+        float64 `[len(rows), count]` in [0, 1), 53 bits each.
+    """
+    positions = np.asarray(rows, np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
+    z = np.uint64(key) + positions * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)) * 2.0**-53

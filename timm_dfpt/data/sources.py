@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .folders import open_folder
+from .listing import Folder, list_folder
 from .paths import is_hidden, printable
 from .splits import role_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .files import FileTable
 
 __all__ = ['open_dataset']
 
@@ -31,8 +34,8 @@ def open_dataset(
     named_splits: Mapping[str, str | None],
     target_key: str | None = None,
     unlabelled: bool = False,
-) -> dict[str, Dataset]:
-    """Open a dataset, whatever it is, as one `datasets.Dataset` per split.
+) -> Mapping[str, Dataset | FileTable]:
+    """Open a dataset, whatever it is, as one table per split.
 
     Args:
         dataset: A local folder of images (see `open_folder`); a folder that `save_to_disk` has written, or of such
@@ -45,7 +48,8 @@ def open_dataset(
         unlabelled: Whether a folder need not have class folders.
 
     Returns:
-        Split name to dataset. Images of a folder are referred to by path (see `unpack_path`).
+        Split name to table: of `datasets`, which a folder of images does without unless it has a metadata file. Paths
+        in columns are as `pack_path` writes them.
 
     Raises:
         FileNotFoundError: If `dataset` neither exists here nor on the Hub.
@@ -71,9 +75,8 @@ def open_dataset(
         if path.suffix != '.parquet':
             raise ValueError(f'dataset={dataset!r}: a single file must be parquet (*.parquet)')
         return {'train': _read_parquet(path)}
-    # Deeper there may be a million images to look through.
-    near = any(any(path.glob(pattern)) for pattern in ('*.parquet', '*/*.parquet', '*/*/*.parquet'))
-    files = list(_parquet_files(path)) if near else []
+    listed = list_folder(str(path))
+    files = list(_parquet_files(path)) if _has_parquet(listed) else []
     if files:
         if glob.escape(str(path)) != str(path):
             raise ValueError(f'dataset={dataset!r}: `datasets` takes [, ] and * for wildcards; rename the folder')
@@ -85,8 +88,8 @@ def open_dataset(
             f'dataset_config={dataset_config!r}: {dataset!r} is a local folder without configurations: leave '
             '--dataset-config out'
         )
-    saved = _open_saved(path)
-    return saved if saved else open_folder(path, named_splits, target_key, unlabelled)
+    saved = _open_saved(listed)
+    return saved if saved else open_folder(listed, named_splits, target_key, unlabelled)
 
 
 def _load(path: str, config_name: str | None, **kwargs: Any) -> dict[str, Dataset]:
@@ -134,6 +137,12 @@ def _check_cache() -> None:
         )
 
 
+def _has_parquet(folder: Folder, depth: int = 3) -> bool:
+    if any(name.endswith('.parquet') for name in folder.others):
+        return True
+    return depth > 1 and any(_has_parquet(each, depth - 1) for each in folder.folders.values())
+
+
 def _parquet_files(path: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(path):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
@@ -165,24 +174,27 @@ def _files_by_split(path: Path, files: list[Path]) -> dict[str, list[str]] | Non
     return dict(sorted(splits.items(), key=lambda item: order.index(item[0]))) if found else None
 
 
-def _is_saved(path: Path) -> bool:
-    return (path / 'state.json').is_file() and (path / 'dataset_info.json').is_file()
+def _is_saved(folder: Folder) -> bool:
+    return {'state.json', 'dataset_info.json'} <= set(folder.others)
 
 
-def _open_saved(path: Path) -> dict[str, Dataset] | None:
+def _open_saved(listed: Folder) -> dict[str, Dataset] | None:
     """Open what `save_to_disk` has written, if it has."""
+    whole = _is_saved(listed) or 'dataset_dict.json' in listed.others
+    parts = {name: folder.path for name, folder in listed.folders.items() if _is_saved(folder)}
+    if not (whole or parts):
+        return None
     from datasets import Dataset, DatasetDict, load_from_disk  # costs 0.5 s
     from datasets.exceptions import DatasetsError
 
     try:
-        if _is_saved(path) or (path / 'dataset_dict.json').is_file():
-            loaded = load_from_disk(str(path))
+        if whole:
+            loaded = load_from_disk(listed.path)
             splits: Mapping[Any, Dataset] = loaded if isinstance(loaded, DatasetDict) else {'train': loaded}
         else:
-            folders = sorted(each for each in path.iterdir() if _is_saved(each) and not is_hidden(each.name))
-            splits = {each.name: Dataset.load_from_disk(str(each)) for each in folders}
+            splits = {name: Dataset.load_from_disk(path) for name, path in parts.items()}
     except (DatasetsError, OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f'dataset={str(path)!r} could not be read: {_one_line(error)}; save it again') from error
+        raise ValueError(f'dataset={listed.path!r} could not be read: {_one_line(error)}; save it again') from error
     return {str(name): split.with_format(None) for name, split in splits.items()}
 
 

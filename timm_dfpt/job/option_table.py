@@ -157,6 +157,9 @@ class Options:
     on_bad_image: Literal['stop', 'skip'] = _opt(
         'stop', 'what to do with an unreadable image; to skip them, all are decoded once before training', 'data'
     )
+    check_images: Literal['auto', 'on', 'off'] = _opt(
+        'auto', 'read all images before training: up to 10,000, else as the first epoch comes to them', 'data'
+    )
     background: str | None = _opt(
         None, "color behind transparent images, such as white or '255,255,255'", 'data', unset='alpha is dropped'
     )
@@ -166,6 +169,9 @@ class Options:
         None, 'timm training crop', 'augmentation', unset='rrc, without crop_padding'
     )
     crop_padding: int = _opt(0, 'pad by N pixels and crop back, as on CIFAR (instead of rrc)', 'augmentation', low=0)
+    jpeg_draft: bool = _opt(
+        False, 'decode JPEGs at a smaller size where the crop (rrc) allows it: faster, other pixels', 'augmentation'
+    )
     scale: list[float] = _opt([], 'random resize scale', 'augmentation', above=0, high=1, unset="timm's")
     ratio: list[float] = _opt([], 'random resize aspect ratio', 'augmentation', above=0, unset="timm's")
     hflip: float = _opt(0.5, 'horizontal flip probability', 'augmentation', low=0, high=1)

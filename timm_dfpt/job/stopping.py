@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 
-from ..utils.messages import clip
+from ..utils.messages import clip, without_traceback
 
 __all__ = [
     'NonFiniteLossError', 'Preempted', 'StopRequest', 'exit_code', 'lasting_output', 'leave', 'on_stop', 'stop_signal',
@@ -256,10 +256,7 @@ def _in_one_line(error: BaseException) -> str | None:
     """Say what is wrong and what to do about it; `None` if it may be a mistake in the program."""
     text = str(error)
     if isinstance(error, (ValueError, TypeError, NonFiniteLossError, OSError)):
-        # torch hands on an error of a process that prepares images as the text of its traceback.
-        if 'in DataLoader worker process' in text:
-            text = text.strip().splitlines()[-1].partition(': ')[2]
-        return ' '.join(line.strip() for line in text.splitlines())
+        return ' '.join(line.strip() for line in without_traceback(text).splitlines())
     if not isinstance(error, (RuntimeError, MemoryError)):
         return None
     remedy = _remedy(error, text)

@@ -17,6 +17,7 @@ from ..data.augment import AugmentConfig
 from ..data.datasets import DataSplits, load_splits
 from ..data.loader import create_loader, default_batch_size
 from ..hub.timm_models import ModelSource
+from ..job.devices import on_main
 from ..job.options import TrainConfig
 from ..job.path_options import path_options
 from ..losses import DFPTWeights, KDLoss
@@ -90,8 +91,10 @@ def _refuse_batch_norm(learner: Learner) -> None:
         )
 
 
-def load_data(config: TrainConfig) -> DataSplits:
+def load_data(config: TrainConfig, accelerator: Accelerator) -> DataSplits:
     """Load and check the dataset; without labels the classes are those of the teacher.
+
+    Every process lists the images itself, in one order; the main process reads them.
 
     Raises:
         ValueError: If it is not fit for training, or an option does not fit it.
@@ -108,6 +111,8 @@ def load_data(config: TrainConfig) -> DataSplits:
         val_fraction=config.val_fraction,
         seed=config.seed,
         on_bad_image=config.on_bad_image,
+        check_images=config.check_images,
+        once=lambda act: on_main(accelerator, act),
         background=config.background,
         teacher_classes=teacher_classes(config) if config.unlabelled else None,
     )
@@ -126,6 +131,7 @@ def augmentation_of(config: TrainConfig) -> AugmentConfig:
         aa=config.aa,
         reprob=config.reprob,
         crop_padding=config.crop_padding,
+        jpeg_draft=config.jpeg_draft,
     )
 
 
@@ -155,12 +161,13 @@ def create_loaders(
             is_training=True,
             augmentation=augmentation_of(config),
             aug_cycle=config.aug_cycle,
+            passes=config.epochs,
             **common,
         ),
-        'val': create_loader(data.val, **evaluation),
+        'val': create_loader(data.val, passes=config.epochs // config.val_interval + 2, **evaluation),
     }
     if data.test:
-        loaders['test'] = create_loader(data.test, **evaluation)
+        loaders['test'] = create_loader(data.test, passes=1, **evaluation)
     return {name: accelerator.prepare(loader) for name, loader in loaders.items()}
 
 

@@ -35,6 +35,7 @@ from ..version import __version__
 from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config, with_batch_size
 from .checkpoint import describe_teachers
 from .export import Results, check_export, describe_models, export, export_student
+from .first_reading import FirstReading
 from .kept_logits import keep_logits
 from .learner import Learner
 from .pages import write_run_report
@@ -133,7 +134,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup
     accelerator = accelerator or create_accelerator(config)
     set_seed(config.seed)
     input_config = resolve_input_config(config)
-    data = load_data(config)
+    data = load_data(config, accelerator)
     tested = f', {len(data.test):,} to test on' if data.test else ''
     accelerator.print(
         f'data: {config.dataset}: {data.num_classes} classes{" of the teacher" if config.unlabelled else ""}, '
@@ -294,7 +295,10 @@ def train_side_by_side(
     if accelerator.is_main_process:
         origin = describe_data(setup.data) | describe_teachers({each.name: each.teacher for each in learners})
 
-    def keep_students(line: Mapping[str, Any]) -> None:
+    reading = FirstReading(setup.data, accelerator)
+
+    def after_epoch(line: Mapping[str, Any]) -> None:
+        reading.report(line)
         for learner in learners:
             if line['epoch'] in learner.config.export_epochs and accelerator.is_main_process:
                 path = RunFolder(str(learner.config.output)).student_of_epoch(line['epoch'])
@@ -310,9 +314,10 @@ def train_side_by_side(
         val_loader=loaders['val'],
         folder=folder,
         mixup=create_mixup(config, setup.data.num_classes),
-        after_epoch=keep_students,
+        after_epoch=after_epoch,
         kept=kept,
         origin=origin,
+        unchecked=not setup.data.checked,
     )
     setup.phases['training'] = trainer.fit()
     return learners, setup.phases['training']

@@ -28,6 +28,7 @@ from ..job.options import TrainConfig
 from ..job.stopping import NonFiniteLossError, Preempted, StopRequest, on_stop, stop_signal
 from ..tasks.evaluation import evaluate
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
+from .first_reading import until_bad_image
 from .kept_logits import KeptLogits
 from .learner import Learner
 from .progress import Note, Progress
@@ -63,6 +64,7 @@ class Trainer:
         kept: Logits of what the first learner hears that are kept for later epochs and runs.
         origin: What the run is made from besides its options, in the main process; see `describe_data` and
             `describe_teachers`. A checkpoint of another origin is refused.
+        unchecked: Whether nobody looked at the images before.
     """
 
     def __init__(
@@ -78,10 +80,11 @@ class Trainer:
         after_epoch: Callable[[Mapping[str, Any]], None] | None = None,
         kept: KeptLogits | None = None,
         origin: Mapping[str, str] | None = None,
+        unchecked: bool = False,
     ) -> None:
         self.config, self.accelerator, self.learners = config, accelerator, list(learners)
         self.train_loader, self.val_loader, self.folder, self.mixup = train_loader, val_loader, folder, mixup
-        self.kept, self.origin = kept, dict(origin or {})
+        self.kept, self.origin, self.unchecked = kept, dict(origin or {}), unchecked
         self.steps = len(train_loader)
         self.after_epoch = after_epoch
         self.progress = Progress()
@@ -97,6 +100,7 @@ class Trainer:
             Seconds spent, those before a resumption counted in up to the checkpoint.
 
         Raises:
+            BadImageError: An image cannot be read; a checkpoint was saved.
             NonFiniteLossError: A loss or gradient is NaN or infinite.
             OSError: A checkpoint cannot be written.
             Preempted: A signal asked to stop, see `on_stop`; a checkpoint was saved.
@@ -141,7 +145,7 @@ class Trainer:
             learner.train()
             # Before the first step accumulates: what ends with an epoch may wrap anew what is trained.
             learner.set_progress(progress.epoch, progress.updates)
-        for input, target, index in loader:
+        for input, target, index in self._until_bad_image(loader):
             # One context for all learners: each would count a step of the accumulation of its own.
             with accelerator.accumulate(*(learner.module for learner in self.learners)):
                 self._step(input, target, index)
@@ -157,6 +161,22 @@ class Trainer:
                 self._save()
             if stop:
                 raise self._preempted()
+
+    def _until_bad_image(self, loader: Any) -> Iterator[Any]:
+        # After the first epoch all have been read.
+        together = self.unchecked and self.progress.epoch == 0
+        return until_bad_image(loader, self.accelerator, together, self._save_before_bad_image)
+
+    def _save_before_bad_image(self) -> str:
+        progress = self.progress
+        named = 'Start again with --check-images on, which names all such images, or --on-bad-image skip.'
+        if progress.updates == 0:
+            return named
+        # Gradients are in no checkpoint.
+        if progress.step_in_epoch % self.config.grad_accum_steps == 0 or progress.step_in_epoch == self.steps:
+            self._save()
+        resume = f'continue with --output {shlex.quote(str(self.folder))} --resume'
+        return f'With a readable image of the same name in its place, {resume}. {named}'
 
     def _derive_seed(self, stream: int, step_in_epoch: int) -> int:
         step = self.progress.epoch * self.steps + step_in_epoch
@@ -278,7 +298,7 @@ class Trainer:
 
     def _evaluate(self, learner: Learner) -> dict[str, dict[str, float]]:
         def batches() -> Iterator[Any]:
-            for batch in self.val_loader:
+            for batch in self._until_bad_image(self.val_loader):
                 if self.stop.arrived():
                     # Nothing has changed since the last step: a run stopped here evaluates once more.
                     self._save()

@@ -4,7 +4,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-__all__ = ['clip', 'shorten']
+__all__ = ['clip', 'shorten', 'without_traceback']
 
 _SHOWN = 80
 _MAX_MESSAGE = 2000
@@ -29,3 +29,8 @@ def clip(message: str) -> str:
     """Return a message without its middle if it is too long to be read; the remedy stands at its end."""
     cut = len(message) - _MAX_MESSAGE
     return message if cut <= 0 else f'{message[:1500]} [{cut:,} characters left out] {message[-500:]}'
+
+
+def without_traceback(text: str) -> str:
+    """Return the message of an error that torch hands on from a process of a loader as the text of its traceback."""
+    return text.strip().splitlines()[-1].partition(': ')[2] if 'in DataLoader worker process' in text else text
