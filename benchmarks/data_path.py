@@ -2,6 +2,8 @@
 
     python -m benchmarks.data_path
     python -m benchmarks.data_path jpeg-2 --steps 6    # one of the runs; the table is only printed then
+    python -m benchmarks.data_path listing crops once shards    # parts by themselves, next to timm's
+    python -m benchmarks.data_path listing --images 1281167
 
 The runs' own loaders and learners, in turn in one process: the quickstart with `kd` and `dfpt` (28x28, decoded once),
 and a generated folder of 224x224 JPEGs with timm's random resized crops, decoded image by image, for a resnet18 trained
@@ -27,6 +29,7 @@ from timm_dfpt.job.cli import parse_config
 from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.training.run import set_up
 
+from .data_parts import PARTS
 from .measure import spread
 from .ways import RESULTS, ROOT
 
@@ -155,12 +158,19 @@ def measure(case: Case, rounds: int) -> str:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', nargs='*', help='quickstart-kd, quickstart-dfpt, jpeg-2, jpeg-0 (default: all)')
+    runs = 'quickstart-kd, quickstart-dfpt, jpeg-2, jpeg-0'
+    parser.add_argument('runs', nargs='*', help=f'{runs} (default: these), {", ".join(PARTS)}')
     parser.add_argument('--rounds', type=int, default=5, help='how often each is timed')
     parser.add_argument('--batch', type=int, default=8, help='batch size of the JPEG runs')
     parser.add_argument('--steps', type=int, default=2, help='steps a round of the JPEG runs')
+    parser.add_argument('--images', type=int, nargs='+', default=[100_000], help='images of the folders to list')
     args = parser.parse_args()
     torch.set_num_threads(1)
+    for part in [run for run in args.runs if run in PARTS]:
+        for line in PARTS[part](args):
+            print(line, flush=True)
+    if args.runs and set(args.runs) <= set(PARTS):
+        return
     text = _HEADER.format(rounds=args.rounds, cores=os.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(Path(folder), args.batch, args.steps):

@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
+from torchvision.datasets import ImageFolder
 
 from timm_dfpt.data.datasets import DataSplits, load_splits
+from timm_dfpt.data.fingerprint import describe_data
 
 
 @pytest.fixture(autouse=True)
@@ -291,3 +294,30 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path / 'file' / 'datasets')
     with pytest.raises(PermissionError, match='cannot be written to: set .*HF_HOME'):
         load_splits(str(tmp_path / 'data'))
+
+
+def test_many_files_are_neither_opened_nor_put_into_a_table(tmp_path, monkeypatch) -> None:
+    """Nothing in them could be read; their names, of any bytes, come back as they are, in any selection."""
+    monkeypatch.setattr('timm_dfpt.data.datasets.SMALL', 20)
+    monkeypatch.setattr('timm_dfpt.data.fingerprint.SMALL', 5)
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    expected: dict[str, list[str]] = {}
+    for split in ('train', 'val'):
+        for label, parts in (('a', ('', 'x/y', 'é')), ('b', ('',))):
+            for part in parts:
+                folder = tmp_path / split / label / part
+                folder.mkdir(parents=True, exist_ok=True)
+                for name in (b'9.png', b'10.JPG', b'\xe9.jpeg', 'ü x.webp'.encode(), b'.hidden.png'):
+                    (folder / os.fsdecode(name)).touch()
+        expected[split] = [file for file, _ in ImageFolder(str(tmp_path / split)).samples if '/.' not in file]
+    splits = load_splits(str(tmp_path))
+    assert not splits.checked
+    for split in (splits.train, splits.val):
+        assert split.encoded(range(len(split))) == expected[split.name]
+        assert split.select([5, 0, 3]).encoded([2, 1]) == [expected[split.name][3], expected[split.name][0]]
+        assert split.labels.tolist() == [int('/b/' in file) for file in expected[split.name]]
+    before = describe_data(splits)
+    moved = shutil.move(tmp_path / 'train' / 'b' / '9.png', tmp_path / 'train' / 'a' / 'x')
+    assert describe_data(load_splits(str(tmp_path)))['training images'] != before['training images']
+    shutil.move(moved, tmp_path / 'train' / 'b')
+    assert describe_data(load_splits(str(tmp_path))) == before

@@ -1,6 +1,8 @@
 """Batches against timm's and torchvision's own transforms and a second loader; order and randomness against splits."""
 
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +12,18 @@ from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import BatchSampler, DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
 
 from timm_dfpt.data.augment import AugmentConfig
+from timm_dfpt.data.crops import RandomCrops
 from timm_dfpt.data.datasets import ImageSplit, load_splits
 from timm_dfpt.data.images import BadImageError
+from timm_dfpt.data.inspection import report_findings
 from timm_dfpt.data.loader import create_loader
-from timm_dfpt.data.seeding import derive_seed, seed_rng
+from timm_dfpt.data.seeding import derive_seed, seed_rng, uniforms
 
 RGB = {
     'input_size': (3, 24, 20),
@@ -30,6 +35,7 @@ RGB = {
 GREY = {'input_size': (1, 24, 24), 'mean': (0.5,), 'std': (0.25,), 'crop_pct': 1.0}
 # Padding and flips only: the augmentation that is done on whole batches.
 SIMPLE = AugmentConfig(crop_padding=3, vflip=0.3, color_jitter=None)
+CROPS = AugmentConfig(vflip=0.3)
 PER_IMAGE = AugmentConfig(aa='rand-m9-mstd0.5-inc1', reprob=0.5)
 Batches = list[tuple[torch.Tensor, ...]]
 
@@ -172,6 +178,122 @@ def test_image_by_image_augmentation_is_timms(train, config, name: str) -> None:
             assert torch.equal(image, transform(pil))
 
 
+@pytest.mark.parametrize('config', [RGB, GREY], ids=['rgb', 'grey'])
+def test_random_resized_crops_are_timms_with_what_was_drawn(train, config) -> None:
+    batches = loader(train, data_config=config, augmentation=CROPS)
+    modes = set()
+    for images, _, index in epoch_of(batches, 2):
+        draws = batches.dataset.crops.draw(2, index.tolist())
+        for image, row, draw in zip(images, index.tolist(), draws, strict=True):
+            pil = Image.open(train.encoded([row])[0]).convert('L' if config is GREY else 'RGB')
+            left, upper, right, lower = draw.box(*pil.size)
+            mode = TF.InterpolationMode.BICUBIC if draw.interpolation == 3 else TF.InterpolationMode.BILINEAR
+            size = config['input_size'][1:]
+            expected = TF.resized_crop(pil, upper, left, lower - upper, right - left, size, mode)
+            horizontal, vertical = draw.flips
+            expected = TF.hflip(expected) if horizontal else expected
+            expected = TF.vflip(expected) if vertical else expected
+            expected = TF.normalize(TF.to_tensor(expected), config['mean'], config['std'])
+            assert torch.equal(image, expected)
+            modes.add((mode, draw.flips))
+    assert len(modes) == 8
+
+
+@pytest.mark.parametrize(('width', 'height'), [(50, 40), (300, 40), (30, 400)])
+@pytest.mark.parametrize(('scale', 'ratio'), [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (1.0, 1.5))])
+def test_boxes_are_drawn_as_timm_draws_them(width, height, scale, ratio) -> None:
+    """Quantiles of all four edges, those of images that no crop fits into with them."""
+    count, image = 2000, Image.new('L', (width, height))
+    draws = RandomCrops((8, 8), 3, scale, ratio).draw(1, range(count))
+    ours = np.array([draw.box(width, height) for draw in draws])
+    random.seed(0)
+    theirs = np.array([RandomResizedCropAndInterpolation.get_params(image, scale, ratio) for _ in range(count)])
+    upper, left, tall, wide = theirs.T
+    theirs = np.stack([left, upper, left + wide, upper + tall], 1)
+    assert (ours >= 0).all()
+    assert (ours[:, 2:] <= (width, height)).all()
+    for side in range(4):
+        edges = np.unique(np.concatenate([ours[:, side], theirs[:, side]]))
+        shares = [np.searchsorted(np.sort(each[:, side]), edges, 'right') / count for each in (ours, theirs)]
+        # Kolmogorov and Smirnov's distance, whose 0.001 quantile is 0.0617 for so many.
+        assert np.abs(shares[0] - shares[1]).max() < 0.0617
+
+
+def test_uniforms_are_those_of_splitmix() -> None:
+    def splitmix(state: int) -> Iterator[int]:
+        mask = 2**64 - 1
+        while True:
+            state = (state + 0x9E3779B97F4A7C15) & mask
+            z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+            yield z ^ (z >> 31)
+
+    # The first number of seed 1234567, as published with the algorithm.
+    assert next(splitmix(1234567)) == 6457827717110365317
+    sequence = [value >> 11 for value in itertools.islice(splitmix(1234567), 40)]
+    drawn = uniforms(1234567, [7, 0, 3], 5)
+    assert (drawn * 2**53).astype(np.int64).tolist() == [sequence[5 * row : 5 * row + 5] for row in (7, 0, 3)]
+
+
+def test_a_draft_is_the_same_crop_from_fewer_pixels(tmp_path) -> None:
+    """Of JPEGs only, and where the crop stays as large as the input."""
+    ys, xs = np.mgrid[:256, :320]
+    smooth = np.stack([ys, xs // 2, (ys + xs) // 3], 2).astype(np.uint8)
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        Image.fromarray(smooth).save(tmp_path / name / '0.png')
+        for i in range(1, 8):
+            Image.fromarray(smooth).save(tmp_path / name / f'{i}.jpg', quality=98)
+    split = load_splits(str(tmp_path)).train
+    kinds = [AugmentConfig(), AugmentConfig(jpeg_draft=True)]
+    whole, draft = (by_row(epoch_of(loader(split, augmentation=each, seed=1), 0)) for each in kinds)
+    differences = {row: float((whole[row] - draft[row]).abs().max()) for row in whole}
+    pngs = [row for row in whole if split.encoded([row])[0].endswith('.png')]
+    assert all(differences[row] == 0 for row in pngs)
+    assert sum(value > 0 for value in differences.values()) > len(differences) // 2
+    # A level of 8 bits is 0.02 after normalisation.
+    assert max(differences.values()) < 0.2
+    with pytest.raises(ValueError, match='jpeg_draft'):
+        AugmentConfig(jpeg_draft=True, aa='rand-m9')
+
+
+def test_images_decoded_once_by_workers_are_the_same(train, monkeypatch) -> None:
+    expected = loader(train).dataset.cached
+    monkeypatch.setattr('timm_dfpt.data.image_dataset._MANY', 1)
+    monkeypatch.setattr('timm_dfpt.data.image_dataset._BLOCK_ROWS', 5)
+    state = torch.get_rng_state()
+    assert torch.equal(loader(train, workers=2).dataset.cached, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert loader(train, passes=1).dataset.cached is None
+    assert loader(train, passes=2).dataset.cached is not None
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_what_images_are_like_is_noted_as_they_are_read(tmp_path, monkeypatch, caplog, workers: int) -> None:
+    """Transparent ones and copies on both sides of a split, in memory that the workers share."""
+    monkeypatch.setattr('timm_dfpt.data.datasets.SMALL', 5)
+    for split, count in (('train', 4), ('val', 2)):
+        for name in 'ab':
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng([i, ord(name)]).integers(0, 256, (6, 6, 4), dtype=np.uint8)
+                # The first of each class lies in both splits, and one in three is transparent.
+                pixels[..., 3] = 128 if (i, name) == (0, 'a') else 255
+                pixels[0, 0, 0] = 0 if i == 0 else len(split)
+                Image.fromarray(pixels).save(tmp_path / split / name / f'{i}.png')
+    splits = load_splits(str(tmp_path))
+    parts = {'train': splits.train, 'val': splits.val}
+    for split in parts.values():
+        assert split.findings.read().shape == (0, 3)
+        list(loader(split, is_training=False, workers=workers, cache_images='off', batch_size=3))
+        assert split.findings.read()[:, 0].tolist() == list(range(len(split)))
+    report_findings(parts, {role: split.findings.read() for role, split in parts.items()})
+    assert '2 of 12 images are transparent' in caplog.text
+    assert "2 of 4 images of split 'val' are trained on, too" in caplog.text
+    assert f'{tmp_path}/val/a/0.png' in caplog.text
+    assert f'{tmp_path}/train/a/0.png' in caplog.text
+
+
 def test_padded_crops_image_by_image(train) -> None:
     # Erasing, though it hardly ever happens, makes this the path of timm's transforms.
     config = AugmentConfig(crop_padding=2, hflip=0, color_jitter=None, reprob=1e-9)
@@ -189,7 +311,7 @@ def test_padded_crops_image_by_image(train) -> None:
     assert len(seen) > 10
 
 
-@pytest.mark.parametrize('augmentation', [SIMPLE, PER_IMAGE], ids=['batch', 'image'])
+@pytest.mark.parametrize('augmentation', [SIMPLE, CROPS, PER_IMAGE], ids=['batch', 'crops', 'image'])
 def test_workers_batches_and_caching_change_no_image(train, augmentation) -> None:
     here = [epoch_of(loader(train, augmentation=augmentation, cache_images='off'), epoch) for epoch in range(3)]
     elsewhere = loader(train, augmentation=augmentation, workers=2)  # workers that outlive an epoch
@@ -208,7 +330,7 @@ def test_workers_batches_and_caching_change_no_image(train, augmentation) -> Non
         assert list(other) != list(smaller)
 
 
-@pytest.mark.parametrize('augmentation', [SIMPLE, PER_IMAGE], ids=['batch', 'image'])
+@pytest.mark.parametrize('augmentation', [SIMPLE, CROPS, PER_IMAGE], ids=['batch', 'crops', 'image'])
 def test_global_random_numbers_are_neither_used_nor_changed(train, augmentation) -> None:
     batches = loader(train, augmentation=augmentation)
     expected = epoch_of(batches, 1)

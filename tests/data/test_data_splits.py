@@ -335,6 +335,8 @@ XY, YX = ClassLabel(names=['x', 'y']), ClassLabel(names=['y', 'x'])
 TWO_SPLITS = {'train': {'label': [0, 1] * 3}, 'test': {'label': [0, 1]}}
 # What is on disk, the arguments, the message.
 BAD = {
+    'stream of shards': (lambda root: 'wds/shards', {}, r"'wds/shards': .* a folder of images or parquet"),
+    'stream of the Hub': (lambda root: 'hfids/user/name', {}, r'the id of the dataset on the Hub'),
     'path missing': (lambda root: root, {}, r'no such file or folder'),
     'folder without classes': (no_classes, {}, 'one sub folder of images per class'),
     'empty class folder': (empty_class, {}, r'empty.* holds no image .*remove it'),

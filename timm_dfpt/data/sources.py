@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ['open_dataset']
 
+# What timm calls its readers of datasets that are read from their beginning to their end.
+_HUB_STREAMS = ('hfds', 'hfids')
+_STREAMS = (*_HUB_STREAMS, 'wds', 'tfds')
 # What `datasets` calls the splits whose names it finds in those of files.
 _USUAL = {'train': 'train', 'val': 'validation', 'test': 'test'}
 
@@ -58,6 +61,14 @@ def open_dataset(
     """
     path = Path(dataset).expanduser()
     if not path.exists():
+        reader, _, rest = dataset.partition('/')
+        if reader in _STREAMS and rest:
+            raise ValueError(
+                f"dataset={printable(dataset)!r}: timm's readers of streams are not for here, since they give no image "
+                'by its number, which exact resume and an augmentation of its own for each image ask for: give '
+                f'{"the id of the dataset on the Hub" if reader in _HUB_STREAMS else "a folder of images or parquet"}, '
+                'as docs/TRAINING.md says under "Data larger than a disk"'
+            )
         if dataset.startswith(('.', '/', '~', '\\')) or dataset.count('/') > 1 or dataset.endswith('.parquet'):
             raise FileNotFoundError(f'dataset={printable(dataset)!r}: no such file or folder')
         return _load(dataset, dataset_config, revision=dataset_revision)
