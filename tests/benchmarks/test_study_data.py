@@ -18,6 +18,7 @@ from benchmarks.study.data.__main__ import main as make_all
 from benchmarks.study.data.fashion import make_fashion
 from benchmarks.study.data.fonts import Font, find_families, scan_fonts, split_families
 from benchmarks.study.data.glyphs import CHARACTERS, make_glyphs
+from benchmarks.study.data.letters import make_characters
 
 FONTS = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
 FOLDERS = {
@@ -134,6 +135,26 @@ def test_fewer_per_class_are_the_first_rows(fonts: Path, glyphs: Path, tmp_path:
 def test_no_image_is_in_two_places(glyphs: Path, tmp_path: Path) -> None:
     images = [row['image'].tobytes() for rows in load(glyphs, tmp_path).values() for row in rows]
     assert len(set(images)) == len(images)
+
+
+def test_some_characters_are_the_first_images_of_theirs_in_fewer_levels(
+    fonts: Path, glyphs: Path, tmp_path: Path
+) -> None:
+    per_class = {'train': 4, 'validation': 1, 'test': 2}
+    make_characters(fonts, tmp_path / 'some', ['x', 'B', '7'], per_class, grey_levels=4)
+    some = load(tmp_path / 'some', tmp_path)
+    for split, rows in some.items():
+        assert rows.features['label'].names == ['x', 'B', '7']
+        assert np.bincount(rows['label']).tolist() == [per_class[split]] * 3
+        for name in 'xB7':
+            number = CHARACTERS[62].index(name)
+            all_of_it = load(glyphs, tmp_path, split).filter(lambda row, label=number: row['label'] == label)
+            mine = [row['image'] for row in rows if rows.features['label'].names[row['label']] == name]
+            for image, original in zip(mine, all_of_it.select(range(len(mine)))['image'], strict=True):
+                levels = np.asarray(image)
+                assert set(np.unique(levels)) <= {0, 85, 170, 255}
+                # As near as a level can be.
+                assert np.abs(levels.astype(int) - np.asarray(original)).max() <= 42
 
 
 def test_94_classes_have_all_of_ascii(fonts: Path, tmp_path: Path) -> None:

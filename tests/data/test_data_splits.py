@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import socket
+import string
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -84,6 +85,16 @@ def test_quickstart_data(tmp_path, no_network) -> None:
     assert not held_out & set(splits.train.encoded(range(10_000)))
     assert not held_out & set(splits.test.encoded(range(10_000)))
     assert sorted(QUICKSTART.rglob('*')) == before
+
+
+def test_new_classes_data(no_network) -> None:
+    splits = load_splits(str(QUICKSTART.parent / 'quickstart_new_classes'))
+    assert splits.class_names == list(string.ascii_lowercase)
+    images = [set(part.encoded(range(len(part)))) for part in (splits.train, splits.val, splits.test)]
+    assert [len(part) for part in images] == [26 * 32, 26 * 20, 26 * 50]
+    assert len(set.union(*images)) == sum(map(len, images))
+    for role, count in (('train', 32), ('val', 20), ('test', 50)):
+        assert set(labels_by_name(splits, role).values()) == {count}
 
 
 def test_folder_without_splits_is_split_by_class(tmp_path, no_network) -> None:

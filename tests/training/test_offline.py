@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 # Loaded by Python before anything else: whatever is not this machine cannot be looked up or connected to.
@@ -38,7 +40,14 @@ OFFLINE = (
 )  # fmt: skip
 
 
-def test_default_job_without_network(default_job, tmp_path):
+@pytest.mark.parametrize(
+    ('recipe', 'baselines'),
+    [
+        (None, ['kd']),
+        pytest.param('quickstart_new_classes', ['supervised', 'kd'], marks=pytest.mark.slow),
+    ],
+)
+def test_embedded_job_without_network(recipe, baselines, default_job, tmp_path):
     (tmp_path / 'block').mkdir()
     (tmp_path / 'block' / 'sitecustomize.py').write_text(BLOCK)
     environment = {key: value for key, value in os.environ.items() if key not in OFFLINE}
@@ -49,10 +58,13 @@ def test_default_job_without_network(default_job, tmp_path):
         'HF_HOME': str(tmp_path / 'cache'),
     }
     job = [sys.executable, str(default_job / 'train' / 'distill.py'), '--epochs', '1']
+    if recipe is not None:
+        job += ['--config', str(ROOT / 'train' / 'recipes' / f'{recipe}.yaml')]
     process = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert process.returncode == 0, process.stderr
     assert list(tmp_path.glob('output/*/student/model.safetensors'))
-    assert list(tmp_path.glob('output/*/baselines/kd/student/model.safetensors'))
+    for baseline in baselines:
+        assert list(tmp_path.glob(f'output/*/baselines/{baseline}/student/model.safetensors'))
     assert not (tmp_path / 'tried').exists(), (tmp_path / 'tried').read_text()
 
 

@@ -33,7 +33,7 @@ from ..tasks.evaluation import SCORES, score_of
 from .comparison_page import write_comparison_page
 from .learner import Learner
 from .publish import read_run
-from .report import attempt, closing_cells, loss_terms, verdicts
+from .report import attempt, closing_cells, loss_terms, student_of, verdicts
 from .run_folder import ComparisonFolder, RunFolder
 
 __all__ = ['main', 'write_page', 'write_run_report']
@@ -66,7 +66,7 @@ def write_run_report(
         if learner.config.unlabelled and not learner.task.hears_logits:
             # What was evaluated are features.
             continue
-        names[number, learner.published] = 'student' if number == 0 else f'student of {learner.name}'
+        names[number, learner.published] = 'student' if number == 0 else student_of(learner.name)
     attempt('writing the predictions', lambda: _keep_predictions(recorder.result(names), val, input_config, folder))
     attempt('writing the report', lambda: write_page(folder))
 
@@ -110,7 +110,7 @@ def run_page(folder: RunFolder) -> Page:
     splits, images = read_predictions(folder.predictions) if folder.predictions.is_file() else ({}, {})
     names, split = summary['class_names'], summary['eval_split']
     where = f'the {summary["dataset_sizes"][split]:,} images of the {"test" if split == "test" else "validation"} data'
-    order = ['teacher', 'prompt_path', 'student', *(f'student of {name}' for name in summary['baselines'])]
+    order = ['teacher', 'prompt_path', 'student', *map(student_of, summary['baselines'])]
     # The student's color is the first, whatever else there is.
     numbers = {'student': 0, 'prompt_path': 1, 'teacher': 2}
     colors = {name: numbers.get(name, i) for i, name in enumerate(order) if name in (*summary['models'], *order[3:])}
@@ -165,7 +165,8 @@ def _curves(lines: Sequence[Mapping[str, Any]], colors: Mapping[str, int], summa
     for learner in learners:
         validated = [line for line in lines if 'val' in line[learner]]
         for who in validated[0][learner]['val'] if validated else ():
-            label = who if learner == learners[0] else f'{who} of {learner}'
+            other = student_of(learner) if who == 'student' else f'{who} of {learner}'
+            label = who if learner == learners[0] else other
             score = score_of(validated[0][learner]['val'][who])
             if score is not None:
                 titles[SCORES[score]] = None
@@ -186,7 +187,7 @@ def _curves(lines: Sequence[Mapping[str, Any]], colors: Mapping[str, int], summa
 
 
 def _cost(summary: Mapping[str, Any]) -> Section:
-    models = {**summary['models'], **{f'student of {k}': v for k, v in summary['baselines'].items()}}
+    models = {**summary['models'], **{student_of(k): v for k, v in summary['baselines'].items()}}
     first = next((name for name in ('teacher', 'student') if name in models), None)
     keys = {'params': 'parameters', 'macs': 'MACs an image', 'size_bytes': 'bytes on disk', 'images_per_s': 'images/s'}
     base = (models[first].get('cost') or {}) if first else {}

@@ -21,7 +21,7 @@ from ..tasks.evaluation import SCORES, score_of
 
 __all__ = [
     'arms_cells', 'attempt', 'closing_cells', 'closing_table', 'comparison_notes', 'comparison_text', 'epoch_line',
-    'loss_terms', 'measure_cost', 'plot_comparison', 'plot_curves', 'save_figure', 'verdicts',
+    'loss_terms', 'measure_cost', 'plot_comparison', 'plot_curves', 'save_figure', 'student_of', 'verdicts',
 ]  # fmt: skip
 
 _T = TypeVar('_T')
@@ -112,6 +112,11 @@ def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
     return ' | '.join(parts)
 
 
+def student_of(method: str) -> str:
+    """Return what the student of a baseline is called."""
+    return 'student alone' if method == 'supervised' else f'student of {method}'
+
+
 def closing_table(summary: Mapping[str, Any]) -> str:
     """Return the models of a run side by side, as Markdown."""
     head, rows = closing_cells(summary)
@@ -122,8 +127,8 @@ def closing_cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     """Return the models of a run side by side: titles of columns, and rows."""
     split = summary['eval_split']
     models = dict(summary['models'])
-    models |= {f'student of {method}': model for method, model in summary.get('baselines', {}).items()}
-    rows = [(f'{name} ({model["name"]}{_size_text(model)})', model) for name, model in models.items()]
+    models |= {student_of(method): model for method, model in summary.get('baselines', {}).items()}
+    rows = [(_row_title(name, model), model) for name, model in models.items()]
     for name, model in models.items():
         if 'weights' in model:
             # Student and moving average, of which one is published.
@@ -151,8 +156,14 @@ def closing_cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     return ['model', *(title for title, _ in columns)], cells
 
 
-def _size_text(model: Mapping[str, Any]) -> str:
-    return f' at {model["input_size"][0]} x {model["input_size"][1]}' if model.get('input_size') else ''
+def _row_title(name: str, model: Mapping[str, Any]) -> str:
+    head = ', head fitted' if _is_fitted(model) else ''
+    size = f' at {model["input_size"][0]} x {model["input_size"][1]}' if model.get('input_size') else ''
+    return f'{name}{head} ({model["name"]}{size})'
+
+
+def _is_fitted(model: Mapping[str, Any]) -> bool:
+    return bool(model.get('head')) and model['head']['how'] == 'fitted'
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
@@ -160,10 +171,12 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     split, measured = summary['eval_split'], summary['models']['student']['metrics']
     count = summary['dataset_sizes'][split]
+    fitted = ' from the fitted teacher' if _is_fitted(summary['models'].get('teacher', {})) else ''
     for method, model in summary.get('baselines', {}).items():
         if any('top1' not in (metrics or {}) for metrics in (measured, model['metrics'])):
             # What agrees with its teacher need not be right, and teachers differ.
             continue
+        rival = 'the student alone' if method == 'supervised' else f'{method}{fitted}'
         student, other = measured['top1'], model['metrics']['top1']
         difference = student - other
         share = (student + other) / 200
@@ -174,7 +187,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         else:
             verdict = f'{"above" if difference > 0 else "below"} it in this one run; other seeds may differ'
         lines.append(
-            f'{summary["method"]} against {method}, {split} top-1: {student:.2f} against {other:.2f}, '
+            f'{summary["method"]} against {rival}, {split} top-1: {student:.2f} against {other:.2f}, '
             f'{difference:+.2f} points (95% CI for test-set sampling: +-{interval:.2f}): {verdict}'
         )
     return lines

@@ -80,10 +80,10 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_split(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write images `[N, 28, 28]` and labels `[N]` as one parquet file."""
+def write_split(path: Path, images: np.ndarray, labels: np.ndarray, names: list[str] = CLASS_NAMES) -> None:
+    """Write grey images `[N, H, W]` and labels `[N]` of named classes as one parquet file."""
     # The schema carries the features in its metadata, which is how `datasets` knows images from bytes when it reads.
-    schema = Features({'image': Image(), 'label': ClassLabel(names=CLASS_NAMES)}).arrow_schema
+    schema = Features({'image': Image(), 'label': ClassLabel(names=names)}).arrow_schema
     rows = {'image': [{'bytes': encode_png(image), 'path': None} for image in images], 'label': labels}
     table = pa.Table.from_pydict(rows, schema=schema)
     pq.write_table(table, path, compression='zstd', compression_level=19, use_dictionary=False)
