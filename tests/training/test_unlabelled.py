@@ -121,6 +121,7 @@ def test_its_teacher_has_the_statistics_of_the_images(runs, tiny):
     assert not torch.allclose(kept['0.0.running_var'], layers[0].running_var, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_statistics_and_student(runs, tiny, tmp_path):
     folder = tmp_path / 'run'
     shutil.copytree(runs('none'), folder)
@@ -191,7 +192,8 @@ def test_methods_are_compared_by_what_they_can_be_judged_by(tiny, runs, tmp_path
     assert 'difference' not in result['arms']['feature']['val']
 
 
-@pytest.mark.parametrize('val', [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize('val', [True, False])
 def test_a_folder_of_images_is_enough(val, tiny, tmp_path, capsys):
     for split in ('train', 'val') if val else ('.',):
         (tmp_path / 'data' / split).mkdir(parents=True, exist_ok=True)
@@ -209,6 +211,7 @@ def test_a_folder_of_images_is_enough(val, tiny, tmp_path, capsys):
     assert sizes == {'train': 216 if val else 194, 'val': 216 if val else 22, 'test': 0}
 
 
+@pytest.mark.slow
 def test_a_teacher_without_batch_norm_teaches_as_it_is(tiny, tmp_path, capsys):
     more = ['--method', 'kd', '--teacher', f'local-dir:{tiny.vit_teacher}', '--epochs', '1']
     assert main(argv(tiny, tiny.data, tmp_path / 'out', *more)) == 0
