@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+
+import timm_dfpt
 
 from . import clients
 from .processes import Client
@@ -235,20 +238,14 @@ def test_script(trainer: Client) -> None:
     assert trainer.run(_script, 'run', '--push-to-hub', 'alice/s', '--dry-run', 'dry') == 'student: dry/student\n'
 
 
-def _export(folder: str) -> None:
+def _export(run: Path) -> None:
     """Export the student of a finished run, as `--export onnx` does at its end."""
-    from pathlib import Path
-
-    import timm
-    import torch
-
-    from timm_dfpt import export_onnx
-
-    student = timm.create_model(f'local-dir:{folder}/student', pretrained=True).eval()
-    images = torch.randn(8, *timm.data.resolve_model_data_config(student)['input_size'])
-    Path(folder, 'exported').mkdir()
+    student = timm_dfpt.load_student(run / 'student')
+    images = torch.randn(8, *student.pretrained_cfg['input_size'])
+    (run / 'exported').mkdir()
     for name, precision in (('model', 'float32'), ('model_fp16', 'float16'), ('model_quantized', 'int8')):
-        export_onnx(student, Path(folder, 'exported', f'{name}.onnx'), precision=precision, calibration=images)
+        path = run / 'exported' / f'{name}.onnx'
+        timm_dfpt.export_onnx(student, path, precision=precision, calibration=images)
 
 
 @pytest.mark.slow
@@ -258,7 +255,7 @@ def test_files_for_browsers_leave_the_student_as_it_is(hub: Hub, trainer: Client
     student = ('run', '--push-to-hub', 'alice/student')
     assert trainer.run(_publish, *student)['code'] == 0
     before = hub.files('alice/student')
-    trainer.start(_export, 'run', timeout=280).outcome()
+    _export(trainer.cwd / 'run')
     named = trainer.run(_publish, 'run', '--push-onnx', 'alice/student-ONNX')
     assert 'give that, too, with --push-to-hub' in named['stderr']
     for _ in range(2):
