@@ -14,6 +14,8 @@ BINS = 15
 """Bins of equal width of the confidence, as in Guo et al., "On Calibration of Modern Neural Networks" (2017)."""
 
 _LARGEST = 100.0
+# They leave an interval of a ten-thousandth of the temperature.
+_STEPS = 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
     logits = logits.double()
     right = logits.gather(1, target[:, None])[:, 0].mean()
     low, high = 1 / _LARGEST, _LARGEST
-    for _ in range(30):
+    for _ in range(_STEPS):
         middle = (low * high) ** 0.5
         slope = (torch.softmax(logits * middle, dim=1) * logits).sum(dim=1).mean() - right
         low, high = (low, middle) if slope > 0 else (middle, high)

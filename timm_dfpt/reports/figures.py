@@ -66,7 +66,8 @@ def svg(draw: Draw, size: tuple[float, float] = (5.0, 3.1)) -> str:
         _figure(draw, size).savefig(file, format='svg', metadata=metadata)
     text = file.getvalue()
     text = text[text.index('<svg') :]
-    text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
+    # Its rules would be those of the whole page, which has them for figures.
+    text = re.sub(r'<(metadata|style)\b.*?</\1>', '', text, flags=re.DOTALL)
     # Names cannot look like tags here: in them < and > are escaped.
     text = re.sub(r'<g id="[^"<>]*">', '<g>', text)
     element = f'<svg viewBox="\\1" role="img" style="max-width: {116 * size[0]:.0f}px">'
