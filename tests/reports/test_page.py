@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from tests.tiny import DATA_CONFIG, RESNET
 from timm_dfpt.hub.student import save_student
@@ -23,13 +24,14 @@ from timm_dfpt.reports.sections import calibration_section, classes_section, con
 from timm_dfpt.training import pages
 from timm_dfpt.training.compare import main as compare
 from timm_dfpt.training.pages import main as report
+from timm_dfpt.training.publish import publish_run
 from timm_dfpt.training.report import closing_table
 from timm_dfpt.training.run import main
 
 HOSTILE = [
     '<script>alert(1)</script>', '</svg></style><img src=x onerror=alert(1)>', '"\' onload="alert(1)',
-    '$\\frac{1}{0$', '{{ 7 * 7 }}{% raw %}', '\u202egnp.exe', 'a\x00b\x1b[31m\nc', '\u05e9\u05dc\u05d5\u05dd & \u732b', '-->]]>',
-    'x' * 900,
+    '$\\frac{1}{0$', '{{ 7 * 7 }}{% raw %}', '\u202egnp.exe', 'a\x00b\x1b[31m\nc',
+    '\u05e9\u05dc\u05d5\u05dd & \u732b', '-->]]>', 'x' * 900,
 ]  # fmt: skip
 
 
@@ -134,6 +136,16 @@ def test_the_page_of_a_run(run, job):
     assert set(summary['phases']) == {'setup', 'teacher_evaluation', 'training', 'evaluation', 'export', 'costs'}
     assert summary['phases']['training'] == summary['train_seconds']
     assert found.tags.count('img') > 12
+
+
+def test_a_card_shows_its_figures(run, tmp_path):
+    assert publish_run(run, 'user/name', dry_run=tmp_path / 'repo')
+    card = (tmp_path / 'repo' / 'student' / 'README.md').read_text(encoding='utf-8')
+    for name in ('classes.png', 'calibration.png'):
+        assert f']({name})' in card
+        with Image.open(tmp_path / 'repo' / 'student' / name) as image:
+            image.load()
+            assert image.width > 400
 
 
 def test_it_can_be_made_again_from_the_folder(run, job, capsys, tmp_path):

@@ -113,6 +113,7 @@ def student_card(
     license: str | None = None,
     run: RunFacts | None = None,
     curves: str | None = None,
+    figures: Mapping[str, str] | None = None,
     registered_by: str | None = None,
     background: str | None = None,
 ) -> ModelCard:
@@ -125,6 +126,7 @@ def student_card(
         license: License of the weights.
         run: The run it is from.
         curves: File name of the figure of the curves.
+        figures: Further figures: what they show, by file name.
         registered_by: Module that registers its architecture with timm; `None` if timm itself does.
         background: Color `#rrggbb` behind transparent images, if not what the run's recipe says.
 
@@ -174,6 +176,7 @@ def student_card(
         teacher=run.teacher,
         limits=f'It sees {input_text(cfg, short=True)}.',
         curves=curves,
+        figures={name: cell_text(caption) for name, caption in (figures or {}).items()},
         exports=exports_table(run.exports) if run.exports else '',
     )
 

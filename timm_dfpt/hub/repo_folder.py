@@ -41,6 +41,7 @@ def write_student_repo(
     *,
     run: RunFacts | None = None,
     curves: Path | None = None,
+    figures: Mapping[Path, str] | None = None,
     **saving: Unpack[StudentOptions],
 ) -> None:
     """Write the repository of a student to `folder`.
@@ -51,6 +52,7 @@ def write_student_repo(
         repo_id: Repository that the card is for.
         run: The run that the card reports.
         curves: Figure for the card.
+        figures: Further figures: what they show, by file.
         **saving: See `StudentOptions`; of a folder only `license` and `distillation` can be given.
     """
     license, distillation = saving.get('license'), saving.get('distillation')
@@ -69,6 +71,8 @@ def write_student_repo(
         write_json(folder / CONFIG, config)
     if curves is not None:
         shutil.copyfile(curves, folder / CURVES)
+    for file in figures or ():
+        shutil.copyfile(file, folder / file.name)
     recipe = read_json(folder / DISTILLATION).get('recipe') if (folder / DISTILLATION).is_file() else None
     card = student_card(
         repo_id,
@@ -77,6 +81,7 @@ def write_student_repo(
         license=config['pretrained_cfg'].get('license'),
         run=run,
         curves=CURVES if curves is not None else None,
+        figures={file.name: caption for file, caption in (figures or {}).items()},
         registered_by=_registered_by(config['architecture']),
         background=recipe.get('background') if isinstance(recipe, dict) else None,
     )

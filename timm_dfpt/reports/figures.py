@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 import warnings
@@ -13,7 +14,10 @@ from ..hub.files import atomic
 from .calibration import Reliability
 from .names import shown
 
-__all__ = ['COLORS', 'Line', 'class_figure', 'interval_figure', 'line_figure', 'reliability_figure', 'save_png', 'svg']
+__all__ = [
+    'COLORS', 'Drawing', 'Line', 'class_figure', 'interval_figure', 'line_figure', 'reliability_figure', 'save_png',
+    'svg',
+]  # fmt: skip
 
 INK, GRID = '#1f2429', '#d9dde2'
 # Distinct for all kinds of color vision, on light and on dark ground; after Okabe and Ito (2008).
@@ -33,6 +37,21 @@ Draw = Callable[[Any], None]
 """Draws into a matplotlib figure."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn.
+
+    Args:
+        draw: Draws it.
+        caption: What it is.
+        size: Width and height in inches.
+    """
+
+    draw: Draw
+    caption: str
+    size: tuple[float, float] = (5.0, 3.1)
+
+
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
     import matplotlib  # costs 0.3 s
@@ -45,32 +64,27 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(draw: Draw, size: tuple[float, float]) -> Any:
+def _figure(drawing: Drawing) -> Any:
     from matplotlib.figure import Figure  # costs 0.3 s
 
-    figure = Figure(figsize=size)
-    draw(figure)
+    figure = Figure(figsize=drawing.size)
+    drawing.draw(figure)
     return figure
 
 
-def svg(draw: Draw, size: tuple[float, float] = (5.0, 3.1)) -> str:
-    """Draw a figure as an SVG element for a page.
-
-    Args:
-        draw: Draws it.
-        size: Width and height in inches of 72 CSS pixels.
-    """
+def svg(drawing: Drawing) -> str:
+    """Return a figure as an SVG element for a page."""
     file = io.StringIO()
     with _style():
         metadata = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
-        _figure(draw, size).savefig(file, format='svg', metadata=metadata)
+        _figure(drawing).savefig(file, format='svg', metadata=metadata)
     text = file.getvalue()
     text = text[text.index('<svg') :]
     # Its rules would be those of the whole page, which has them for figures.
     text = re.sub(r'<(metadata|style)\b.*?</\1>', '', text, flags=re.DOTALL)
     # Names cannot look like tags here: in them < and > are escaped.
     text = re.sub(r'<g id="[^"<>]*">', '<g>', text)
-    element = f'<svg viewBox="\\1" role="img" style="max-width: {116 * size[0]:.0f}px">'
+    element = f'<svg viewBox="\\1" role="img" style="max-width: {116 * drawing.size[0]:.0f}px">'
     text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', element, text, count=1)
     text = re.sub(r'<!--.*?-->\s*', '', text, flags=re.DOTALL)
     return re.sub(r'(?<= style=")[^"]*(?=")', lambda found: _themed(found[0]), text)
@@ -82,17 +96,15 @@ def _themed(style: str) -> str:
     return style.replace("'DejaVu Sans'", 'var(--font)')
 
 
-def save_png(draw: Draw, path: Path, size: tuple[float, float] = (5.0, 3.1)) -> None:
-    """Draw a figure as a PNG file on white ground.
+def save_png(drawing: Drawing, path: Path) -> None:
+    """Write a figure as a PNG file on white ground.
 
     Raises:
         OSError: If it cannot be written.
     """
     with _style(), atomic(path) as temporary:
         # Without metadata two equal runs write equal files.
-        _figure(draw, size).savefig(
-            temporary, format='png', dpi=130, facecolor='white', metadata={'Software': None}
-        )
+        _figure(drawing).savefig(temporary, format='png', dpi=130, facecolor='white', metadata={'Software': None})
 
 
 class Line:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from .figures import Drawing, svg
 from .names import shown
 
 __all__ = ['Block', 'Image', 'Page', 'Section', 'code', 'figures', 'gallery', 'matrix', 'render', 'table', 'text']
@@ -42,10 +43,15 @@ class Block:
     head: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     text_columns: int = 1
-    svgs: Sequence[tuple[str, str]] = ()
+    drawings: Sequence[Drawing] = ()
     images: Sequence[Image] = ()
     shades: Sequence[Sequence[float]] = ()
     closed: bool = False
+
+    @property
+    def svgs(self) -> list[tuple[str, str]]:
+        """The drawings as SVG, with their captions."""
+        return [(svg(drawing), drawing.caption) for drawing in self.drawings]
 
 
 def text(note: str) -> Block:
@@ -74,9 +80,9 @@ def table(
     return Block('table', title, note, head, rows, text_columns, closed=closed)
 
 
-def figures(*drawn: tuple[str, str]) -> Block:
-    """Return figures in a row: of each its SVG and its caption, which also says to those who hear a page what it is."""
-    return Block('figures', svgs=drawn)
+def figures(*drawings: Drawing) -> Block:
+    """Return figures in a row."""
+    return Block('figures', drawings=drawings)
 
 
 def gallery(title: str, images: Sequence[Image], note: str = '') -> Block:
@@ -111,6 +117,11 @@ class Section:
     key: str
     title: str
     blocks: Sequence[Block]
+
+    @property
+    def drawing(self) -> Drawing | None:
+        """The first figure, if there is one."""
+        return next((drawing for block in self.blocks for drawing in block.drawings), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ _ALL_CLASSES = 30
 _END = 12
 _MATRIX = 20
 _CONFUSIONS = 15
+_SQUARE = (4.2, 4.0)
 
 
 def words(model: str) -> str:
@@ -74,8 +75,8 @@ def classes_section(
         note += f' {empty:,} classes have no image here.'
     values = {name: [float(percents[name][i]) for i in chosen] for name in models}
     draw = figures.class_figure([names[i] for i in chosen], values, colors)
-    drawn = figures.svg(draw, (7.2, 0.9 + 0.24 * len(chosen)))
-    return Section('classes', 'Accuracy by class', [figure_block((drawn, note)), table(head, rows)])
+    drawing = figures.Drawing(draw, note, (7.2, 0.9 + 0.24 * len(chosen)))
+    return Section('classes', 'Accuracy by class', [figure_block(drawing), table(head, rows)])
 
 
 def agreement_section(split: SplitPredictions, where: str, model: str, others: Sequence[str]) -> Section:
@@ -163,23 +164,25 @@ def calibration_section(
     head = ['model', 'ECE %', 'ECE % after', 'temperature', 'loss', 'loss after']
     images = known[model].images
     half = 'the validation data' if measured_on is not None else 'a random half of the validation data'
-    rest = where if measured_on is not None else 'the other half'
+    rest = f'{images:,} images of the other half'
+    if measured_on is not None:
+        rest = where if images == len(measured_on) else f'{images:,} of {where}'
     note = (
         f'ECE: expected calibration error, the mean distance between confidence and accuracy over {BINS} bins of equal '
         f'width; loss: cross entropy in nats. The temperature that logits are divided by is fitted on {half}, all is '
-        f'measured on {images:,} images of {rest}.'
+        f'measured on {rest}.'
     )
     after = f'{words(model)}, after temperature'
     lines = {words(model): known[model].before, after: known[model].after}
     numbers = {words(model): colors[model], after: 1}
-    drawn = [figures.svg(figures.reliability_figure(lines, numbers), (4.2, 4.0))]
-    captions = [f'Reliability of {words(model)}; points grow with the number of images, ten at least.']
+    caption = f'Reliability of the {words(model)}; points grow with the number of images, ten at least.'
+    drawn = [figures.Drawing(figures.reliability_figure(lines, numbers), caption, _SQUARE)]
     rest_of = {words(name): each.before for name, each in known.items() if name != model}
     if rest_of:
         named = {words(name): number for name, number in colors.items()}
-        drawn.append(figures.svg(figures.reliability_figure(rest_of, named), (4.2, 4.0)))
-        captions.append('The same of the others, as they are.')
-    blocks = [figure_block(*zip(drawn, captions, strict=True)), table(head, rows, note=note)]
+        others = figures.reliability_figure(rest_of, named)
+        drawn.append(figures.Drawing(others, 'The same of the others, as they are.', _SQUARE))
+    blocks = [figure_block(*drawn), table(head, rows, note=note)]
     return Section('calibration', title, blocks)
 
 
@@ -197,7 +200,8 @@ def images_section(
             Image(thumbnails[row], _caption(split, row, names, model, other)) for row in group.rows if row in thumbnails
         ]
         share = f'{group.count:,} of {len(split):,} images of the validation data'
-        blocks.append(gallery(group.title, images, f'{share}; {len(images)} are shown.' if images else share + '.'))
+        title = group.title[:1].upper() + group.title[1:]
+        blocks.append(gallery(title, images, f'{share}; {len(images)} are shown.'))
     return Section('images', 'Images', blocks if thumbnails else [])
 
 

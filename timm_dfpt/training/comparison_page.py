@@ -105,7 +105,7 @@ def _results(result: Mapping[str, Any]) -> Section:
     if differences:
         draw = figures.interval_figure(differences, f'{split}: points above {reference}')
         caption = f'Differences to {reference}' + (', with 95% intervals.' if len(result['seeds']) > 1 else '.')
-        blocks.append(figure_block((figures.svg(draw, (5.0, 0.8 + 0.3 * len(differences))), caption)))
+        blocks.append(figure_block(figures.Drawing(draw, caption, (5.0, 0.8 + 0.3 * len(differences)))))
     teacher = result['teacher']
     if teacher is not None and 'top1' in (teacher['metrics'] or {}):
         blocks.append(text(f'Teacher: {split} top-1 {teacher["metrics"]["top1"]:.2f}%.'))
@@ -136,13 +136,13 @@ def _curves(
     drawn = []
     if lines:
         draw = figures.line_figure(lines, ', '.join(titles), colors=colors)
-        drawn.append((figures.svg(draw), f'{", ".join(titles)} on the validation data: {spread}'))
+        drawn.append(figures.Drawing(draw, f'{", ".join(titles)} on the validation data: {spread}'))
     for arm in arms[:_LOSS_FIGURES]:
         terms = [loss_terms(run, arm) for run in runs]
         shared = [label for label in terms[0] if all(label in each for each in terms)]
         losses = [_over_seeds([each[label][1] for each in terms], label, terms[0][label][0]) for label in shared]
         caption = f'Loss of {arm} in training, and its terms before they are weighted: {spread}'
-        drawn.append((figures.svg(figures.line_figure(losses, 'nats', log=True)), caption))
+        drawn.append(figures.Drawing(figures.line_figure(losses, 'nats', log=True), caption))
     rest = len(arms) - _LOSS_FIGURES
     note = [text(f'Losses of the first {_LOSS_FIGURES} arms; {rest} more are in metrics.jsonl.')] if rest > 0 else []
     return Section('curves', 'Curves', [figure_block(*drawn), *note])

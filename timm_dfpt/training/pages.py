@@ -32,11 +32,11 @@ from ..reports.thumbnails import thumbnails
 from ..tasks.evaluation import SCORES, score_of
 from .comparison_page import write_comparison_page
 from .learner import Learner
-from .publish import read_run
 from .report import attempt, closing_cells, loss_terms, student_of, verdicts
+from .run_facts import read_run
 from .run_folder import ComparisonFolder, RunFolder
 
-__all__ = ['main', 'write_page', 'write_run_report']
+__all__ = ['draw_card_figures', 'main', 'run_page', 'write_page', 'write_run_report']
 
 _PHASES = {
     'setup': 'data and models', 'teacher_evaluation': 'evaluating the teacher', 'training': 'training and validation',
@@ -147,6 +147,26 @@ def run_page(folder: RunFolder) -> Page:
     )
 
 
+def draw_card_figures(folder: RunFolder, target: Path) -> dict[Path, str]:
+    """Draw what a model card shows of the page about a run.
+
+    Args:
+        folder: The run folder.
+        target: Where to write the figures.
+
+    Returns:
+        What they are, by their files.
+    """
+    drawings = {section.key: section.drawing for section in run_page(folder).sections}
+    found = {}
+    for key, title in (('classes', 'Accuracy by class.'), ('calibration', '')):
+        drawing = drawings.get(key)
+        if drawing is not None:
+            figures.save_png(drawing, target / f'{key}.png')
+            found[target / f'{key}.png'] = f'{title} {drawing.caption}'.strip()
+    return found
+
+
 def _results(summary: Mapping[str, Any]) -> Section:
     head, rows = closing_cells(summary)
     size = f'{summary["dataset_sizes"][summary["eval_split"]]:,} images'
@@ -159,7 +179,7 @@ def _results(summary: Mapping[str, Any]) -> Section:
 
 def _curves(lines: Sequence[Mapping[str, Any]], colors: Mapping[str, int], summary: Mapping[str, Any]) -> Section:
     learners = [name for name, value in lines[0].items() if isinstance(value, Mapping)]
-    drawn: list[tuple[str, str]] = []
+    drawn: list[figures.Drawing] = []
     scores: list[figures.Line] = []
     titles: dict[str, None] = {}
     for learner in learners:
@@ -178,11 +198,11 @@ def _curves(lines: Sequence[Mapping[str, Any]], colors: Mapping[str, int], summa
         for i, line in enumerate(line for line in scores if line.label not in numbers):
             numbers[line.label] = free[i % len(free)]
         draw = figures.line_figure(scores, ', '.join(titles), colors=numbers)
-        drawn.append((figures.svg(draw), f'{", ".join(titles)} on the validation data.'))
+        drawn.append(figures.Drawing(draw, f'{", ".join(titles)} on the validation data.'))
     for learner in learners:
         terms = [figures.Line(label, *values) for label, values in loss_terms(lines, learner).items()]
         caption = f'Loss of {learner} in training, and its terms before they are weighted.'
-        drawn.append((figures.svg(figures.line_figure(terms, 'nats', log=True)), caption))
+        drawn.append(figures.Drawing(figures.line_figure(terms, 'nats', log=True), caption))
     return Section('curves', 'Curves', [figure_block(*drawn)])
 
 

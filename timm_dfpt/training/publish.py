@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shlex
 import tempfile
@@ -10,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.checks import default_of
 from ..deploy.space import write_space
 from ..deploy.transformers_js import write_onnx_repo
-from ..hub.base import hub_repo_of
-from ..hub.cards import ModelRow, RunFacts
+from ..hub.cards import RunFacts
 from ..hub.errors import HubError
 from ..hub.files import parse_yaml, read_json
 from ..hub.options import PushOptions, Unpack
@@ -22,19 +19,14 @@ from ..hub.privacy import public
 from ..hub.prompt_path import PROMPT_CONFIG
 from ..hub.repo import empty_folder, push_folder
 from ..hub.repo_folder import write_prompt_path_repo, write_student_repo
-from ..hub.sources import check_repo_id, parse_source
-from ..hub.student import DISTILLATION
-from ..job.options import PATH_OPTIONS, TrainConfig
+from ..hub.sources import check_repo_id
 from ..job.stopping import exit_code
+from .pages import draw_card_figures
+from .report import attempt
+from .run_facts import NOT_RECIPE, read_run
 from .run_folder import RunFolder
 
-__all__ = ['check_targets', 'main', 'publish_run', 'read_run', 'retry_command']
-
-# Options that say nothing about what was trained.
-_NOT_RECIPE = (
-    'output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval',
-    'teacher_cache_dir', 'export', 'include_preprocessing',
-)  # fmt: skip
+__all__ = ['check_targets', 'main', 'publish_run', 'retry_command']
 
 
 def publish_run(
@@ -107,7 +99,9 @@ def publish_run(
             if kind in ('onnx', 'space'):
                 shipped.write(kind, folder)
             elif kind == 'student':
-                write_student_repo(run_folder.student, folder, repos[kind], distillation=record, **common)
+                figures = attempt('drawing figures of the card', lambda: draw_card_figures(run_folder, Path(temporary)))
+                common |= {'distillation': record, 'figures': figures or {}}
+                write_student_repo(run_folder.student, folder, repos[kind], **common)
             else:
                 common |= {'training': record, 'base_model': base_model, 'token': options.get('token')}
                 write_prompt_path_repo(run_folder.prompt_path, folder, repos[kind], **common)
@@ -203,73 +197,6 @@ class _Shipped:
         )
 
 
-def read_run(folder: RunFolder, prompt_path_repo: str | None = None) -> tuple[RunFacts, dict[str, Any]]:
-    """Read what may be published of a run, and its options.
-
-    Args:
-        folder: The run folder.
-        prompt_path_repo: Repository of the prompt path.
-
-    Raises:
-        FileNotFoundError: If the run is not finished.
-    """
-    for file in (folder.summary, folder.config):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f'{str(folder)!r} has no {file.name}: the run is not finished. Finish it with --resume.'
-            )
-    summary = read_json(folder.summary)
-    record_file = folder.student / DISTILLATION
-    # The record names local data and models without their folders; only the run itself could tell them from Hub ids.
-    record = read_json(record_file) if record_file.is_file() else {}
-    options = parse_yaml(folder.config.read_text(encoding='utf-8'))
-    recipe = record.get('recipe') or public(options)
-    paths = {key: options[key] for key in PATH_OPTIONS if options.get(key)}
-    # What has no public name is no id on the Hub.
-    renamed = {path: recipe.get(key) or public(f'./{path}') for key, path in paths.items()}
-    models = dict(summary.get('models', {}))
-    models |= {f'{name} baseline': model for name, model in summary.get('baselines', {}).items()}
-    split = str(summary.get('eval_split', 'val'))
-    defaults = {field.name: default_of(field) for field in dataclasses.fields(TrainConfig)}
-    chosen = {key: value for key, value in recipe.items() if value != defaults.get(key) and key not in _NOT_RECIPE}
-    facts = RunFacts(
-        method=summary.get('method'),
-        teacher=recipe.get('teacher'),
-        dataset=record.get('dataset', summary.get('dataset')),
-        eval_split=split,
-        eval_size=summary.get('dataset_sizes', {}).get(split),
-        rows=[_row(role, model, split) for role, model in models.items()],
-        recipe={'method': summary.get('method'), **chosen},
-        seed=summary.get('seed'),
-        command=summary.get('command') or None,
-        versions=summary.get('versions', {}),
-        prompt_path=prompt_path_repo,
-        teacher_head=record.get('teacher_head'),
-        student_base=_student_base(recipe),
-        exports=summary.get('exports', []),
-        deployed=_deployed(summary.get('models', {}).get('student', {})),
-    )
-    return facts.public(renamed), recipe
-
-
-def _row(role: str, model: Mapping[str, Any], split: str) -> ModelRow:
-    # What could not be measured is null.
-    splits = {'val': model.get('val_metrics') or {}, split: model.get('metrics') or {}}
-    return ModelRow(role, str(model.get('name', role)), splits, (model.get('cost') or {}).get('params'))
-
-
-def _deployed(student: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    cost: Mapping[str, Any] | None = student.get('cost')
-    return cost if 'cost_as_trained' in student else None
-
-
-def _student_base(recipe: Mapping[str, Any]) -> str | None:
-    if not recipe.get('student_pretrained'):
-        return None
-    source = parse_source(str(recipe.get('student')))
-    return None if source.folder else hub_repo_of(str(source._replace(revision=None)))
-
-
 def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None) -> dict[str, Any]:
     """Return the facts that go beside the weights, without the folders of this machine."""
     return {
@@ -282,7 +209,7 @@ def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None)
         'dataset': run.dataset,
         'eval_split': run.eval_split,
         'metrics': {row.role: row.splits for row in run.rows},
-        'recipe': public({key: value for key, value in recipe.items() if key not in _NOT_RECIPE}),
+        'recipe': public({key: value for key, value in recipe.items() if key not in NOT_RECIPE}),
         'seed': run.seed,
         'versions': dict(run.versions),
     }
