@@ -1,25 +1,38 @@
 """What a way costs."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+
+from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ['Meter']
 
 
 @dataclasses.dataclass
 class Meter:
-    """CPU time of this process and its children, in seconds, over all of the blocks that it measured."""
+    """What all of the blocks cost that it measured.
 
+    Args:
+        counting: Count FLOPs, which makes everything slower, so that the time then says nothing.
+        seconds: CPU time of this process and its children.
+        flops: Two a multiply-accumulate of convolutions and matrix products, forward and backward.
+    """
+
+    counting: bool = False
     seconds: float = 0.0
+    flops: int = 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Measure a block."""
         before = sum(os.times()[:4])
+        counter = FlopCounterMode(display=False) if self.counting else None
         try:
-            yield
+            with counter or contextlib.nullcontext():
+                yield
         finally:
             self.seconds += sum(os.times()[:4]) - before
+            self.flops += counter.get_total_flops() if counter else 0

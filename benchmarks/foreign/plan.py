@@ -26,7 +26,8 @@ class Cell:
         regime: Name of the regime.
         arm: Name of the arm; in the phase `tune` that of the way, a colon and the number of the trial.
         seed: Seed of initial weights, order, augmentation, and split where the images are split anew.
-        phase: `tune`: chosen from by validation images. `final`: reported, with test images.
+        phase: `tune`: chosen from by validation images. `time`: trained for its CPU time only, and not evaluated; the
+            seed is the number of the turn. `flops`: the same for its FLOPs. `final`: reported, with test images.
     """
 
     regime: str
@@ -64,7 +65,8 @@ class Plan:
 
     A final arm is `tuned: [way, ...]`: the best trial of these ways by the mean on validation images, with `options`
     of its own in the last stage if it has any, and with `time: dearest` for so many epochs that all of it takes as long
-    as the dearest tuned arm of its regime, by the CPU times of the trials. Or it names a `way` and `options` by stage.
+    as the dearest tuned arm of its regime, by CPU times that are measured in turns just before (the phase `time`, in
+    which arms train for a share of their epochs). Or it names a `way` and `options` by stage.
     So the finals are fixed before any of them is trained, and follow without anybody's choice once tuning is done.
 
     Args:
@@ -76,10 +78,9 @@ class Plan:
     def __init__(self, path: Path, work: Path, records: Sequence[Mapping[str, Any]] = ()) -> None:
         self.values: dict[str, Any] = yaml.safe_load(path.read_text(encoding='utf-8'))
         self.work = work
-        self._trials: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        self._found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
         for record in records:
-            if record['phase'] == 'tune':
-                self._trials.setdefault((record['regime'], record['arm']), []).append(record)
+            self._found.setdefault((record['phase'], record['regime'], record['arm']), []).append(record)
 
     def cells(self) -> Iterator[Cell]:
         """Give every student that the study asks for, in the order in which they are to be trained.
@@ -90,8 +91,8 @@ class Plan:
         for step in self.values['order']:
             for name in step['regimes']:
                 phase = step['phase']
-                section = self.values['regimes'][name].get(phase, {})
-                if phase == 'final' and not self.is_tuned(name):
+                section = self.values['regimes'][name].get(phase, {'seeds': [0]})
+                if phase != 'tune' and not (self.is_timed if phase == 'final' else self.is_tuned)(name):
                     continue
                 arms = [arm for arm in self.arms(name, phase) if arm in step.get('arms', [arm])]
                 if phase == 'final':
@@ -104,14 +105,28 @@ class Plan:
         section = self.values['regimes'][regime].get(phase, {})
         if phase == 'tune':
             return [f'{way}:{i}' for way, trials in section.get('trials', {}).items() for i in range(len(trials))]
+        if phase in ('time', 'flops'):
+            return self._usual(regime)
         return list(section.get('arms', {}))
+
+    def _usual(self, regime: str) -> list[str]:
+        """The tuned arms that train for the usual number of epochs with what was chosen."""
+        arms = self.values['regimes'][regime].get('final', {}).get('arms', {})
+        return [name for name, arm in arms.items() if 'tuned' in arm and 'time' not in arm and 'options' not in arm]
+
+    def is_timed(self, regime: str) -> bool:
+        """Say whether everything that the finals of a regime follow from is recorded."""
+        turns = len(self.values['regimes'][regime].get('time', {}).get('seeds', ()))
+        found = [self._found.get(('time', regime, arm), ()) for arm in self._usual(regime)]
+        return self.is_tuned(regime) and all(len(records) == turns for records in found)
 
     def is_tuned(self, regime: str) -> bool:
         """Say whether all trials that the finals of a regime choose from are recorded with all of their seeds."""
         source, tuning = self._source(regime), self._tuning(regime)
-        ways = {way for arm in self.values['regimes'][regime]['final']['arms'].values() for way in arm.get('tuned', ())}
+        arms = self.values['regimes'][regime].get('final', {}).get('arms', {})
+        ways = {way for arm in arms.values() for way in arm.get('tuned', ())}
         trials = [(source, f'{way}:{i}') for way in ways for i in range(len(tuning['trials'][way]))]
-        return all(len(self._trials.get(trial, ())) == len(tuning['seeds']) for trial in trials)
+        return all(len(self._found.get(('tune', *trial), ())) == len(tuning['seeds']) for trial in trials)
 
     def _source(self, regime: str) -> str:
         return str(self.values['regimes'][regime].get('tuned_in', regime))
@@ -129,24 +144,34 @@ class Plan:
             Way and number of the trial.
         """
         trials = [(way, i) for way in ways for i in range(len(self._tuning(regime)['trials'][way]))]
-        return max(trials, key=lambda trial: statistics.fmean(self._of_trial(regime, trial, 'student_top1')))
+        source = self._source(regime)
 
-    def _of_trial(self, regime: str, trial: tuple[str, int], key: str) -> list[Any]:
-        return [record[key] for record in self._trials[self._source(regime), f'{trial[0]}:{trial[1]}']]
+        def mean(trial: tuple[str, int]) -> float:
+            found = self._found['tune', source, f'{trial[0]}:{trial[1]}']
+            return statistics.fmean(record['student_top1'] for record in found)
 
-    def _seconds(self, regime: str, trial: tuple[str, int]) -> list[float]:
-        """CPU time of a trial by stage."""
-        return [statistics.median(values) for values in zip(*self._of_trial(regime, trial, 'cpu_s'), strict=True)]
+        return max(trials, key=mean)
+
+    def _seconds(self, regime: str, arm: str) -> list[float]:
+        """CPU time of an arm by stage, for all of its epochs."""
+        share = self.values['regimes'][regime]['time']['share']
+        turns = [
+            # A fitted head has no epochs.
+            [
+                seconds if epochs is None else seconds / share
+                for seconds, epochs in zip(each['cpu_s'], each['epochs'], strict=True)
+            ]
+            for each in self._found['time', regime, arm]
+        ]
+        return [statistics.median(values) for values in zip(*turns, strict=True)]
 
     def longer(self, regime: str, arm: str) -> float:
         """Return how many times as long the last stage of a final arm trains, for all of it to take the time it may."""
         arms = self.values['regimes'][regime]['final']['arms']
         if arms[arm].get('time') != 'dearest':
             return 1.0
-        tuned = {name: self.chosen(regime, values['tuned']) for name, values in arms.items() if 'tuned' in values}
-        usual = [name for name in tuned if 'time' not in arms[name] and 'options' not in arms[name]]
-        budget = max(sum(self._seconds(regime, tuned[name])) for name in usual)
-        *before, last = self._seconds(regime, tuned[arm])
+        budget = max(sum(self._seconds(regime, name)) for name in self._usual(regime))
+        *before, last = self._seconds(regime, arm.removesuffix(' =time'))
         return (budget - sum(before)) / last
 
     def _is_other_name(self, regime: str, arm: str) -> bool:
@@ -177,11 +202,17 @@ class Plan:
         for common, changes in zip(ways, given, strict=True):
             values = {**common, **changes, **(more if len(stages) == len(ways) - 1 else {})}
             stages.append(Stage(**{key: values.pop(key) for key in own if key in values}, options=values))
+        if cell.phase in ('time', 'flops'):
+            return [self._longer(cell.regime, stage, regime['time']['share']) for stage in stages]
         if cell.phase == 'final' and (longer := self.longer(cell.regime, cell.arm)) != 1:
-            options = dict(stages[-1].options)
-            options['epochs'] = max(1, round(options.get('epochs', regime['epochs']) * longer))
-            stages[-1] = dataclasses.replace(stages[-1], options=options)
+            stages[-1] = self._longer(cell.regime, stages[-1], longer)
         return stages
+
+    def _longer(self, regime: str, stage: Stage, factor: float) -> Stage:
+        if stage.do == 'fit' or factor == 1:
+            return stage
+        epochs = stage.options.get('epochs', self.values['regimes'][regime]['epochs'])
+        return dataclasses.replace(stage, options={**stage.options, 'epochs': max(1, round(epochs * factor))})
 
     def config(self, cell: Cell, stage: Stage, output: Path, made: Sequence[Path]) -> TrainConfig:
         """Return the options of a stage that is a run of the trainer.
@@ -257,11 +288,13 @@ class Plan:
         """
         values = self.values['regimes'][regime]
         final = values.get('final', {})
+        ways = {way for arm in final.get('arms', {}).values() for way in arm.get('tuned', [arm.get('way')])}
         parts = [
-            {key: value for key, value in values.items() if key not in ('about', 'tune', 'final')},
+            {key: value for key, value in values.items() if key not in ('about', 'tune', 'time', 'final')},
             {key: value for key, value in final.items() if key != 'seeds'},
             self._tuning(regime),
-            self.values['ways'],
+            values.get('time', {}),
+            {way: self.values['ways'][way] for way in sorted(ways)},
             self.values['common'],
             self.values['data'][values['data']],
         ]

@@ -29,12 +29,13 @@ def page(study: Study) -> str:
     """Return the whole page."""
     hours = sum(record['total_cpu_s'] for record in study.records) / 3600
     phases = [record['phase'] for record in study.records]
+    counts = ', '.join(f'{phases.count(each)} {each}' for each in ('tune', 'time', 'final'))
     machines = sorted({record['machine']['cpu'] for record in study.records})
     parts = [
         '# From a foreign teacher to a small model: all tables',
         'Written by `python -m benchmarks.foreign.report` from `benchmarks/foreign/plan.yaml` and the records in '
         '`benchmarks/foreign/records`; what the regimes and ways are is said in the plan. '
-        f'{len(phases):,} runs ({phases.count("tune")} to tune, {phases.count("final")} final), {hours:.1f} CPU hours '
+        f'{len(phases):,} runs ({counts}), {hours:.1f} CPU hours '
         f'of training, evaluation not counted, on {", ".join(machines) or "-"}, one thread each.',
         'Test top-1 of the last epoch in percent. In brackets: 95% interval of a difference by Welch over the seeds, '
         'which are not paired. Cost: CPU time of the whole way (fitting, fine-tuning, adapting, all epochs), relative'

@@ -89,13 +89,14 @@ def run_cell(plan: Plan, cell: Cell) -> dict[str, Any]:
     start, load = time.monotonic(), os.getloadavg()[0]
     outcome = go(plan, cell, folder)
     shutil.rmtree(folder)
-    last = outcome['metrics'].get('test') or outcome['metrics']['val']
+    # None where only the time counts.
+    last: dict[str, Any] = outcome['metrics'].get('test') or outcome['metrics'].get('val') or {}
     return {
         **dataclasses.asdict(cell),
-        'student_top1': round(last['student']['top1'], 4),
+        'student_top1': _rounded(last.get('student', {}).get('top1')),
         'path_top1': _rounded(last.get('prompt_path', {}).get('top1')),
         'teacher_top1': _rounded(last.get('teacher', {}).get('top1')),
-        'total_cpu_s': round(sum(outcome['cpu_s']), 2),
+        'total_cpu_s': round(sum(outcome.get('cpu_s', ())), 2),
         **{key: _rounded(value) for key, value in outcome.items()},
         'stages': [
             {key: value for key, value in dataclasses.asdict(stage).items() if value} for stage in plan.stages(cell)

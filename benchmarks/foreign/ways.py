@@ -50,15 +50,16 @@ def go(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
         folder: An empty folder to work in.
 
     Returns:
-        `cpu_s` by stage, epochs by stage, the images of the training split, and `metrics` by split and model: the
-        student, and where there are such the prompt path and the teacher that it learnt from.
+        `cpu_s` by stage, or in the phase `flops` these; epochs by stage; images of the training split; and `metrics`
+        by split and model: the student, and where there are such the prompt path and the teacher that it learnt from.
     """
     spent: list[float] = []
+    flops: list[int] = []
     epochs: list[int | None] = []
     made: list[Path] = []
     last: tuple[Setup, Learner] | None = None
     for number, stage in enumerate(plan.stages(cell)):
-        meter, output = Meter(), folder / str(number)
+        meter, output = Meter(counting=cell.phase == 'flops'), folder / str(number)
         if stage.do == 'fit':
             made.append(_fit(plan, cell, stage, output, made, meter))
             epochs.append(None)
@@ -75,11 +76,13 @@ def go(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:
             made.append(RunFolder(output).student)
             epochs.append(config.epochs)
         spent.append(round(meter.seconds, 2))
+        flops.append(meter.flops)
     assert last is not None
     setup, learner = last
-    metrics = _evaluate(plan, cell, setup, learner)
+    metrics = {} if cell.phase in ('time', 'flops') else _evaluate(plan, cell, setup, learner)
     close(setup)
-    return {'cpu_s': spent, 'epochs': epochs, 'images': len(setup.data.train), 'metrics': metrics}
+    cost = {'flops': flops} if cell.phase == 'flops' else {'cpu_s': spent}
+    return {**cost, 'epochs': epochs, 'images': len(setup.data.train), 'metrics': metrics}
 
 
 def _fit(plan: Plan, cell: Cell, stage: Stage, output: Path, made: Sequence[Path], meter: Meter) -> Path:

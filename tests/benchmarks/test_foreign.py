@@ -49,6 +49,7 @@ VALUES: dict[str, Any] = {
             'student': 's',
             'epochs': 2,
             'tune': {'seeds': [0], 'trials': {'alone': [{'lr': 0.1}, {'lr': 0.2}]}},
+            'time': {'seeds': [0], 'share': 0.5},
             'final': {
                 'seeds': [100, 101],
                 'arms': {
@@ -60,7 +61,10 @@ VALUES: dict[str, Any] = {
             },
         }
     },
-    'order': [{'phase': 'tune', 'regimes': ['tiny']}, {'phase': 'final', 'regimes': ['tiny'], 'seeds': 1}],
+    'order': [
+        {'phase': 'tune', 'regimes': ['tiny']}, {'phase': 'time', 'regimes': ['tiny']},
+        {'phase': 'final', 'regimes': ['tiny'], 'seeds': 1}, {'phase': 'flops', 'regimes': ['tiny']},
+    ],
 }  # fmt: skip
 
 
@@ -92,9 +96,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trials_of(*values: float, seconds: float = 10.0) -> list[dict[str, Any]]:
+def time_of(arm: str, *seconds: float) -> dict[str, Any]:
+    """Record of the time of an arm in half of its epochs, a head fitted in the first of several stages."""
+    epochs = [None, *([1] * (len(seconds) - 1))] if len(seconds) > 1 else [1]
+    return {'regime': 'tiny', 'seed': 0, 'phase': 'time', 'arm': arm, 'cpu_s': list(seconds), 'epochs': epochs}
+
+
+def trials_of(*values: float) -> list[dict[str, Any]]:
     """Records of the trials of training alone."""
-    common = {'regime': 'tiny', 'seed': 0, 'phase': 'tune', 'cpu_s': [seconds]}
+    common = {'regime': 'tiny', 'seed': 0, 'phase': 'tune'}
     return [{**common, 'arm': f'alone:{i}', 'student_top1': value} for i, value in enumerate(values)]
 
 
@@ -102,6 +112,9 @@ def test_a_step_of_the_order_is_finished_seed_by_seed(tmp_path: Path) -> None:
     cells = list(Plan(write_plan(tmp_path), tmp_path).cells())
     assert [cell.arm for cell in cells] == ['alone:0', 'alone:1']
     cells = list(Plan(write_plan(tmp_path), tmp_path, trials_of(70.0, 60.0)).cells())[2:]
+    assert [(cell.arm, cell.phase) for cell in cells] == [('alone', 'time'), ('alone', 'flops')]
+    records = [*trials_of(70.0, 60.0), time_of('alone', 5.0)]
+    cells = list(Plan(write_plan(tmp_path), tmp_path, records).cells())[3:-1]
     assert [cell.arm for cell in cells] == ['alone', 'ft-kd', 'alone wd']
     assert {cell.seed for cell in cells} == {100}
 
@@ -118,7 +131,9 @@ def test_finals_follow_from_tuning(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(values), encoding='utf-8')
     records = trials_of(60.0, 70.0)
     assert not [cell for cell in Plan(path, tmp_path, records).cells() if cell.phase == 'final']
-    records += [{**records[0], 'arm': 'ft-kd:0', 'cpu_s': [1.0, 5.0, 24.0]}]
+    records += [{**records[0], 'arm': 'ft-kd:0'}]
+    assert not [cell for cell in Plan(path, tmp_path, records).cells() if cell.phase == 'final']
+    records += [time_of('alone', 5.0), time_of('ft-kd', 1.0, 2.5, 12.0)]
     plan = Plan(path, tmp_path, records)
     # The dearest is not trained twice.
     assert {cell.arm for cell in plan.cells() if cell.phase == 'final'} == {'alone', 'ft-kd', 'alone =time'}
@@ -150,8 +165,9 @@ def test_ways_of_a_regime_have_equal_numbers_of_trials() -> None:
 
 
 def test_every_way_is_recorded_with_what_it_costs(work: Path) -> None:
-    records = {(r['arm'], r['seed']): r for r in read_records(work / 'records')}
-    assert set(records) == {('alone:0', 0), ('alone:1', 0), ('alone', 100), ('ft-kd', 100), ('alone wd', 100)}
+    records = {(r['arm'], r['seed']): r for r in read_records(work / 'records') if r['phase'] != 'flops'}
+    found = {(r['arm'], r['seed']) for r in read_records(work / 'records')}
+    assert found == {('alone:0', 0), ('alone:1', 0), ('alone', 0), ('alone', 100), ('ft-kd', 100), ('alone wd', 100)}
     assert 'test' not in records['alone:0', 0]['metrics']
     tuned = records['ft-kd', 100]
     assert tuned['epochs'] == [None, 1, 2]
@@ -160,6 +176,8 @@ def test_every_way_is_recorded_with_what_it_costs(work: Path) -> None:
     assert tuned['student_top1'] == tuned['metrics']['test']['student']['top1']
     assert tuned['teacher_top1'] is not None
     assert tuned['images'] == 48
+    (counted,) = (r for r in read_records(work / 'records') if r['phase'] == 'flops')
+    assert counted['flops'][0] > 1e6
     assert records['alone wd', 100]['stages'][0]['options']['weight_decay'] == 0
 
 
@@ -270,7 +288,8 @@ def test_records_are_of_planned_students_and_say_where_they_are_from() -> None:
         assert json.loads(json.dumps(stages)) == record['stages'], cell
         assert record['machine']['threads'] == 1
         assert record['versions']['torch'].split('.')[0] == torch.__version__.split('.')[0]
-        assert ('test' in record['metrics']) == (record['phase'] == 'final')
+        seen = list(record['metrics'])
+        assert seen == {'tune': ['val'], 'time': [], 'flops': []}.get(record['phase'], seen)
 
 
 def test_the_page_is_up_to_date() -> None:
