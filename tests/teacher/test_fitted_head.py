@@ -143,3 +143,62 @@ def test_labels_that_cannot_be_fitted() -> None:
         timm_dfpt.fit_head(model, [(x, torch.rand(10, 3))], 3)
     with pytest.raises(ValueError, match='no batch'):
         timm_dfpt.fit_head(model, [], 3)
+
+
+class Answering(nn.Module):
+    """A model that returns its logits in something."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.stem, self.fc, self.num_classes, self.answer = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 5), 5, answer
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.answer(self.fc(self.stem(x).mean((2, 3))))
+
+
+X, LABELS = batches()[0]
+
+
+@pytest.mark.parametrize(
+    ('loader', 'message'),
+    [
+        ([{'image': X, 'label': LABELS}], r"got a dict of \['image', 'label'\]: give fit_head pairs"),
+        ([X], 'got a Tensor: give fit_head pairs'),
+        ([(X[:0], LABELS[:0])], 'no batch'),
+        ([(X[:, :1], LABELS)], r'Answering does not take what loader gives, images \(10, 1, 32, 32\).*prepare='),
+        ([(X / 0, LABELS)], 'gives images that are not finite'),
+        ([(torch.ones_like(X), LABELS)], 'are the same for all images'),
+    ],
+)
+def test_loaders_that_nothing_can_be_fitted_to(loader: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm_dfpt.fit_head(Answering(lambda logits: logits), loader, CLASSES)
+
+
+def test_models_that_nothing_can_be_fitted_to() -> None:
+    for answer, kind in ((lambda logits: {'logits': logits}, 'dict'), (lambda logits: (logits, logits), 'tuple')):
+        with pytest.raises(ValueError, match=f'returns a {kind}, not logits'):
+            timm_dfpt.fit_head(Answering(answer), batches(), CLASSES)
+    model = Answering(lambda logits: logits)
+    torch.nn.init.constant_(model.stem.weight, torch.nan)
+    with pytest.raises(ValueError, match='such as stem.weight: it cannot teach'):
+        timm_dfpt.fit_head(model, batches(), CLASSES)
+
+
+def test_a_copy_has_the_modes_of_the_model() -> None:
+    model = timm.create_model('resnet18', num_classes=7, **RESNET).eval()
+    # An empty batch in between is no obstacle.
+    fitted = timm_dfpt.fit_head(model, [(X[:0], LABELS[:0]), *batches()], CLASSES)
+    assert not any(module.training for module in fitted.modules())
+
+
+def test_features_that_hardly_differ_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = Answering(lambda logits: logits)
+    timm_dfpt.fit_head(model, batches(), CLASSES)
+    assert not caplog.records
+    torch.nn.init.constant_(model.stem.bias, 1e4)
+    timm_dfpt.fit_head(model, batches(), CLASSES)
+    assert 'features of Answering hardly differ between images' in caplog.text

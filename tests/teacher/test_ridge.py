@@ -84,3 +84,10 @@ def test_without_anything_to_tell_classes_apart() -> None:
         fit_ridge(torch.randn(4, 3), torch.ones(4, dtype=torch.long), 3)
     with pytest.raises(ValueError, match='not finite'):
         fit_ridge(torch.full((4, 3), torch.inf), torch.tensor([0, 1, 0, 1]), 2)
+
+
+def test_rounding_of_a_constant_is_no_feature() -> None:
+    x, target = draw(60, 4)
+    noise = 7 + 2e-6 * torch.randn(60, 1, generator=torch.Generator().manual_seed(2))
+    ridge = fit_ridge(torch.cat([x, noise], dim=1), target, 3)
+    assert ridge.weight[:, -1].abs().max() < 1

@@ -8,6 +8,7 @@ import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -200,3 +201,26 @@ def test_fine_tuning_a_step(name: str) -> None:
     assert torch.equal(teacher.original(x), expected)
     assert not torch.equal(teacher.prompt(x), expected)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_attention_that_keeps_its_biases() -> None:
+    torch.manual_seed(0)
+    shape = {'embed_dim': (16, 24, 32), 'num_heads': (2, 2, 2), 'depth': (1, 1, 1), 'key_dim': 8}
+    model = timm.create_model('levit_128s', num_classes=5, **shape).eval()
+    x = torch.randn(2, 3, 224, 224)
+    # With the gradient: what is kept could not be copied.
+    model(x)
+    teacher = timm_dfpt.wrap(model, variant='dfpt+')
+    biases = [p for name, p in teacher.prompt_path.named_parameters() if name.endswith('attention_biases')]
+    with torch.inference_mode():
+        before = teacher.prompt(x)
+    for _ in range(2):
+        teacher.prompt(x)[:, 0].sum().backward()
+        assert all(bias.grad is not None for bias in biases)
+        for bias in biases:
+            torch.nn.init.normal_(bias)
+    after = teacher.prompt(x)
+    assert not torch.equal(after, before)
+    again = timm_dfpt.wrap(timm.create_model('levit_128s', num_classes=5, **shape), variant='dfpt+')
+    again.prompt_path.load_state_dict(teacher.prompt_path.state_dict())
+    assert torch.equal(again.prompt(x), after)

@@ -47,7 +47,7 @@ def replace_head(model: nn.Module, names: Sequence[str], num_classes: int, init_
             )
         _scale(new, init_scale)
         weight = next(old.parameters())
-        model.set_submodule(name, new.to(device=weight.device, dtype=weight.dtype))
+        model.set_submodule(name, new.to(device=weight.device, dtype=weight.dtype).train(old.training))
     if hasattr(model, 'num_classes'):
         model.num_classes = num_classes  # type: ignore[assignment]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ['ModelState', 'evaluating', 'freeze', 'keep_frozen', 'look_through']
+__all__ = ['ModelState', 'evaluating', 'forget_caches', 'freeze', 'keep_frozen', 'look_through']
 
 # Modules around a model that compute what it computes. By name, because importing some of them takes a second.
 _WRAPPERS = {
@@ -64,6 +64,18 @@ def _evaluate(model: nn.Module) -> None:
         if module._compiled_call_impl is not None:
             # What was compiled does not see the hooks that a module gets afterwards.
             module._compiled_call_impl = None
+
+
+def forget_caches(modules: Iterable[nn.Module]) -> None:
+    """Drop what timm's attention with biases keeps in evaluation, which is part of the graph it was computed in.
+
+    LeViT, TinyViT, EfficientFormer and EfficientViT of MSRA index their biases once and keep the result until the next
+    `train()`: weights that change meanwhile would not be seen, nor get a gradient, nor could the model be copied.
+    """
+    for module in modules:
+        cache = module.__dict__.get('attention_bias_cache')
+        if cache:
+            cache.clear()
 
 
 def freeze(model: nn.Module) -> None:

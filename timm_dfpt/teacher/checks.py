@@ -10,7 +10,7 @@ from torch import nn
 
 from ..backbone.calibration import calibration_input
 from ..backbone.heads import ENCODER_HEAD
-from ..backbone.modes import evaluating
+from ..backbone.modes import evaluating, forget_caches
 from ..backbone.types import name_of
 from .hooks import Injection
 from .teacher import DualForwardPathTeacher
@@ -20,7 +20,7 @@ __all__ = ['check_finite', 'check_model', 'find_classifier']
 
 
 def check_model(model: Any) -> None:
-    """Refuse what cannot be wrapped, and clear what a former teacher has left on what can.
+    """Refuse what cannot be wrapped, and clear what forwards and a former teacher have left on what can.
 
     Raises:
         TypeError: If it is no module.
@@ -42,6 +42,7 @@ def check_model(model: Any) -> None:
         )
     if any(t.is_inference() for t in itertools.chain(model.parameters(), model.buffers())):
         raise ValueError(f'{kind} was made under torch.inference_mode(): nothing trains through it. Make it outside.')
+    forget_caches(model.modules())
     if not teachers:
         remove_hooks(model)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,16 +14,21 @@ from torch import nn
 from ..backbone.heads import add_head, replace_head, watch_inputs
 from ..backbone.modes import evaluating, look_through
 from ..backbone.types import name_of
-from .checks import check_model, find_classifier
+from ..utils.messages import shorten
+from .checks import check_finite, check_model, find_classifier
 from .head_record import ATTRIBUTE, FittedHead, fitted_head_of
 from .prompt_path import match_dtype
 from .ridge import fit_ridge
 
 __all__ = ['fit_head', 'put_head', 'reorder_classes']
 
+_logger = logging.getLogger(__name__)
+
 # How far logits may be from what the classifiers alone explain, in relation to the largest.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.1
+# Far below what pre-trained networks have (about 0.1 to 1).
+_SMALL_SPREAD = 1e-3
 _REMEDY = (
     'Fine-tune it on these classes (--method supervised --student MODEL --student-pretrained) and take the result as '
     'the teacher, or give the prompt path alone a new head: --teacher-head new, wrap(model, num_classes=K).'
@@ -71,8 +77,10 @@ def fit_head(
     """
     if type(num_classes) is not int or num_classes < 2:
         raise ValueError(f'num_classes must be an integer of at least 2, got {num_classes!r}.')
-    if label_names is not None and len(label_names) != num_classes:
-        raise ValueError(f'label_names has {len(label_names)} names for num_classes={num_classes}.')
+    if label_names is not None and (isinstance(label_names, str) or len(label_names) != num_classes):
+        raise ValueError(f'label_names must be a list of {num_classes} names, got {shorten(label_names)}.')
+    if not isinstance(loader, Iterable):
+        raise TypeError(f'loader must give batches (images, class indices), got {type(loader).__name__}.')
     model = look_through(model)
     check_model(model)
     fitted, names = _with_classifier(model, num_classes, classifier)
@@ -82,6 +90,8 @@ def fit_head(
     with evaluating(fitted), torch.inference_mode(False), torch.no_grad():
         for batch in loader:
             input, target = _checked_batch(batch, num_classes)
+            if not len(target):
+                continue
             x = match_dtype(input.to(next(fitted.parameters()).device), fitted)
             x = match_dtype(prepare(x), fitted) if prepare is not None else x
             if not features:
@@ -93,6 +103,12 @@ def fit_head(
         if not features:
             raise ValueError('loader has no batch: there is nothing to fit a head to.')
         ridge = fit_ridge(torch.cat(features), torch.cat(targets), num_classes, balanced=balanced)
+        if ridge.spread < _SMALL_SPREAD:
+            _logger.warning(
+                f'The features of {name_of(model)} hardly differ between images, by {ridge.spread:.1g} of their size, '
+                'and the fitted head magnifies what does: what is tuned behind it will soon diverge. Is the model '
+                'pre-trained, and are the images as it takes them?'
+            )
         _set_weights(fitted, names, shares, ridge.weight, ridge.bias)
     _note(
         fitted,
@@ -263,12 +279,20 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _checked_batch(batch: Any, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(batch, Sequence) or len(batch) < 2 or not isinstance(batch[0], torch.Tensor):
+        keys = f' of {shorten(list(batch))}' if isinstance(batch, Mapping) else ''
+        raise ValueError(
+            f'loader must give batches (images, class indices), got a {type(batch).__name__}{keys}: give fit_head '
+            'pairs, as a generator makes them, ((b["image"], b["label"]) for b in loader).'
+        )
     input, target = batch[0], torch.as_tensor(batch[1])
     if target.ndim != 1 or target.is_floating_point() or len(target) != len(input):
         raise ValueError(
             f'loader must give class indices [B] with its images, got {tuple(target.shape)} of {target.dtype}: leave '
             'mixup and cutmix out.'
         )
+    if not bool(input.isfinite().all()):
+        raise ValueError('loader gives images that are not finite (NaN or Inf): no head can be fitted to them.')
     low, high = (int(target.min()), int(target.max())) if len(target) else (0, 0)
     if low < 0 or high >= num_classes:
         raise ValueError(f'loader gives labels from {low} to {high}, outside of num_classes={num_classes}.')
@@ -279,7 +303,14 @@ def _run(model: nn.Module, names: Sequence[str], x: torch.Tensor) -> tuple[list[
     """Run a model; return what enters each classifier, `[B, D]` (the mean over places), and what it returns."""
     with contextlib.ExitStack() as stack:
         inputs = {name: stack.enter_context(watch_inputs(model.get_submodule(name))) for name in names}
-        output = model(x)
+        try:
+            output = model(x)
+        except Exception as error:
+            # Whatever a network fails with on images that it was not made for.
+            raise ValueError(
+                f'{name_of(model)} does not take what loader gives, images {tuple(x.shape)} of {x.dtype}: '
+                f'{" ".join(str(error).split())}. Give images as the model takes them, or convert them by prepare=....'
+            ) from error
     wrong = [name for name in names if len(inputs[name]) != 1]
     if wrong:
         raise ValueError(
@@ -315,7 +346,13 @@ def _find_shares(model: nn.Module, names: Sequence[str], x: torch.Tensor) -> lis
             leaf: Any = model.get_submodule(name)
             outputs.append(nn.functional.linear(h.double(), leaf.weight.flatten(1).double(), leaf.bias.double()))
         classes = outputs[0].shape[1]
-        if isinstance(logits, torch.Tensor) and logits.shape == (len(x), classes):
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError(
+                f'{name_of(model)} returns a {type(logits).__name__}, not logits [B, K]: give fit_head a module whose '
+                'forward returns the logits alone.'
+            )
+        check_finite(model, logits)
+        if logits.shape == (len(x), classes):
             wanted = logits.double().flatten()
             columns = torch.stack([output.flatten() for output in outputs], dim=1)
             found = torch.linalg.lstsq(columns.cpu(), wanted.cpu()[:, None]).solution

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..backbone.heads import add_head, replace_head
 from ..backbone.layouts import TokenOrder
-from ..backbone.modes import keep_frozen
+from ..backbone.modes import forget_caches, keep_frozen
 from ..backbone.norms import find_norms, has_statistics, unshare
 from ..backbone.rules import rule_for
 from ..backbone.types import Stage, name_of
@@ -82,6 +82,7 @@ class PromptPath(nn.Module):
         self.calls = Calls()
         # Copy first, hook second: a copy of a hooked tree would copy hooks and state, as of another teacher's.
         shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())} if variant == 'dfpt' else {}
+        forget_caches(model.modules())
         tree = copy.deepcopy(model, shared).eval()
         remove_hooks(tree)
         self.heads = self.classifier
@@ -133,6 +134,8 @@ class PromptPath(nn.Module):
         self.own_norms = list(self.norms)
         if variant == 'dfpt+' and config.norms == 'own':
             self.own_norms = list(find_norms(tree, self.heads).values())
+        # Those of frozen weights may be kept.
+        self._caching = [m for m in tree.modules() if hasattr(m, 'attention_bias_cache') and variant == 'dfpt+']
         self._statistics = [part for norm in self.own_norms for part in norm.modules() if has_statistics(part)]
         self._unused: list[nn.Parameter] = []
         if config.open:
@@ -270,6 +273,7 @@ class PromptPath(nn.Module):
             RuntimeError: If a block did not run exactly once.
         """
         self.keep_frozen()
+        forget_caches(self._caching)
         call = Call.of(x, record)
         here = self.calls.here
         outer, here.call = here.call, call
@@ -283,6 +287,7 @@ class PromptPath(nn.Module):
                 logits = self.model(x)
         finally:
             here.call = outer
+            forget_caches(self._caching)
         if self.config.open and sorted(call.fired) != list(range(len(self.stages))):
             raise RuntimeError(self._explain_fired(call))
         return logits

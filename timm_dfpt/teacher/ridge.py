@@ -27,6 +27,7 @@ class Ridge:
         temperature: Number by which the scores of ridge regression are divided: it is in `weight` and `bias` already.
         accuracy: Top-1 in percent on images that were left out, one at a time.
         loss: Cross-entropy in nats on them.
+        spread: How much features differ between images, in relation to their size: roots of the mean squares.
     """
 
     weight: torch.Tensor
@@ -35,6 +36,7 @@ class Ridge:
     temperature: float
     accuracy: float
     loss: float
+    spread: float
 
 
 def fit_ridge(
@@ -65,7 +67,7 @@ def fit_ridge(
         The classifier, on the CPU.
 
     Raises:
-        ValueError: If there are fewer than two classes with images, or a feature is not finite.
+        ValueError: If there are fewer than two classes with images, a feature is not finite, or all are constant.
     """
     n = len(features)
     counts = torch.bincount(target.cpu(), minlength=num_classes)
@@ -77,6 +79,11 @@ def fit_ridge(
     if balanced:
         weights = (n / (counts > 0).sum() / counts.clamp(min=1)).double().to(device)[target]
     mean, std = _statistics(features, weights, device)
+    varies = std > 0
+    if not bool(varies.any()):
+        raise ValueError('The features are the same for all images: no head can be fitted to them.')
+    spread = float((std.square().sum() / (std.square() + mean.square()).sum()).sqrt())
+    std = torch.where(varies, std, torch.ones_like(std))
     signs = -torch.ones(n, num_classes, dtype=torch.float64, device=device)
     signs[torch.arange(n, device=device), target] = 1.0
     offset = weights @ signs / n
@@ -106,13 +113,14 @@ def fit_ridge(
         temperature=1 / scale,
         accuracy=100 * float(right.mean()),
         loss=float(torch.nn.functional.cross_entropy(scale * left_out, target)),
+        spread=spread,
     )
 
 
 def _statistics(
     features: torch.Tensor, weights: torch.Tensor, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weighted mean and standard deviation `[D]`; 1 for what never changes."""
+    """Return weighted mean and standard deviation `[D]`; 0 for what never changes."""
     n = len(features)
     parts = list(zip(features.split(_ROWS), weights.split(_ROWS), strict=True))
     mean = torch.stack([w @ x.to(device).double() for x, w in parts]).sum(dim=0) / n
@@ -120,8 +128,8 @@ def _statistics(
     if not bool(torch.isfinite(variance).all()):
         raise ValueError('The features are not finite (NaN or Inf): no head can be fitted to them.')
     std = variance.sqrt()
-    # Rounding of a constant is no variation.
-    return mean, torch.where(std > 1e-7 * mean.abs() + 1e-30, std, torch.ones_like(std))
+    # Rounding of a constant is no variation: float32 and the order of its sums leave a few 1e-7 of it.
+    return mean, torch.where(std > 1e-6 * mean.abs() + 1e-30, std, torch.zeros_like(std))
 
 
 def _standardised(part: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -13,6 +13,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..backbone.modes import forget_caches
 from ..job.devices import ShardedRoot, clip_shards, is_sharding, local_part, whole_weights
 from ..job.optim import create_optimizer, create_scheduler, shortened
 from ..job.options import TrainConfig
@@ -135,6 +136,9 @@ class Learner:
         """Put everything into evaluation; weights that are sharded are whole until `train` is called."""
         self._whole.enter_context(whole_weights(self.module))
         self.module.eval()
+        if self.task.has_ema():
+            # It always is in evaluation, and timm's attention may have kept biases of an average that has moved on.
+            forget_caches(self.task.get_trainable_module(ema=True).modules())
 
     def set_progress(self, epoch: int, update: int) -> None:
         """Set learning rates, and what else changes in the course of training, for the update after `update` of them.
