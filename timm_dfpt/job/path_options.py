@@ -38,7 +38,7 @@ def path_options(config: Any) -> PathOptions:
     Args:
         config: The options of a run (`TrainConfig`), `teacher_head` as it was chosen.
     """
-    foreign, copies = config.teacher_head in ('fit', 'new'), METHODS[config.method].variant == 'dfpt+'
+    foreign, copies = config.teacher_head in ('fit', 'new'), METHODS[config.method].copies_backbone
     defaults = PathOptions()
     if foreign or config.unlabelled:
         # What is trained is kept in float32, and norm layers do not mix.

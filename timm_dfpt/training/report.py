@@ -18,6 +18,7 @@ from ..hub.files import atomic
 from ..hub.markdown import markdown_table
 from ..hub.privacy import public
 from ..tasks.evaluation import SCORES, score_of
+from ..tasks.methods import METHODS
 
 __all__ = [
     'arms_cells', 'attempt', 'closing_cells', 'closing_table', 'comparison_notes', 'comparison_text', 'epoch_line',
@@ -114,7 +115,7 @@ def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
 
 def student_of(method: str) -> str:
     """Return what the student of a baseline is called."""
-    return 'student alone' if method == 'supervised' else f'student of {method}'
+    return f'student of {method}' if METHODS[method].needs_teacher else 'student alone'
 
 
 def closing_table(summary: Mapping[str, Any]) -> str:
@@ -176,7 +177,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         if any('top1' not in (metrics or {}) for metrics in (measured, model['metrics'])):
             # What agrees with its teacher need not be right, and teachers differ.
             continue
-        rival = 'the student alone' if method == 'supervised' else f'{method}{fitted}'
+        rival = f'{method}{fitted}' if METHODS[method].needs_teacher else 'the student alone'
         student, other = measured['top1'], model['metrics']['top1']
         difference = student - other
         share = (student + other) / 200
