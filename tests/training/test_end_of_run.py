@@ -239,3 +239,26 @@ def test_an_average_that_is_still_old_is_said(tiny, tmp_path, monkeypatch, caplo
             main(tiny.argv(tmp_path / 'run', '--model-ema-decay', '0.9998', *more))
         old = 'after the 18 updates of this run, 100% of the average are still the weights of the first'
         assert (old in caplog.text) == said
+
+
+def test_an_average_is_evaluated_as_it_is_now(make_accelerator):
+    # LeViT keeps in evaluation what it has indexed of its weights.
+    torch.manual_seed(0)
+    shape = {'embed_dim': (16, 24, 32), 'num_heads': (2, 2, 2), 'depth': (1, 1, 1), 'key_dim': 8, 'img_size': 64}
+    student = timm.create_model('levit_128s', num_classes=5, **shape)
+    config = TrainConfig(dataset='photos', student='levit_128s', method='supervised', cpu=True, model_ema=True)
+    learner = Learner('student', config, SupervisedTask(student), make_accelerator(), 6)
+    x = torch.randn(2, 3, 64, 64)
+    learner.eval()
+    first = learner.task.eval_outputs(x)['student_ema']
+    learner.train()
+    average = learner.task.get_student(ema=True)
+    for name, param in average.named_parameters():
+        if name.endswith('attention_biases'):
+            torch.nn.init.normal_(param)
+    learner.eval()
+    now = learner.task.eval_outputs(x)['student_ema']
+    assert not torch.equal(now, first)
+    again = timm.create_model('levit_128s', num_classes=5, **shape).eval()
+    again.load_state_dict(average.state_dict())
+    assert torch.equal(again(x), now)
