@@ -105,25 +105,20 @@ class Options:
     prompt_norm: Literal['batch', 'layer', 'none'] = _opt('batch', 'norm layer of the blocks', 'prompt path')
     prompt_act: str = _opt('relu', 'activation of the blocks', 'prompt path')
     prompt_fusion: Literal['conv', 'depthwise', 'none'] | None = _opt(
-        None, 'fusion: conv (1x1, paper), depthwise, or none', 'prompt path', unset='conv; none as --prompt-block'
+        None, 'fusion: conv (1x1, paper), depthwise, or none', 'prompt path', unset='conv; none without labels'
     )
     prompt_block: bool | None = _opt(
-        None, 'use prompt blocks', 'prompt path', unset='yes; no for dfpt+ with a teacher of other classes'
+        None, 'use prompt blocks', 'prompt path', unset='yes; no without labels'
     )
     prompt_head: bool = _opt(True, 'give the prompt path a trainable head of its own', 'prompt path')
     prompt_norms: Literal['teacher', 'own'] | None = _opt(
         None, "norm layers of the backbone: the teacher's, or the path's own, with statistics of its own",
-        'prompt path', unset='teacher; own for a teacher of other classes',
+        'prompt path', unset='teacher; own without labels',
     )  # fmt: skip
     prompt_opt: str = _opt('adamw', 'optimizer of the prompt path (timm)', 'prompt path')
-    prompt_lr: float | None = _opt(
-        None, 'learning rate of the prompt path', 'prompt path', low=0,
-        unset='0.001; 0.003 for a teacher of other classes',
-    )  # fmt: skip
+    prompt_lr: float = _opt(1e-3, 'learning rate of the prompt path', 'prompt path', low=0)
     prompt_weight_decay: float = _opt(0.01, 'weight decay of the prompt path', 'prompt path', low=0)
-    prompt_backbone_lr_scale: float | None = _opt(
-        None, 'dfpt+: lr of the backbone copy, x prompt_lr', 'prompt path', low=0, unset='0.3'
-    )
+    prompt_backbone_lr_scale: float = _opt(0.3, 'dfpt+: lr of the backbone copy, x prompt_lr', 'prompt path', low=0)
     # --- data
     dataset: str | None = _opt(None, 'Hub id, folder of class folders, or parquet', 'data')
     dataset_config: str | None = _opt(None, 'configuration name of the dataset', 'data')

@@ -19,7 +19,6 @@ from ..tasks.methods import METHODS
 from ..utils.messages import shorten
 from .optim import SCHEDULE_OPTIONS, check_optimizer, check_schedule, check_used
 from .option_table import Options
-from .path_options import path_options
 
 __all__ = ['PATH_OPTIONS', 'TrainConfig', 'public_options', 'resolve_paths']
 
@@ -69,7 +68,7 @@ class TrainConfig(Options):
         check_schedule(**self.schedule)
         how, prompt_decay = (self.opt_fused, self.cpu), self.prompt_weight_decay
         check_optimizer('opt', self.opt, *how, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum)
-        check_optimizer('prompt_opt', self.prompt_opt, *how, lr=path_options(self).lr, weight_decay=prompt_decay)
+        check_optimizer('prompt_opt', self.prompt_opt, *how, lr=self.prompt_lr, weight_decay=prompt_decay)
 
     def tuned_epochs(self, own_classes: bool = True) -> int:
         """Return the number of epochs in which the prompt path is tuned: `prompt_epochs`, or what that is by default.

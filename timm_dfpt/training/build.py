@@ -19,7 +19,6 @@ from ..data.loader import create_loader, default_batch_size
 from ..hub.timm_models import ModelSource
 from ..job.devices import on_main
 from ..job.options import TrainConfig
-from ..job.path_options import path_options
 from ..losses import DFPTWeights, KDLoss
 from ..tasks.base import NoLabels, StudentTask
 from ..tasks.methods import DEFAULT_LOSS, KD_LOSSES, METHODS
@@ -282,7 +281,7 @@ def create_task(
         weights=_dfpt_weights(config),
         student_prompt_weight_end=config.student_prompt_weight_end,
         prompt_epochs=config.tuned_epochs(own_classes=head is None or head.how != 'fitted'),
-        backbone_lr_scale=path_options(config).backbone_lr_scale,
+        backbone_lr_scale=config.prompt_backbone_lr_scale,
         **common,
     )
 

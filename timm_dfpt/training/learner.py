@@ -17,7 +17,6 @@ from ..backbone.modes import forget_caches
 from ..job.devices import ShardedRoot, clip_shards, is_sharding, local_part, whole_weights
 from ..job.optim import create_optimizer, create_scheduler, shortened
 from ..job.options import TrainConfig
-from ..job.path_options import path_options
 from ..tasks.base import StudentTask, TeacherLogits
 from ..tasks.evaluation import Measure, measure_features, measure_logits
 from ..tasks.features import FeatureTask
@@ -321,10 +320,9 @@ def _student_optimizer(config: TrainConfig, task: StudentTask) -> torch.optim.Op
 
 
 def _prompt_optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    lr = path_options(config).lr
-    groups = [{**group, 'lr': lr * group.get('lr_scale', 1.0)} for group in groups]
+    groups = [{**group, 'lr': config.prompt_lr * group.get('lr_scale', 1.0)} for group in groups]
     for group in groups:
         # timm's schedules would apply it once more.
         group.pop('lr_scale', None)
-    settings = {'lr': lr, 'weight_decay': config.prompt_weight_decay}
+    settings = {'lr': config.prompt_lr, 'weight_decay': config.prompt_weight_decay}
     return create_optimizer(config.prompt_opt, groups, config.opt_fused, **settings)
