@@ -6,7 +6,7 @@ import copy
 import pytest
 import timm
 import torch
-from timm.layers import EvoNorm2dB0, GroupNorm1, RmsNorm2d
+from timm.layers import EvoNorm2dB0, GroupNorm1, RmsNorm2d, set_reentrant_ckpt, use_reentrant_ckpt
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from torch import nn
 
@@ -226,3 +226,24 @@ def test_compiled_to_one_graph(config):
     assert torch.equal(logits, plain.prompt(images()))
     buffers = (paths.prompt_path.norms.state_dict().values() for paths in (compiled, plain))
     assert all(map(torch.equal, *buffers))
+
+
+@pytest.mark.parametrize('variant', ['dfpt', 'dfpt+'])
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_gradient_checkpointing_moves_statistics_once(variant, reentrant):
+    before, moved = use_reentrant_ckpt(), []
+    set_reentrant_ckpt(reentrant)
+    try:
+        for checkpointing in (False, True):
+            teacher = timm_dfpt.wrap(make_model(), variant=variant, prompt=OWN).train()
+            torch.manual_seed(1)
+            if checkpointing:
+                teacher.set_grad_checkpointing()
+            for _ in range(2):
+                teacher(torch.randn(4, 3, 32, 32)).prompt.square().mean().backward()
+            moved.append({k: v for k, v in teacher.prompt_path.named_buffers() if 'running' in k or 'num_batches' in k})
+    finally:
+        set_reentrant_ckpt(before)
+    assert any(name.startswith('blocks') for name in moved[0])
+    for name, value in moved[0].items():
+        assert torch.equal(value, moved[1][name]), name

@@ -4,6 +4,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 import timm_dfpt
@@ -107,3 +108,17 @@ def test_a_path_with_the_statistics_of_its_teacher_is_refused():
     teacher = timm_dfpt.wrap(timm.create_model('test_resnet', num_classes=5))
     with pytest.raises(ValueError, match=r"wrap with PromptConfig\(norms='own'\)"):
         timm_dfpt.adapt_statistics(teacher, batches())
+
+
+def test_batches_that_are_not_tensors_are_refused():
+    for batch in ({'image': batches(1)[0]}, batches(1)[0].numpy(), ()):
+        with pytest.raises(TypeError, match=f'The loader gives {type(batch).__name__} and not tensors of images'):
+            timm_dfpt.adapt_statistics(Net(), [batch])
+
+
+def test_dropout_in_a_norm_layer_draws_nothing():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4, drop_layer=nn.Dropout), nn.Conv2d(4, 4, 3))
+    net.append(BatchNormAct2d(4))
+    adapted = [timm_dfpt.adapt_statistics(net, batches()) for _ in range(2)]
+    assert torch.equal(adapted[0][3].running_mean, adapted[1][3].running_mean)
+    assert adapted[0][1].drop.training

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.jobs import Job
-from tests.tiny import RESNET
+from tests.tiny import RESNET, write_teacher
 from timm_dfpt import DualForwardPathTeacher
 from timm_dfpt.hub.cards import RunFacts, student_card
 from timm_dfpt.training import compare
@@ -176,8 +176,12 @@ def test_a_path_of_other_statistics_teaches_what_such_a_teacher_does(variant, ru
         assert sum(map(torch.numel, saved.values())) == sum(map(torch.numel, own))
 
 
-def test_without_batch_norm_a_path_has_nothing_to_say(tiny, tmp_path, capsys):
-    more = ['--method', 'dfpt', '--teacher', f'local-dir:{tiny.vit_teacher}']
+@pytest.mark.parametrize('norms', ['layer', 'none'])
+def test_without_batch_norm_a_path_has_nothing_to_say(norms, tiny, tmp_path, capsys):
+    if norms == 'none':
+        write_teacher(tmp_path / 'teacher', 'test_nfnet')
+    teacher = tmp_path / 'teacher' if norms == 'none' else tiny.vit_teacher
+    more = ['--method', 'dfpt', '--teacher', f'local-dir:{teacher}']
     assert main(argv(tiny, tiny.data, tmp_path / 'out', *more)) == 1
     assert 'has no BatchNorm, whose statistics are all that a prompt path can learn' in capsys.readouterr().err
 
@@ -246,7 +250,11 @@ def test_two_processes_have_one_teacher_and_end_as_one(tiny, tmp_path):
         (['--method', 'kd', '--distill-loss-weight', '0'], 'unlabelled: the student learns from the teacher alone'),
         (['--method', 'kd', '--smoothing', '0.1'], 'smoothing=0.1 has no effect with --unlabelled'),
         (['--method', 'kd', '--no-unlabelled', '--no-adapt-statistics'], 'no effect without --unlabelled'),
-        (['--method', 'dfpt', '--no-adapt-statistics'], 'prompt_epochs'),
+        (['--method', 'dfpt', '--no-adapt-statistics'], 'a new prompt path learns nothing but statistics'),
+        (['--method', 'dfpt', '--prompt-norms', 'teacher'], 'prompt_norms=teacher: without labels'),
+        (['--method', 'dfpt', '--teacher-dtype', 'bfloat16'], 'teacher_dtype=bfloat16: without labels'),
+        (['--method', 'dfpt', '--prompt-block'], 'prompt_block=True has no effect with --unlabelled'),
+        (['--method', 'dfpt+', '--prompt-lr', '0.1'], 'prompt_lr=0.1 has no effect with --unlabelled'),
         (['--method', 'feature', '--cache-teacher', '--no-aug'], 'learns features'),
     ],
 )

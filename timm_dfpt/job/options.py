@@ -28,6 +28,8 @@ _DUAL_STUDENT_WEIGHTS = ('student_task_weight', 'student_teacher_weight', 'stude
 _AUGMENTATIONS = (
     'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob'
 )  # fmt: skip
+# What counts of a prompt path that is not tuned.
+_NOT_TUNED = ('prompt_path', 'prompt_epochs', 'prompt_norms', 'prompt_stages')
 PATH_OPTIONS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path', 'output')
 
 
@@ -153,6 +155,11 @@ class TrainConfig(Options):
             )
         adapted = self.unlabelled and self.adapt_statistics
         if method.variant and self.tuned_epochs() == 0 and not (self.prompt_path or adapted):
+            if self.unlabelled:
+                raise ValueError(
+                    'adapt_statistics=False: without labels a new prompt path learns nothing but statistics. Leave it '
+                    'out, or name a tuned path with --prompt-path.'
+                )
             option = 'freeze_prompt_path' if self.freeze_prompt_path else f'prompt_epochs={self.prompt_epochs}'
             raise ValueError(f'{option} needs a tuned one to start from: name it with --prompt-path.')
         used = (self.method, *self.baselines, *([self.kd_loss] if method.variant else []))
@@ -228,6 +235,19 @@ class TrainConfig(Options):
                 'unlabelled: the student learns from the teacher alone, whose weights are all 0: raise one of them.'
             )
 
+        if not method.variant or self.prompt_path:
+            return
+        if self.prompt_norms == 'teacher':
+            raise ValueError(
+                'prompt_norms=teacher: without labels a new prompt path has statistics of its own, which are all that '
+                'it learns. Leave it out, or choose --method kd.'
+            )
+        if method.variant == 'dfpt' and self.teacher_dtype != 'float32':
+            raise ValueError(
+                f'teacher_dtype={self.teacher_dtype}: without labels the prompt path of dfpt has norm layers of its '
+                'own, which are in float32. Leave it out, or choose --method dfpt+ or kd.'
+            )
+
     def _check_kwargs(self) -> None:
         sources = {
             'num_classes': 'the number of classes of the data: leave it out',
@@ -275,6 +295,13 @@ class TrainConfig(Options):
                     f'{name}={getattr(self, name)!r} has no effect {"with" if self.unlabelled else "without"} '
                     '--unlabelled: leave it out.'
                 )
+        if self.unlabelled and not self.prompt_path and self.tuned_epochs() == 0:
+            for name in filter(self.differs, given):
+                if name.startswith('prompt_') and name not in _NOT_TUNED and getattr(self, name) not in (False, 'none'):
+                    raise ValueError(
+                        f'{name}={getattr(self, name)!r} has no effect with --unlabelled, where a prompt path is not '
+                        'tuned but by --prompt-epochs: leave it out.'
+                    )
         methods = methods or (self.method, *self.baselines)
         if any(name in METHODS and METHODS[name].variant for name in methods):
             return

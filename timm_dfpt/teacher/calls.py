@@ -45,12 +45,16 @@ class Call:
 
 
 class _Thread:
-    """What runs in one thread: the original path that is recorded, the call, and the call that is recomputed."""
+    """What runs in one thread: the original path that is recorded, the call, and the call that is recomputed.
+
+    While a layer is computed again, its running statistics are kept here.
+    """
 
     def __init__(self) -> None:
         self.record: Record | None = None
         self.call: Call | None = None
         self.recomputed: Call | None = None
+        self.statistics: dict[str, torch.Tensor | None] = {}
 
 
 class Calls(threading.local):

@@ -14,7 +14,7 @@ from ..backbone.types import Feature, Stage
 from .calls import Call, Calls
 from .frozen_layers import autocasts
 
-__all__ = ['CastInput', 'Injection']
+__all__ = ['CastInput', 'Injection', 'KeepStatistics']
 
 
 class Injection:
@@ -100,6 +100,39 @@ class CastInput:
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Return the inputs in the precision of the module's weights."""
         return tuple(_match_precision(arg, module) for arg in args)
+
+
+class KeepStatistics:
+    """Hooks around a layer with running statistics, which move once for a batch however often it is computed.
+
+    Gradient checkpointing computes it again in the backward pass.
+
+    Args:
+        calls: Of the prompt path.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+
+    def around(self, module: nn.Module) -> None:
+        """Register the hooks."""
+        module.register_forward_pre_hook(self.before)
+        # A recomputation may end by an exception as soon as it has what it is for.
+        module.register_forward_hook(self.after, always_call=True)
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Put copies in the place of the statistics if this is a recomputation."""
+        here = self.calls.here
+        if here.call is None and here.recomputed is not None and module.training:
+            here.statistics = dict(module._buffers)
+            copies = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
+            module._buffers.update(copies)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Put the statistics back."""
+        here = self.calls.here
+        module._buffers.update(here.statistics)
+        here.statistics = {}
 
 
 def _match_precision(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..backbone.types import Stage, name_of
 from .blocks import FusionBlock, PromptBlock, PromptConfig
 from .calls import Call, Calls, Record, remembered
 from .frozen_layers import save_fewer_activations
-from .hooks import CastInput, Injection
+from .hooks import CastInput, Injection, KeepStatistics
 from .wrapped import remove_hooks
 
 __all__ = ['PromptPath', 'VARIANTS', 'Variant']
@@ -138,6 +138,7 @@ class PromptPath(nn.Module):
         self._caching = [m for m in tree.modules() if hasattr(m, 'attention_bias_cache') and variant == 'dfpt+']
         self._statistics = [part for norm in self.own_norms for part in norm.modules() if has_statistics(part)]
         self._unused: list[nn.Parameter] = []
+        self._keeps_statistics = False
         if config.open:
             self._hook_blocks()
         # Modules of the original path, and those that share their weights.
@@ -282,6 +283,8 @@ class PromptPath(nn.Module):
         if recomputes and use_reentrant_ckpt():
             # A layer none of whose inputs asks for a gradient then gives none to its weights either.
             x = pytree.tree_map(_asking_for_gradient, x)
+        if recomputes and not self._keeps_statistics:
+            self._keep_statistics()
         try:
             with remembered(self.calls, call) if recomputes else contextlib.nullcontext():
                 logits = self.model(x)
@@ -291,6 +294,13 @@ class PromptPath(nn.Module):
         if self.config.open and sorted(call.fired) != list(range(len(self.stages))):
             raise RuntimeError(self._explain_fired(call))
         return logits
+
+    def _keep_statistics(self) -> None:
+        # Only where it is needed: hooks have their price, and compilers look at them.
+        self._keeps_statistics = True
+        for module in self.modules():
+            if has_statistics(module):
+                KeepStatistics(self.calls).around(module)
 
     def _explain_fired(self, call: Call) -> str:
         counts = {stage.module: call.fired.count(i) for i, stage in enumerate(self.stages)}

@@ -40,6 +40,7 @@ def adapt_statistics(model: nn.Module, loader: Iterable[Any], device: torch.devi
         A copy with other statistics, in the modes that `model` has; `model` itself is not touched.
 
     Raises:
+        TypeError: If a batch has no tensor of images, alone or as its first part.
         ValueError: If there is no BatchNorm with running statistics, or no batch, or they become infinite.
 
     Example:
@@ -102,6 +103,12 @@ class _Pass(nn.Module):
         self.layers = nn.ModuleList(layers)
         self._run = forward
 
+    def train(self, mode: bool = True) -> _Pass:
+        # Not of what is in them: those of timm may have a dropout.
+        for module in (self, *self.layers):
+            module.training = mode
+        return self
+
     def forward(self, input: torch.Tensor) -> Any:
         return self._run(input)
 
@@ -123,11 +130,13 @@ def estimate_statistics(
         device: Where to put the batches.
 
     Raises:
+        TypeError: As in `adapt_statistics`.
         ValueError: As in `adapt_statistics`.
     """
     if not layers:
+        named = model.model if isinstance(model, PromptPath) else model
         raise ValueError(
-            f'{name_of(model)} has no BatchNorm with running statistics, so that there is nothing to estimate: use it '
+            f'{name_of(named)} has no BatchNorm with running statistics, so that there is nothing to estimate: use it '
             'as it is.'
         )
     low = any(layer.get_buffer('running_mean').dtype.itemsize < 4 for layer in layers)
@@ -136,6 +145,12 @@ def estimate_statistics(
     def counted() -> Iterator[Any]:
         nonlocal count
         for batch in loader:
+            images = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+            if not isinstance(images, torch.Tensor):
+                raise TypeError(
+                    f'The loader gives {type(images).__name__} and not tensors of images [B, C, H, W], alone or first '
+                    'in a tuple: pick them out, as in (batch["image"] for batch in loader).'
+                )
             count += 1
             yield batch
 

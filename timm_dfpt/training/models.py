@@ -19,12 +19,16 @@ from ..job.options import TrainConfig
 from ..job.path_options import path_options
 from ..tasks.methods import METHODS
 from ..teacher.blocks import PromptConfig
+from ..teacher.statistics import own_layers
 from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
 from ..utils.messages import shorten
 from .teacher_heads import Choice, TeacherHeads
 
-__all__ = ['SharedTeachers', 'create_student', 'create_teacher', 'load_prompt_path', 'teacher_classes', 'wrap_teacher']
+__all__ = [
+    'SharedTeachers', 'create_student', 'create_teacher', 'explain_no_statistics', 'load_prompt_path',
+    'teacher_classes', 'wrap_teacher',
+]  # fmt: skip
 
 _NORM_LAYERS: dict[str, Literal['batchnorm2d', 'layernorm2d'] | None] = {
     'batch': 'batchnorm2d', 'layer': 'layernorm2d', 'none': None
@@ -250,6 +254,14 @@ def _check_input_size(config: TrainConfig, size: tuple[int, int] | None) -> None
         )
 
 
+def explain_no_statistics(config: TrainConfig) -> str:
+    """Say why a prompt path of a teacher without BatchNorm is refused where there are no labels."""
+    return (
+        f'unlabelled: {config.teacher!r} has no BatchNorm, whose statistics are all that a prompt path can learn '
+        'without labels: it would say what the teacher says. Choose a method of plain distillation.'
+    )
+
+
 def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> DualForwardPathTeacher:
     """Give the teacher its second path, new or from `prompt_path`."""
     variant = METHODS[config.method].variant
@@ -283,6 +295,8 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
         if config.unlabelled:
             prompt = dataclasses.replace(prompt, norms='own')
             if config.tuned_epochs() == 0:
+                if not own_layers(model):
+                    raise ValueError(explain_no_statistics(config))
                 # What is not tuned does nothing, and is neither run nor saved.
                 prompt = dataclasses.replace(prompt, block=False, fusion='none', new_head=False)
         new = num_classes if config.teacher_head == 'new' else None
@@ -291,7 +305,9 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
         # What only the blocks and the model can check, under the names of the options.
         names = {
             'PromptConfig.kernel_sizes': 'prompt_kernel_sizes', 'PromptConfig.act_layer': 'prompt_act',
-            'stages': 'prompt_stages', 'norms': 'prompt_norms',
+            'stages': 'prompt_stages', 'norms': 'prompt_norms', 'block': 'prompt_block', 'fusion': 'prompt_fusion',
+            'new_head': 'prompt_head', 'variant': 'method',
         }  # fmt: skip
-        message = re.sub(r'^[\w.]+|\b(stages|norms)(?==)', lambda found: names.get(found[0], found[0]), str(error))
+        options = r'^[\w.]+|\b(stages|norms|block|fusion|new_head|variant)(?==)'
+        message = re.sub(options, lambda found: names.get(found[0], found[0]), str(error))
         raise ValueError(message) from error

@@ -22,6 +22,7 @@ from ..tasks.evaluation import evaluate
 from ..teacher.prompt_path import match_dtype
 from ..teacher.statistics import estimate_statistics, own_layers
 from .build import augmentation_of
+from .models import explain_no_statistics
 
 __all__ = ['TeacherStatistics']
 
@@ -85,10 +86,7 @@ class TeacherStatistics:
         layers = own_layers(teacher if dual is None else dual)
         if not layers:
             if dual is not None:
-                raise ValueError(
-                    f'unlabelled: {name!r} has no BatchNorm, whose statistics are all that a prompt path can learn '
-                    'without labels: it would say what the teacher says. Choose a method of plain distillation.'
-                )
+                raise ValueError(explain_no_statistics(config))
             say(f'without labels: {name} has no BatchNorm to adapt, and the student learns what it says as it is')
             return
         task.to(self.accelerator.device)
