@@ -156,6 +156,8 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / 'file').write_text('x')
     (tmp_path / 'metrics.jsonl.incomplete').write_text('half a li')
+    (tmp_path / 'teacher_heads').mkdir()
+    (tmp_path / 'teacher_heads' / 'dfpt.safetensors.17.incomplete').write_text('half a he')
     remove_leftovers(tmp_path)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.is_file()) == [
         'checkpoints/step-00000001/file', 'student/file',

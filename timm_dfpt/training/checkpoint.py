@@ -250,7 +250,8 @@ def remove_leftovers(folder: Path) -> None:
         final = path.with_name(path.name.removesuffix(_INCOMPLETE))
         if _NAME.fullmatch(final.name) and _damage(path) is None:
             _put_in_place(path, final)
-    for path in [*folder.glob(f'*{_INCOMPLETE}'), *folder.glob(f'checkpoints/*{_INCOMPLETE}')]:
+    places = ('', 'checkpoints/', 'teacher_heads/')
+    for path in [path for place in places for path in folder.glob(f'{place}*{_INCOMPLETE}')]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
