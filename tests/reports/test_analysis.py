@@ -26,6 +26,15 @@ def logits_and_target(seed, scale=3.0):
     return scale * (logits + 1.5 * F.one_hot(target, CLASSES)), target
 
 
+def test_logits_of_any_size_are_kept(tmp_path):
+    logits = torch.tensor([[0.0, 3e5], [2e6, -2e6]])
+    recorder = PredictionRecorder(2)
+    recorder.start('val', 2)([{'student': logits}], torch.tensor([1, 0]), torch.arange(2))
+    write_predictions(tmp_path / 'file', recorder.result({(0, 'student'): 'student'}), {})
+    said = read_predictions(tmp_path / 'file')[0]['val'].models['student']
+    assert said.logits.float().softmax(1).equal(logits.softmax(1))
+
+
 @pytest.fixture(scope='module')
 def split():
     """Two models, in batches, the rows in another order than they are numbered."""

@@ -280,8 +280,8 @@ def _card_data(repo_id: str, license: str | None, run: RunFacts, role: str, **va
     splits = next((row.splits for row in run.rows if row.role == role), {})
     results = [
         EvalResult(
-            task_type='image-classification',
-            task_name='Image Classification',
+            task_type=values['tags'][0],
+            task_name=values['tags'][0].replace('-', ' ').title(),
             dataset_type=dataset or slug(run.dataset),
             dataset_name=run.dataset or 'unknown',
             dataset_split=split,

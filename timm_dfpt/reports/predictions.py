@@ -110,7 +110,9 @@ class _Notes:
                 classes = logits.topk(1, dim=1).indices[:, 0]
                 shifted = (logits - logits.amax(dim=1, keepdim=True)).float()
                 confidence = 1 / shifted.exp().sum(dim=1)
-                part = (classes, confidence, shifted[kept].half())
+                # Beyond the range of half precision there is nothing left of a probability.
+                least = torch.finfo(torch.float16).min
+                part = (classes, confidence, shifted[kept].clamp(min=least).half())
                 self._parts.setdefault((number, name), []).append(part)
 
     @property
