@@ -217,7 +217,7 @@ def test_mask_makes_the_outside_of_a_feature_map_padding() -> None:
         ('partial_ratio', [0, -0.5, 1.01, float('nan'), '0.5', False]),
         ('kernel_sizes', [(), (2,), (0,), (-3,), (3.0,), (True,), 3, '3', (65,), (1,) * 9]),
         ('norm_layer', ['group', 'none', '', 3, ['batchnorm2d']]),
-        ('fusion', ['linear', 'none', None, []]),
+        ('fusion', ['linear', 'None', None, []]),
         ('act_layer', ['nonsense', 3, None]),
         ('block', [1, None]),
         ('new_head', ['yes', 0]),
