@@ -18,10 +18,19 @@ COMMANDS = [
 ]
 
 
+# Small models in the place of those whose weights are on the Hub.
+SMALL = {
+    "'resnet50', pretrained=True": "'test_resnet'",
+    "'resnet18'": "'test_resnet'",
+    "'vit_small_patch14_dinov2.lvd142m', pretrained=True": "'test_vit', num_classes=0, img_size=64",
+}
+
+
 def test_python_in_ten_lines(tmp_path, monkeypatch):
-    code = next(block for language, block in BLOCKS if language == 'python' and 'wrap' in block)
-    # A small model in the place of a large one whose weights are on the Hub.
-    code = code.replace("'resnet50', pretrained=True", "'test_resnet'").replace("'resnet18'", "'test_resnet'")
+    code = '\n'.join(block for language, block in BLOCKS if language == 'python')
+    for name, small in SMALL.items():
+        assert name in code
+        code = code.replace(name, small)
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     names = {
@@ -30,6 +39,9 @@ def test_python_in_ten_lines(tmp_path, monkeypatch):
         'names': [f'class {i}' for i in range(1000)],
     }
     exec(code, names)
+    assert names['fitted'](names['images']).shape == (4, 37)
+    assert names['encoder'].num_classes == 0
+    assert names['path'](names['images']).prompt.shape == (4, 37)
     assert names['out'].original.shape == names['out'].prompt.shape == (4, 1000)
     # One step has moved the prompt path away from the teacher.
     assert not torch.equal(names['out'].original, names['out'].prompt)
@@ -40,4 +52,6 @@ def test_python_in_ten_lines(tmp_path, monkeypatch):
 def test_commands_are_understood():
     assert COMMANDS
     for command in COMMANDS:
-        assert parse_config(shlex.split(command, comments=True)[3:]).dataset == 'photos', command
+        config = parse_config(shlex.split(command, comments=True)[3:])
+        assert config.dataset == 'photos' or Path(config.dataset).is_dir(), command
+    assert any('--config' in command for command in COMMANDS)
