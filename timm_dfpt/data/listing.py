@@ -60,18 +60,17 @@ def list_folder(path: str) -> Folder:
         path: The folder.
     """
     with progress_bar('listing', 'images') as bar:
-        return _list(path, (), bar)
+        return _list(path, os.path.realpath(path), (), bar)
 
 
-def _list(path: str, above: tuple[str, ...], bar: Any) -> Folder:
-    real = os.path.realpath(path)
+def _list(path: str, real: str, above: tuple[str, ...], bar: Any) -> Folder:
     images, links, others, folders = [], set(), [], []
     with os.scandir(path) as entries:
         for entry in entries:
             name = entry.name
             if entry.is_dir():
                 if not is_hidden(name):
-                    folders.append(name)
+                    folders.append((name, entry.is_symlink()))
             elif name.lower().endswith(_EXTENSIONS):
                 if name[0] != '.':
                     images.append(name)
@@ -82,10 +81,11 @@ def _list(path: str, above: tuple[str, ...], bar: Any) -> Folder:
     images.sort()
     bar.update(len(images))
     found = Folder(path, real, images, links, sorted(others), {})
-    for name in sorted(folders):
+    for name, is_link in sorted(folders):
         child = os.path.join(path, name)
+        inside = os.path.realpath(child) if is_link else os.path.join(real, name)
         # A link to a folder around it has no end.
-        if os.path.realpath(child) not in (real, *above):
-            found.folders[name] = _list(child, (real, *above), bar)
+        if inside not in (real, *above):
+            found.folders[name] = _list(child, inside, (real, *above), bar)
     found.filled = bool(images) or any(folder.filled for folder in found.folders.values())
     return found
