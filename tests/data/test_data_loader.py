@@ -199,8 +199,14 @@ def test_random_resized_crops_are_timms_with_what_was_drawn(train, config) -> No
     assert len(modes) == 8
 
 
-@pytest.mark.parametrize(('width', 'height'), [(50, 40), (300, 40), (30, 400)])
-@pytest.mark.parametrize(('scale', 'ratio'), [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (1.0, 1.5))])
+@pytest.mark.parametrize(
+    ('width', 'height', 'scale', 'ratio'),
+    [
+        (50, 40, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (300, 40, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (30, 400, (0.9, 1.0), (1.0, 1.5)),
+    ],
+)
 def test_boxes_are_drawn_as_timm_draws_them(width, height, scale, ratio) -> None:
     """Quantiles of all four edges, those of images that no crop fits into with them."""
     count, image = 2000, Image.new('L', (width, height))
