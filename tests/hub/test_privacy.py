@@ -94,7 +94,7 @@ def test_published_files_name_no_folder(finished_run: Path, tmp_path: Path) -> N
     publish_run(run, 'alice/student', dry_run=tmp_path / 'dry')
     dry = tmp_path / 'dry' / 'student'
     files = {path.name: path.read_bytes() for path in dry.iterdir()}
-    assert len(files) == 5
+    assert len(files) == 7
     for name, data in files.items():
         assert b'secret' not in data, (name, data[max(0, data.find(b'secret') - 80) :][:160])
     card = files['README.md'].decode()

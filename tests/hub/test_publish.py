@@ -13,8 +13,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-import timm_dfpt
-
 from . import clients
 from .processes import Client
 from .server import Hub
@@ -240,6 +238,8 @@ def test_script(trainer: Client) -> None:
 
 def _export(run: Path) -> None:
     """Export the student of a finished run, as `--export onnx` does at its end."""
+    import timm_dfpt
+
     student = timm_dfpt.load_student(run / 'student')
     images = torch.randn(8, *student.pretrained_cfg['input_size'])
     (run / 'exported').mkdir()

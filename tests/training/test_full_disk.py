@@ -52,7 +52,8 @@ def curves(path):
 
 
 def comparison(path):
-    result = {'arms': {'kd': {'val': {'values': [50.0], 'mean': 50.0}}}, 'seeds': [0], 'eval_split': 'val'}
+    arm = {'val': {'score': 'top1', 'values': [50.0], 'mean': 50.0}}
+    result = {'arms': {'kd': arm}, 'seeds': [0], 'eval_split': 'val'}
     plot_comparison(result, [[LINE]], path)
 
 

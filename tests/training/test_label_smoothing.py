@@ -31,7 +31,7 @@ def task_of(method, smoothing, **options):
     )  # fmt: skip
     known = None if teacher is None else model(1).eval()
     if method == 'dfpt':
-        known = wrap_teacher(config, known)
+        known = wrap_teacher(config, known, CLASSES)
     return config, create_task(config, model(0), known, INPUT, CPU)
 
 

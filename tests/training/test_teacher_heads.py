@@ -69,7 +69,7 @@ def test_a_teacher_of_other_classes_teaches_every_method(job: Any, teachers: Pat
     code, run = job('five', 'fit', '--baselines', 'kd')
     said = capsys.readouterr().out
     assert code == 0
-    (line,) = [line for line in said.splitlines() if 'head fitted' in line]
+    (line,) = [line for line in said.splitlines() if 'head fitted, as' in line]
     summary = json.loads((run / 'summary.json').read_text())
     head = summary['models']['teacher']['head']
     assert f'{head["accuracy"]:.2f}% top-1 on images left out' in line

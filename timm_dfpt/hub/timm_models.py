@@ -270,7 +270,8 @@ def check_takes(model: nn.Module, size: Sequence[int], label: str, classes: int 
     model.eval()
     try:
         with torch.no_grad():
-            output = model(torch.zeros(1, *size, dtype=next(model.parameters()).dtype))
+            weight = next(model.parameters(), torch.empty(0))
+            output = model(torch.zeros(1, *size, dtype=weight.dtype))
     except Exception as error:
         why = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
         raise ValueError(

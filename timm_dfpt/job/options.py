@@ -242,7 +242,7 @@ class TrainConfig(Options):
                 'prompt_norms=teacher: without labels a new prompt path has statistics of its own, which are all that '
                 'it learns. Leave it out, or choose --method kd.'
             )
-        if method.variant == 'dfpt' and self.teacher_dtype != 'float32':
+        if method.variant and not method.copies_backbone and self.teacher_dtype != 'float32':
             raise ValueError(
                 f'teacher_dtype={self.teacher_dtype}: without labels the prompt path of dfpt has norm layers of its '
                 'own, which are in float32. Leave it out, or choose --method dfpt+ or kd.'
