@@ -55,6 +55,11 @@ class Method:
     variant: Variant | None = None
     description: str = ''
 
+    @property
+    def copies_backbone(self) -> bool:
+        """Whether the prompt path is a trainable copy of the backbone."""
+        return self.variant == 'dfpt+'
+
 
 def _without_target(
     loss: Callable[..., Tensor],
