@@ -30,12 +30,7 @@ def find_image_column(dataset: Dataset | FileTable, named: str | None) -> str:
         ValueError: If there is no such column, or it is not clear which one it is.
     """
     if named is not None:
-        if named not in dataset.column_names:
-            raise ValueError(
-                f'input_key={named!r} is unknown; the dataset has the columns {dataset.column_names}: name one of '
-                'them with --input-key'
-            )
-        return named
+        return _check_named(dataset, named, 'input_key')
     if isinstance(dataset, FileTable):
         return 'image'
     from datasets import Image  # costs 0.5 s
@@ -45,6 +40,15 @@ def find_image_column(dataset: Dataset | FileTable, named: str | None) -> str:
         problem = f'several image columns, {columns}' if columns else f'no image column among {dataset.column_names}'
         raise ValueError(f'{problem}; name one with --input-key')
     return columns[0]
+
+
+def _check_named(dataset: Dataset | FileTable, named: str, option: str) -> str:
+    if named not in dataset.column_names:
+        raise ValueError(
+            f'{option}={named!r} is unknown; the dataset has the columns {dataset.column_names}: name one of '
+            f'them with --{option.replace("_", "-")}'
+        )
+    return named
 
 
 def _is_raw(feature: Any) -> bool:
@@ -63,12 +67,7 @@ def find_label_column(dataset: Dataset | FileTable, named: str | None, image_col
         ValueError: If there is no such column, or it is not clear which one it is.
     """
     if named is not None:
-        if named not in dataset.column_names:
-            raise ValueError(
-                f'target_key={named!r} is unknown; the dataset has the columns {dataset.column_names}: name one of '
-                'them with --target-key'
-            )
-        return named
+        return _check_named(dataset, named, 'target_key')
     if isinstance(dataset, FileTable):
         if dataset.labels is None:
             raise ValueError('no label column: the images lie in no class folders')

@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from ..teacher.prompt_path import match_dtype
 from ..utils.messages import shorten
 from .base import safe_weights_name
 from .build import CONFIG, WEIGHTS, build_meta, count_values, record_loading, remember_origin
@@ -270,8 +271,7 @@ def check_takes(model: nn.Module, size: Sequence[int], label: str, classes: int 
     model.eval()
     try:
         with torch.no_grad():
-            weight = next(model.parameters(), torch.empty(0))
-            output = model(torch.zeros(1, *size, dtype=weight.dtype))
+            output = model(match_dtype(torch.zeros(1, *size), model))
     except Exception as error:
         why = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
         raise ValueError(

@@ -292,13 +292,11 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
             new_head=config.prompt_head,
             norms=path.norms,
         )
-        if config.unlabelled:
-            prompt = dataclasses.replace(prompt, norms='own')
-            if config.tuned_epochs() == 0:
-                if not own_layers(model):
-                    raise ValueError(explain_no_statistics(config))
-                # What is not tuned does nothing, and is neither run nor saved.
-                prompt = dataclasses.replace(prompt, block=False, fusion='none', new_head=False)
+        if config.unlabelled and config.tuned_epochs() == 0:
+            if not own_layers(model):
+                raise ValueError(explain_no_statistics(config))
+            # What is not tuned does nothing, and is neither run nor saved.
+            prompt = dataclasses.replace(prompt, block=False, fusion='none', new_head=False)
         new = num_classes if config.teacher_head == 'new' else None
         return wrap(model, stages=stages, num_classes=new, prompt=prompt, variant=variant)
     except ValueError as error:
