@@ -11,34 +11,12 @@ from typing import Any
 
 import yaml
 
+from benchmarks.study.plan import Cell
 from timm_dfpt.job.options import TrainConfig
 
 __all__ = ['PLAN_FILE', 'Cell', 'Plan', 'Stage']
 
 PLAN_FILE = Path(__file__).with_name('plan.yaml')
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One student: in which regime, by which way with which options, and from which seed.
-
-    Args:
-        regime: Name of the regime.
-        arm: Name of the arm; in the phase `tune` that of the way, a colon and the number of the trial.
-        seed: Seed of initial weights, order, augmentation, and split where the images are split anew.
-        phase: `tune`: chosen from by validation images. `time`: trained for its CPU time only, and not evaluated; the
-            seed is the number of the turn. `flops`: the same for its FLOPs. `final`: reported, with test images.
-    """
-
-    regime: str
-    arm: str
-    seed: int
-    phase: str
-
-    @property
-    def key(self) -> tuple[str, str, int, str]:
-        """What identifies its record."""
-        return dataclasses.astuple(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,9 +24,11 @@ class Cell:
 
     Args:
         regime: Name of the regime.
-        arm: Name of the arm; in the phase `tune` that of the method, a colon and the number of the trial.
-        seed: Seed of initial weights, order and augmentation.
-        phase: `tune`: chosen from on validation data, and never evaluated on test data. `final`: reported.
+        arm: Name of the arm; in the phase `tune` that of the method (or way), a colon and the number of the trial.
+        seed: Seed of initial weights, order and augmentation, and of the split where images are split anew.
+        phase: `tune`: chosen from on validation data, and never evaluated on test data. `final`: reported. In
+            `benchmarks.foreign` also `time` and `flops`: trained for its CPU time or FLOPs only, and not evaluated;
+            the seed is then the number of the turn.
     """
 
     regime: str
