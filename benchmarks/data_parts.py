@@ -127,7 +127,7 @@ def crops(args: argparse.Namespace) -> Iterator[str]:
             for label in 'ab':
                 (Path(place) / label).mkdir()
             for i in range(number):
-                _photograph(side, i).save(Path(place) / 'ab'[i % 2] / f'{i}.jpg', quality=90)
+                photograph(side, i).save(Path(place) / 'ab'[i % 2] / f'{i}.jpg', quality=90)
             split = load_splits(place, val_fraction=0.01).train
             config = {'input_size': (3, size, size), **_STATISTICS}
             for name, (ours, theirs) in kinds.items():
@@ -153,7 +153,7 @@ def _count(batches: Any) -> int:
     return sum(len(batch[0]) for batch in batches)
 
 
-def _photograph(side: int, seed: int) -> Image.Image:
+def photograph(side: int, seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (max(4, side // 8),) * 2 + (3,), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) + rng.normal(0, 6, (side, side, 3))
@@ -193,7 +193,7 @@ def shards(args: argparse.Namespace) -> Iterator[str]:
         encoded = []
         for i in range(50):
             file = io.BytesIO()
-            _photograph(224, i).save(file, 'jpeg', quality=90)
+            photograph(224, i).save(file, 'jpeg', quality=90)
             encoded.append(file.getvalue())
         for number in range(4):
             part = range(number, count, 4)

@@ -2,16 +2,17 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from .spread import spread
 
 __all__ = ['PeakMemory', 'count_flops', 'interleaved', 'saved_bytes', 'spread']
 
@@ -105,11 +106,3 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int 
             if turn >= 0:
                 seconds[name].append(time.process_time() - start)
     return seconds
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return median, lower and upper quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method='inclusive')
-    return middle, low, high

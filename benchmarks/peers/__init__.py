@@ -1,0 +1,1 @@
+"""One distillation job in this project's trainer, and in those of other projects."""
