@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dfpt.models
 from timm_dfpt.losses import DFPTWeights
+from timm_dfpt.tasks.base import StudentTask
 from timm_dfpt.tasks.baselines import LogitLossTask
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 
@@ -133,8 +134,7 @@ class Steps:
             task.train()
             if compile_backend:
                 # An error rather than a measurement of half-compiled paths.
-                task.compile(backend=compile_backend, fullgraph=isinstance(task, DFPTDistillationTask))
-                _compile_teacher(task, compile_backend)
+                task.compile(backend=compile_backend, fullgraph=isinstance(task, StudentTask))
 
     def _create(self, way: str) -> TrainingTask:
         student, teacher = copy.deepcopy(self.student), copy.deepcopy(self.teacher)
@@ -205,11 +205,6 @@ def create_optimizers(task: TrainingTask, fused: bool = False) -> list[torch.opt
         if params:
             optimizers.append(torch.optim.AdamW(params, 1e-5, fused=fused))
     return optimizers
-
-
-def _compile_teacher(task: Any, backend: str) -> None:
-    if not isinstance(task, DFPTDistillationTask):
-        task.teacher.model.compile(backend=backend)
 
 
 @dataclasses.dataclass

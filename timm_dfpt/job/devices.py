@@ -67,6 +67,11 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     if config.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         # accelerate would compute in float32 and say nothing.
         raise ValueError('mixed_precision=fp16 needs a GPU, and this runs on the CPU: use bf16 or no.')
+    if config.compile_mode == 'reduce-overhead' and accelerator.num_processes > 1:
+        raise ValueError(
+            'compile_mode=reduce-overhead: CUDA graphs are for one process, since gradients are averaged outside of '
+            'them: use --compile-mode default.'
+        )
     if accelerator.num_processes == 1 and 'MASTER_PORT' in os.environ:
         # accelerate sets a port for several processes, and leaves it to MPI to start them where there is no GPU.
         _logger.warning(

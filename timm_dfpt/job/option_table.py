@@ -214,7 +214,10 @@ class Options:
     report: bool = _opt(True, 'write report.html, a page about the run, at its end', 'run')
     mixed_precision: Literal['no', 'bf16', 'fp16'] = _opt('no', 'autocast', 'run')
     channels_last: bool = _opt(False, 'channels_last memory format', 'run')
-    compile: bool = _opt(False, 'torch.compile student and both paths', 'run')
+    compile: bool = _opt(False, 'torch.compile the step: student, both paths, losses', 'run')
+    compile_mode: Literal['default', 'reduce-overhead', 'max-autotune-no-cudagraphs'] = _opt(
+        'default', 'mode of --compile; reduce-overhead replays CUDA graphs: for small networks on a GPU', 'run'
+    )
     cpu: bool = _opt(False, 'train on the CPU even where there is a GPU', 'run')
     # --- export
     export: list[str] = _opt(

@@ -179,6 +179,8 @@ class TrainConfig(Options):
             self._check_cache()
         if self.include_preprocessing and not self.export:
             raise ValueError('include_preprocessing is of exported files: name their format with --export onnx.')
+        if self.compile_mode != 'default' and not self.compile:
+            raise ValueError(f'compile_mode={self.compile_mode} is of compiled steps: add --compile, or leave it out.')
         if self.train_crop_mode and self.crop_padding:
             raise ValueError('train_crop_mode and crop_padding contradict each other: give one of them.')
         if self.no_aug:

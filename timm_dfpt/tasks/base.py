@@ -72,6 +72,19 @@ class StudentTask(TrainingTask):
         student: nn.Module = unwrap_model(self.get_eval_model(ema=ema))
         return student
 
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the forward of a whole step, teacher and losses included, as one graph.
+
+        What is not part of a step stays as it is: it sees batches of other sizes.
+
+        Returns:
+            The compiled student for evaluation, which `get_student` and evaluations of this package look through.
+        """
+        nn.Module.compile(self, backend=backend, mode=mode, **compile_kwargs)
+        eval_model: Any = torch.compile(self.get_student(), backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = eval_model
+        return eval_model
+
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return what gradient clipping is for; `exclude_head` leaves out the last layer of the student."""
         student = list(self.get_student().parameters())

@@ -171,13 +171,13 @@ class GlobalTemperature(nn.Module):
         progress = min(epoch + 1, self.curriculum_epochs) / self.curriculum_epochs
         return (1 - math.cos(math.pi * progress)) / 2
 
-    def forward(self, epoch: int) -> torch.Tensor:
+    def forward(self, strength: torch.Tensor) -> torch.Tensor:
         """Return the temperature as a scalar tensor whose gradient is reversed.
 
         Args:
-            epoch: Epochs completed, from 0 in the first one.
+            strength: Factor of the reversed gradient as a scalar tensor, see `strength`.
         """
-        raw = _ReverseGradient.apply(self.raw, self.strength(epoch))
+        raw = _ReverseGradient.apply(self.raw, strength)
         return (self.low + self.span * torch.sigmoid(raw)).squeeze(0)
 
 
@@ -185,16 +185,17 @@ class _ReverseGradient(torch.autograd.Function):
     """Identity whose gradient is multiplied by `-strength` (Ganin and Lempitsky, arXiv 1409.7495)."""
 
     @staticmethod
-    def forward(value: torch.Tensor, strength: float) -> torch.Tensor:
+    def forward(value: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
         return value.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float], output: torch.Tensor) -> None:
-        ctx.strength = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return -ctx.strength * grad_outputs[0], None
+        (strength,) = ctx.saved_tensors
+        return -strength * grad_outputs[0], None
 
 
 class _StudentWithTemperature(StudentModule):
@@ -202,8 +203,8 @@ class _StudentWithTemperature(StudentModule):
         super().__init__(student)
         self.temperature = temperature
 
-    def forward(self, x: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.student(x), self.temperature(epoch)
+    def forward(self, x: torch.Tensor, strength: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.student(x), self.temperature(strength)
 
 
 class CTKDTask(LogitLossTask):
@@ -216,6 +217,8 @@ class CTKDTask(LogitLossTask):
         **kwargs: Further arguments of `LogitLossTask`; `temperature` is not used.
     """
 
+    strength: torch.Tensor
+
     def __init__(
         self,
         student_model: nn.Module,
@@ -224,8 +227,11 @@ class CTKDTask(LogitLossTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(student_model, teacher_model, criterion, **kwargs)
-        self.trainable_module = _StudentWithTemperature(student_model, GlobalTemperature().to(self.device))
+        temperature = GlobalTemperature().to(self.device)
+        self.trainable_module = _StudentWithTemperature(student_model, temperature)
         self.epoch = 0
+        # A tensor, since a compiler makes other code for other numbers.
+        self.register_buffer('strength', torch.tensor(temperature.strength(0), device=self.device), persistent=False)
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """Return the student without its temperature."""
@@ -251,12 +257,14 @@ class CTKDTask(LogitLossTask):
     def set_progress(self, epoch: int, update: int, total: int) -> None:
         """Set how strongly the temperature learns against the student."""
         super().set_progress(epoch, update, total)
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.strength.fill_(unwrap_model(self.trainable_module).temperature.strength(epoch))
 
     def forward(
         self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Run student and teacher; the result of `LogitLossTask.forward`, and the `temperature`."""
-        logits, temperature = self.trainable_module(input, self.epoch)
+        logits, temperature = self.trainable_module(input, self.strength)
         result = self._result(logits, target, self._known_or_computed(input, teacher_logits), temperature)
         return {**result, 'temperature': temperature.detach()}

@@ -175,14 +175,6 @@ class DFPTDistillationTask(StudentTask):
         self.trainable_module = ddp(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the forward of student and both paths as one graph; return the compiled student for evaluation."""
-        student = self._trainable().student
-        self.trainable_module.compile(backend=backend, mode=mode, **compile_kwargs)
-        eval_model: Any = torch.compile(student, backend=backend, mode=mode, **compile_kwargs)
-        self.eval_model = eval_model
-        return eval_model
-
     def setup_ema(
         self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
     ) -> nn.Module:

@@ -56,7 +56,7 @@ class Learner:
         if groups:
             optimizers.append(_prompt_optimizer(config, groups))
         if config.compile:
-            task.compile()
+            task.compile(mode=None if config.compile_mode == 'default' else config.compile_mode)
         schedules = [config.schedule, shortened(config.schedule, task.prompt_epochs, updates_per_epoch)]
         self.schedulers = [
             create_scheduler(optimizer, updates_per_epoch, **schedule)
@@ -182,6 +182,9 @@ class Learner:
         result = self._forward(input, target, {} if known is None else known)
         self.accelerator.backward(result['loss'] if weight == 1 else weight * result['loss'])
         terms = {key: value.detach().reshape(()) for key, value in result.items() if key not in _OUTPUTS}
+        if self.config.compile_mode == 'reduce-overhead':
+            # What a CUDA graph returns is overwritten when it is replayed, and these are looked at much later.
+            terms = dict(zip(terms, torch.stack([value.float() for value in terms.values()]).unbind(), strict=True))
         if not self.accelerator.sync_gradients:
             return terms
         norms = self._clip_gradients()

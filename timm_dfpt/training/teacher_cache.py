@@ -24,13 +24,13 @@ from ..teacher.teacher import DualForwardPathTeacher
 
 __all__ = ['TeacherCache', 'cache_key', 'check_exact']
 
-_FORMAT = '1'
+_FORMAT = '2'
 _DTYPES = {torch.float32: 'F32', torch.float64: 'F64', torch.bfloat16: 'BF16', torch.float16: 'F16'}
 # Options that change what the teacher sees, or by which operations its logits come about.
 _OPTIONS = (
     'seed', 'aug_cycle', 'no_aug', 'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip',
     'color_jitter', 'aa', 'reprob', 'jpeg_draft', 'background', 'batch_size', 'mixed_precision', 'channels_last',
-    'compile', 'teacher_dtype', 'teacher_input_size',
+    'compile', 'compile_mode', 'teacher_dtype', 'teacher_input_size',
 )  # fmt: skip
 
 

@@ -194,6 +194,9 @@ class Trainer:
             np.random.seed(seed % 2**32)
             # Without labels all are -1, of which no class can be made; what becomes of them is of no use then.
             input, target = self.mixup(input, target.clamp(min=0))
+        if self.config.compile_mode == 'reduce-overhead' and progress.step_in_epoch % self.config.grad_accum_steps == 0:
+            # Gradients that add up, and logits that learners share, are of CUDA graphs that must not be replayed yet.
+            torch.compiler.cudagraph_mark_step_begin()
         cached = self.kept.get(progress.epoch, index) if self.kept is not None else {}
         known = dict(cached)
         for learner in self.learners:
