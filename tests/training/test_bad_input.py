@@ -389,6 +389,39 @@ CASES = {
     'decay of another schedule': (
         ['--decay-rate', '0.5'], '^error: decay_rate=0.5 has no effect with sched=cosine: .*choose --sched step'
     ),
+    # What another option would have to switch on.
+    'average without one': (
+        ['--no-model-ema', '--model-ema-decay', '0.9'],
+        '^error: model_ema_decay=0.9 has no effect without a moving average: leave it out, or give --model-ema.',
+    ),
+    'probability of no mixup': (['--mixup-prob', '0.5'], 'mixup_prob=0.5 has no effect .*give --mixup or --cutmix'),
+    'folder of no cache': (['--teacher-cache-dir', 'x'], "teacher_cache_dir='x' has no effect .*--cache-teacher"),
+    'private and not published': (
+        ['--private'], 'private=True has no effect where nothing is published: .*--push-to-hub'
+    ),
+    'shape of a path that has one': (
+        ['--prompt-path', 'x', '--prompt-reduction', '4'],
+        'prompt_reduction=4.0 has no effect with --prompt-path, which brings its own',
+    ),
+    'learning rate of a frozen path': (
+        ['--prompt-path', 'x', '--freeze-prompt-path', '--prompt-lr', '0.1'],
+        'prompt_lr=0.1 has no effect on a prompt path that is not tuned: .*--prompt-epochs',
+    ),
+    'rate of a copy that is none': (
+        ['--method', 'dfpt', '--prompt-backbone-lr-scale', '1'],
+        'prompt_backbone_lr_scale=1.0 has no effect without a copy of the backbone: .*--method dfpt[+]',
+    ),
+    'weight of another method': (
+        ['--method', 'dfpt', '--distill-loss-weight', '1'],
+        'distill_loss_weight=1.0 has no effect with dfpt and dfpt[+]',
+    ),
+    # Licenses.
+    'license that the Hub does not list': (['--license', 'other'], '^error: license=other needs license_name: give'),
+    'license of no spelling': (['--license', 'Apache 2.0'], "^error: license='Apache 2.0' must be lowercase"),
+    'name of a known license': (
+        ['--license', 'mit', '--license-name', 'mine'],
+        "license_name='mine' has no effect with license=mit: leave it out",
+    ),
     'decay upwards': (['--sched', 'step', '--decay-rate', '3'], '^error: decay_rate=3 must be at most 1'),
     'decays in no order': (
         ['--sched', 'multistep', '--decay-milestones', '2', '1'], '^error: decay_milestones=.* in ascending order'

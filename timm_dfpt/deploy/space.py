@@ -12,6 +12,7 @@ import yaml
 
 from ..hub.export_table import exports_table
 from ..hub.files import read_json, write_json
+from ..hub.licenses import License
 from ..version import __version__
 from .libraries import copy_libraries
 
@@ -29,7 +30,7 @@ def write_space(
     *,
     base_model: str | None = None,
     rows: Sequence[Mapping[str, Any]] = (),
-    license: str | None = None,
+    license: License | None = None,
     js_libraries: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write a Space with everything that it needs: page, model and libraries.
@@ -67,7 +68,7 @@ def write_space(
         'title': title,
         'sdk': 'static',
         'pinned': False,
-        **({'license': license} if license else {}),
+        **(license or License()).metadata(),
         **({'models': [base_model]} if base_model else {}),
     }
     text = jinja2.Template((_TEMPLATES / 'README.md').read_text(encoding='utf-8')).render(

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..hub.export_table import exports_table
 from ..hub.files import write_json
+from ..hub.licenses import License
 from ..hub.privacy import public
 from ..version import __version__
 from .graphs import takes_rgb
@@ -74,7 +75,7 @@ def write_onnx_repo(
     *,
     label_names: Sequence[str],
     rows: Sequence[Mapping[str, Any]] = (),
-    license: str | None = None,
+    license: License | None = None,
     architecture: str = '',
 ) -> None:
     """Write the repository of a student for transformers.js and onnxruntime.
@@ -126,7 +127,7 @@ def write_onnx_repo(
         },
     )
     data = ModelCardData(
-        license=license,
+        **(license or License()).metadata(),
         library_name='transformers.js',
         pipeline_tag='image-classification',
         tags=['onnx', 'image-classification', 'timm', 'timm_dfpt'],

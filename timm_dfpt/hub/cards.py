@@ -28,6 +28,7 @@ from .card_text import (
 from .config import PromptPathRecord
 from .export_table import exports_table
 from .heads import describe_head
+from .licenses import License, source_facts, source_terms
 from .markdown import html_color, markdown_table
 from .privacy import public, public_command
 
@@ -74,7 +75,8 @@ class RunFacts:
         teacher_head: How the teacher's head was made, see `FittedHead.facts`, where it is not the published one.
         exports: The files that the student was exported to, rows of `summary.json`'s `exports`.
         deployed: What the student costs in the form that is deployed, where that is another than the saved one.
-        student_base: Repository that the student's weights started from; `None` when it started from scratch.
+        student_base: Repository that the student's weights started from; `None` if there is none.
+        licenses: Licenses of the models that the weights come from, see `source_facts`.
     """
 
     method: str | None = None
@@ -90,6 +92,7 @@ class RunFacts:
     prompt_path: str | None = None
     teacher_head: Mapping[str, Any] | None = None
     student_base: str | None = None
+    licenses: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     exports: Sequence[Mapping[str, Any]] = ()
     deployed: Mapping[str, Any] | None = None
 
@@ -110,7 +113,7 @@ def student_card(
     config: Mapping[str, Any],
     *,
     params: int,
-    license: str | None = None,
+    license: License | None = None,
     run: RunFacts | None = None,
     curves: str | None = None,
     figures: Mapping[str, str] | None = None,
@@ -142,7 +145,7 @@ def student_card(
         'Parameters': f'{params:,}' + (' as saved' if run.deployed else ''),
         'Deployed': _deployed_text(run.deployed),
         'Input': input_text(cfg),
-        'Started from': hub_link(run.student_base) if run.student_base else 'random weights' if run.method else None,
+        'Started from': _start_text(run),
         'Teacher': hub_link(run.teacher),
         "Teacher's head": describe_head(run.teacher_head),
         'Prompt path': hub_link(run.prompt_path),
@@ -151,7 +154,7 @@ def student_card(
     task = 'image-classification' if classes else 'image-feature-extraction'
     data = _card_data(
         repo_id,
-        license,
+        license or License(),
         run,
         role='student',
         library_name='timm',
@@ -163,6 +166,7 @@ def student_card(
         'student.md',
         data,
         run,
+        terms=source_terms(run.licenses),
         repo_id=repo_id,
         summary=f'`{config["architecture"]}` with {params:,} parameters, {purpose}{taught}.',
         facts=fact_cells(facts),
@@ -188,7 +192,8 @@ def prompt_path_card(
     params: int,
     size_bytes: int,
     base_link: str | None = None,
-    license: str | None = None,
+    teacher_license: str | None = None,
+    license: License | None = None,
     run: RunFacts | None = None,
     curves: str | None = None,
 ) -> ModelCard:
@@ -200,6 +205,7 @@ def prompt_path_card(
         params: Number of its own parameters.
         size_bytes: Size of its weights file.
         base_link: Repository of the base model, for the Hub's model tree.
+        teacher_license: License of its weights, where the run does not say it.
         license: License of the weights.
         run: The run it is from.
         curves: File name of the figure of the curves.
@@ -208,6 +214,9 @@ def prompt_path_card(
         The card.
     """
     run = (run or RunFacts(method=config.variant)).public()
+    # Of a student's pretrained weights nothing is in the prompt path but what they said.
+    licenses = {'teacher': run.licenses.get('teacher', teacher_license)}
+    run = dataclasses.replace(run, licenses=licenses)
     base = config.base_model or config.base_architecture or 'a model that is not of timm'
     prompt = ', '.join(f'{key} {value}' for key, value in config.prompt.to_dict().items())
     share = 100 * params / config.base_fingerprint.parameters
@@ -226,7 +235,7 @@ def prompt_path_card(
     }
     data = _card_data(
         repo_id,
-        license,
+        license or License(),
         run,
         role='prompt_path',
         library_name='timm_dfpt',
@@ -238,6 +247,7 @@ def prompt_path_card(
         'prompt_path.md',
         data,
         run,
+        terms=source_terms(licenses),
         repo_id=repo_id,
         summary=f'A prompt path of {params:,} parameters for the frozen teacher `{base}`: with it the teacher says '
         f'what a smaller student can learn, for {config.num_classes} classes.',
@@ -275,7 +285,7 @@ def _render(template: str, data: ModelCardData, run: RunFacts, **values: Any) ->
     )
 
 
-def _card_data(repo_id: str, license: str | None, run: RunFacts, role: str, **values: Any) -> ModelCardData:
+def _card_data(repo_id: str, license: License, run: RunFacts, role: str, **values: Any) -> ModelCardData:
     dataset = run.dataset if is_hub_id(run.dataset) else None
     splits = next((row.splits for row in run.rows if row.role == role), {})
     results = [
@@ -294,7 +304,7 @@ def _card_data(repo_id: str, license: str | None, run: RunFacts, role: str, **va
         if math.isfinite(value)
     ]
     return ModelCardData(
-        license=license,
+        **license.metadata(),
         pipeline_tag=values['tags'][0],
         datasets=[dataset] if dataset else None,
         metrics=['accuracy'] if any('top1' in metrics for metrics in splits.values()) else None,
@@ -348,11 +358,20 @@ def _deployed_text(cost: Mapping[str, Any] | None) -> str | None:
     return f'{", ".join(parts)}, after `timm.utils.reparameterize_model(model)`; logits stay the same'
 
 
-def _common_facts(run: RunFacts, license: str | None) -> dict[str, str | None]:
+def _start_text(run: RunFacts) -> str | None:
+    if run.student_base:
+        return hub_link(run.student_base)
+    if 'start' in run.licenses:
+        return 'pretrained weights that are not on the Hub'
+    return 'random weights' if run.method else None
+
+
+def _common_facts(run: RunFacts, license: License | None) -> dict[str, str | None]:
     return {
+        **source_facts(run.licenses),
         'Training data': hub_link(run.dataset),
         'Method': _method_name(run.method) if run.method else None,
-        'License': license or 'not given by the author',
+        'License': str(license or License()),
     }
 
 

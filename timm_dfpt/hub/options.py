@@ -58,6 +58,8 @@ class StudentOptions(TypedDict, total=False):
         model_args: Arguments of `timm.create_model` where they cannot be written as JSON (an activation class);
             timm remembers the others.
         license: License of the weights, e.g. `'apache-2.0'`. Never taken from the checkpoint the model started from.
+        license_name: Name of the license where `license` is `'other'`.
+        license_link: Address of its text.
         distillation: Facts about the distillation, JSON values: teacher, prompt path, recipe, metrics, versions.
     """
 
@@ -65,6 +67,8 @@ class StudentOptions(TypedDict, total=False):
     data_config: Mapping[str, Any] | None
     model_args: Mapping[str, Any] | None
     license: str | None
+    license_name: str | None
+    license_link: str | None
     distillation: Mapping[str, Any] | None
 
 
@@ -119,9 +123,13 @@ class PushPromptPathOptions(PromptPathOptions, PushOptions, total=False):
 
     Args:
         license: License of the weights, e.g. `'apache-2.0'`.
+        license_name: Name of the license where `license` is `'other'`.
+        license_link: Address of its text.
     """
 
     license: str | None
+    license_name: str | None
+    license_link: str | None
 
 
 def check_options(options: Mapping[str, Any], kind: type) -> None:

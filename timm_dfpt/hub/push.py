@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..teacher.teacher import DualForwardPathTeacher
+from .licenses import License
 from .options import (
     PromptPathOptions,
     PushOptions,
@@ -35,7 +36,7 @@ def push_student(
     Args:
         model: Classifier made by `timm.create_model`, or a folder that `save_student` has written.
         repo_id: Repository `'user/name'`, created if it does not exist.
-        **options: Those of `save_student` (of a folder all but `license` and `distillation` stay as saved), and
+        **options: Those of `save_student` (of a folder all but the license and `distillation` stay as saved), and
             `private`, `revision`, `create_pr`, `commit_message`, `token`, `force`, `dry_run`; see
             `timm_dfpt.hub.StudentOptions` and `timm_dfpt.hub.PushOptions`.
 
@@ -65,8 +66,8 @@ def push_prompt_path(
         teacher: The teacher, or a folder that `save_prompt_path` has written.
         repo_id: Repository `'user/name'`, created if it does not exist.
         **options: Those of `save_prompt_path` (of a folder `label_names` and `data_config` stay as saved), `license`,
-            and `private`, `revision`, `create_pr`, `commit_message`, `token`, `force`, `dry_run`; see
-            `timm_dfpt.hub.PromptPathOptions` and `timm_dfpt.hub.PushOptions`.
+            `license_name`, `license_link`, and `private`, `revision`, `create_pr`, `commit_message`, `token`, `force`,
+            `dry_run`; see `timm_dfpt.hub.PromptPathOptions` and `timm_dfpt.hub.PushOptions`.
 
     Returns:
         Address of the repository or pull request, or the folder of the dry run.
@@ -81,7 +82,7 @@ def push_prompt_path(
         >>> timm_dfpt.push_prompt_path(teacher, 'user/prompt', license='apache-2.0')
     """
     check_options(options, PushPromptPathOptions)
-    saving, license, token = select_options(options, PromptPathOptions), options.get('license'), options.get('token')
+    saving, license, token = select_options(options, PromptPathOptions), License.given(options), options.get('token')
     return _push(
         lambda folder: write_prompt_path_repo(teacher, folder, repo_id, license=license, token=token, **saving),
         repo_id,

@@ -19,6 +19,7 @@ from .build import CONFIG, WEIGHTS
 from .cards import RunFacts, prompt_path_card, student_card
 from .config import PromptPathRecord
 from .files import read_json, read_specs, write_json
+from .licenses import License, license_of
 from .options import PromptPathOptions, StudentOptions, Unpack
 from .privacy import public
 from .prompt_path import PROMPT_CONFIG, PROMPT_WEIGHTS, save_prompt_path
@@ -53,9 +54,9 @@ def write_student_repo(
         run: The run that the card reports.
         curves: Figure for the card.
         figures: Further figures: what they show, by file.
-        **saving: See `StudentOptions`; of a folder only `license` and `distillation` can be given.
+        **saving: See `StudentOptions`; of a folder only the license and `distillation` can be given.
     """
-    license, distillation = saving.get('license'), saving.get('distillation')
+    license, distillation = License.given(saving), saving.get('distillation')
     if isinstance(model, nn.Module):
         save_student(model, folder, **saving)
     else:
@@ -66,8 +67,8 @@ def write_student_repo(
     if (folder / DISTILLATION).is_file():
         write_json(folder / DISTILLATION, public(read_json(folder / DISTILLATION)))
     config = read_student_config(open_source(folder))
-    if license is not None:
-        config['pretrained_cfg']['license'] = license
+    if license.license is not None:
+        license.write_to(config)
         write_json(folder / CONFIG, config)
     if curves is not None:
         shutil.copyfile(curves, folder / CURVES)
@@ -78,7 +79,7 @@ def write_student_repo(
         repo_id,
         config,
         params=sum(p.numel() for p in build_student_twin(config).parameters()),
-        license=config['pretrained_cfg'].get('license'),
+        license=License.of_config(config),
         run=run,
         curves=CURVES if curves is not None else None,
         figures={file.name: caption for file, caption in (figures or {}).items()},
@@ -100,7 +101,7 @@ def write_prompt_path_repo(
     folder: Path,
     repo_id: str,
     *,
-    license: str | None = None,
+    license: License | None = None,
     token: str | bool | None = None,
     run: RunFacts | None = None,
     curves: Path | None = None,
@@ -128,7 +129,9 @@ def write_prompt_path_repo(
     if base_model is not None:
         config = dataclasses.replace(config, base_model=base_model or None, base_revision=saving.get('base_revision'))
     config = dataclasses.replace(config, training=public(config.training if training is None else training))
-    config = _proven(config.validated(), folder, token)
+    config, base = _proven(config.validated(), folder, token)
+    if isinstance(teacher, DualForwardPathTeacher):
+        base = teacher.model
     write_json(folder / PROMPT_CONFIG, config.to_dict())
     if curves is not None:
         shutil.copyfile(curves, folder / CURVES)
@@ -139,6 +142,7 @@ def write_prompt_path_repo(
         params=sum(math.prod(shape) for name, (shape, _) in specs.items() if not name.endswith(_BUFFERS)),
         size_bytes=(folder / PROMPT_WEIGHTS).stat().st_size,
         base_link=hub_repo_of(config.base_model),
+        teacher_license=license_of(base),
         license=license,
         run=run,
         curves=CURVES if curves is not None else None,
@@ -146,14 +150,17 @@ def write_prompt_path_repo(
     card.save(folder / CARD)
 
 
-def _proven(config: PromptPathRecord, folder: Path, token: str | bool | None) -> PromptPathRecord:
+def _proven(
+    config: PromptPathRecord, folder: Path, token: str | bool | None
+) -> tuple[PromptPathRecord, nn.Module | None]:
     """Build the base that a config names, hold it against the fingerprint, and note its commit."""
     if config.base_model is None:
         _logger.warning('The teacher of this prompt path is not on the Hub: it can only be loaded with model=teacher.')
-        return config
+        return config, None
     try:
         base = RecordedBase(config, open_source(folder, token=token))
-        check_base(config, fingerprint(base.build()))
+        model = base.build()
+        check_base(config, fingerprint(model))
     except ValueError as error:
         raise ValueError(
             f'Nobody could load this prompt path, because {config.base_model!r} is not the teacher that it was tuned '
@@ -161,7 +168,7 @@ def _proven(config: PromptPathRecord, folder: Path, token: str | bool | None) ->
             'base_model="hf-hub:user/teacher"; or pass base_model="" if others shall have to bring it themselves. '
             f'({error})'
         ) from error
-    return dataclasses.replace(config, base_revision=config.base_revision or base.commit)
+    return dataclasses.replace(config, base_revision=config.base_revision or base.commit), model
 
 
 def _refuse(folder: str | os.PathLike[str], saving: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from .files import (
     write_json,
     write_tensors,
 )
+from .licenses import License
 from .options import StudentOptions, Unpack, check_options
 from .repo import Source
 
@@ -58,8 +59,8 @@ def save_student(
     Args:
         model: Any classifier made by `timm.create_model`; `torch.compile`, DDP and EMA wrappers are looked through.
         save_directory: Folder, created if it does not exist.
-        **options: `label_names`, `data_config`, `model_args`, `license`, `distillation`; see
-            `timm_dfpt.hub.StudentOptions`.
+        **options: `label_names`, `data_config`, `model_args`, `license`, `license_name`, `license_link`,
+            `distillation`; see `timm_dfpt.hub.StudentOptions`.
 
     Returns:
         The folder.
@@ -135,8 +136,7 @@ def _config_of(model: Any, options: StudentOptions) -> dict[str, Any]:
     config.get('model_args', {}).pop('num_classes', None)
     for key in _NOT_INHERITED + _LABELS:
         config['pretrained_cfg'].pop(key, None)
-    if options.get('license') is not None:
-        config['pretrained_cfg']['license'] = options['license']
+    License.given(options).write_to(config)
     return config
 
 

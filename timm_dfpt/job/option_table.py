@@ -229,4 +229,6 @@ class Options:
     push_to_hub: str | None = _opt(None, 'publish the student under user/name at the end', 'publishing')
     push_prompt_path: str | None = _opt(None, 'publish the prompt path under user/name at the end', 'publishing')
     private: bool = _opt(False, 'publish privately', 'publishing')
-    license: str | None = _opt(None, 'license of what is published', 'publishing')
+    license: str | None = _opt(None, 'license of what is published, such as apache-2.0, or other', 'publishing')
+    license_name: str | None = _opt(None, 'name of the license with --license other', 'publishing')
+    license_link: str | None = _opt(None, 'address of the text of that license', 'publishing')

@@ -12,11 +12,13 @@ from typing import Any
 from ..data.checks import checked, default_of
 from ..data.images import parse_color
 from ..hub.config import check_arg_names
+from ..hub.licenses import License
 from ..hub.privacy import public
 from ..hub.sources import canonical, resolve_path
 from ..losses import DFPTWeights
 from ..tasks.methods import METHODS
 from ..utils.messages import shorten
+from .effects import refuse_unused
 from .optim import SCHEDULE_OPTIONS, check_optimizer, check_schedule, check_used
 from .option_table import Options
 
@@ -143,6 +145,7 @@ class TrainConfig(Options):
                 f'teacher_checkpoint={self.teacher_checkpoint!r} has the weights of --teacher, which is not given: '
                 f'name it, or leave --teacher-checkpoint out (method={self.method}).'
             )
+        License.given(vars(self))
         self._check_weights()
         self._check_kwargs()
         if not method.variant and (self.prompt_path or self.push_prompt_path or self.freeze_prompt_path):
@@ -306,6 +309,7 @@ class TrainConfig(Options):
                     )
         methods = methods or (self.method, *self.baselines)
         if any(name in METHODS and METHODS[name].variant for name in methods):
+            refuse_unused(self, [*filter(self.differs, given)], methods)
             return
         for name in given:
             dual_only = name == 'kd_loss' or name.startswith(('prompt_', *_DUAL_STUDENT_WEIGHTS))
@@ -314,6 +318,7 @@ class TrainConfig(Options):
                     f'{name}={getattr(self, name)!r} has no effect with method={", ".join(methods)}: it is an option '
                     'of dfpt and dfpt+. Leave it out, or choose --method dfpt.'
                 )
+        refuse_unused(self, [*filter(self.differs, given)], methods)
 
     def for_method(self, method: str, **changes: Any) -> TrainConfig:
         """Return these options for another method: with that method's own, and without what it has no use for.

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..deploy.form import deployed_form, has_deployed_form
 from ..hub.build import WEIGHTS
+from ..hub.licenses import license_of
 from ..hub.options import StudentOptions
 from ..hub.prompt_path import PROMPT_WEIGHTS, check_prompt_path, save_prompt_path
 from ..hub.sources import parse_source
@@ -212,6 +213,7 @@ def _record(
         'dataset_sizes': facts['dataset_sizes'],
         'seed': config.seed,
         'recipe': options,
+        'licenses': _source_licenses(learner),
         **_head_facts(learner, 'teacher_head'),
         **({'weights': _WEIGHTS[learner.published]} if config.model_ema else {}),
         'metrics': {split: dict(values) for split, values in metrics.items()},
@@ -224,11 +226,19 @@ def _head_facts(learner: Learner, key: str) -> dict[str, Any]:
     return {key: head.facts()} if head is not None else {}
 
 
+def _source_licenses(learner: Learner) -> dict[str, str | None]:
+    """Return the licenses of the models that a student's weights come from, see `timm_dfpt.hub.licenses`."""
+    teacher = {'teacher': license_of(learner.teacher)} if learner.teacher is not None else {}
+    return {**teacher, **({'start': license_of(learner.student)} if learner.config.student_pretrained else {})}
+
+
 def _student_options(learner: Learner, record: Mapping[str, Any], facts: Mapping[str, Any]) -> StudentOptions:
     student: Any = learner.student
     return {
         'label_names': student.pretrained_cfg['label_names'],
         'data_config': facts['input_config'],
         'license': learner.config.license,
+        'license_name': learner.config.license_name,
+        'license_link': learner.config.license_link,
         'distillation': record,
     }

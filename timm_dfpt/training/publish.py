@@ -14,6 +14,7 @@ from ..deploy.transformers_js import write_onnx_repo
 from ..hub.cards import RunFacts
 from ..hub.errors import HubError
 from ..hub.files import parse_yaml, read_json
+from ..hub.licenses import License
 from ..hub.options import PushOptions, Unpack
 from ..hub.privacy import public
 from ..hub.prompt_path import PROMPT_CONFIG
@@ -39,6 +40,8 @@ def publish_run(
     js_libraries: str | os.PathLike[str] | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     **options: Unpack[PushOptions],
 ) -> dict[str, str]:
     """Publish what a run of `train/distill.py` has left: student, prompt path, ONNX files, and a page that runs them.
@@ -57,6 +60,8 @@ def publish_run(
             `timm_dfpt.hub.PromptPathOptions`.
         license: License of the weights, e.g. `'apache-2.0'`; by default what the run was given with `--license`, and
             never taken from the models it started from.
+        license_name: Name of the license where `license` is `'other'`.
+        license_link: Address of its text.
         **options: See `timm_dfpt.hub.PushOptions`; a dry run writes to `student/`, `prompt_path/`, `onnx/` and `space/`
             in its folder.
 
@@ -75,9 +80,12 @@ def publish_run(
             'Name what to publish: --push-to-hub user/student, --push-prompt-path user/prompt, '
             '--push-onnx user/student-ONNX, --demo-space user/space, or several.'
         )
+    terms = License(license, license_name, license_link)
     run_folder = RunFolder(run_dir)
     run, recipe = read_run(run_folder, push_prompt_path)
-    license = license or recipe.get('license')
+    if terms.license is None:
+        # Of the options as they were given: in a record the link would be without its address.
+        terms = License.given(parse_yaml(run_folder.config.read_text(encoding='utf-8')))
     base_revision = None
     prompt_config = run_folder.prompt_path / PROMPT_CONFIG
     if prompt_config.is_file():
@@ -90,20 +98,21 @@ def publish_run(
     dry_run = options.get('dry_run')
     with tempfile.TemporaryDirectory() as temporary:
         folders = {kind: Path(temporary, kind) for kind in repos}
-        shipped = _Shipped(run_folder, repos, license, js_libraries)
+        shipped = _Shipped(run_folder, repos, terms, js_libraries)
         if dry_run is not None:
             empty_folder(dry_run)
         for kind, folder in folders.items():
             folder.mkdir()
-            common: dict[str, Any] = {'license': license, 'run': run, 'curves': curves}
+            common: dict[str, Any] = {'run': run, 'curves': curves}
             if kind in ('onnx', 'space'):
                 shipped.write(kind, folder)
             elif kind == 'student':
                 figures = attempt('drawing figures of the card', lambda: draw_card_figures(run_folder, Path(temporary)))
-                common |= {'distillation': record, 'figures': figures or {}}
+                common |= {'distillation': record, 'figures': figures or {}, **terms.metadata()}
                 write_student_repo(run_folder.student, folder, repos[kind], **common)
             else:
                 common |= {'training': record, 'base_model': base_model, 'token': options.get('token')}
+                common['license'] = terms
                 write_prompt_path_repo(run_folder.prompt_path, folder, repos[kind], **common)
         try:
             places = {}
@@ -114,7 +123,7 @@ def publish_run(
             return places
         except HubError as error:
             again = retry_command(
-                run_folder, push_to_hub, push_prompt_path, options.get('private'), license, push_onnx, demo_space
+                run_folder, push_to_hub, push_prompt_path, options.get('private'), terms, push_onnx, demo_space
             )
             raise HubError(f'{error} The run folder is as it was; to try again: {again}') from error
 
@@ -147,13 +156,14 @@ def check_targets(
 
 def retry_command(
     folder: RunFolder, push_to_hub: str | None, push_prompt_path: str | None, private: bool | None,
-    license: str | None, push_onnx: str | None = None, demo_space: str | None = None,
+    license: License, push_onnx: str | None = None, demo_space: str | None = None,
 ) -> str:  # fmt: skip
     """Return the command that publishes a run again."""
     words = ['python', 'train/publish.py', str(folder)]
     flags = {
         '--push-prompt-path': push_prompt_path, '--push-to-hub': push_to_hub, '--push-onnx': push_onnx,
-        '--demo-space': demo_space, '--license': license,
+        '--demo-space': demo_space,
+        **{f'--{key.replace("_", "-")}': value for key, value in license.metadata().items()},
     }  # fmt: skip
     for flag, value in flags.items():
         words += [flag, value] if value else []
@@ -163,7 +173,7 @@ def retry_command(
 class _Shipped:
     """What of a run goes to browsers: written once, for the repository and for the page."""
 
-    def __init__(self, run: RunFolder, repos: Mapping[str, str], license: str | None, js_libraries: Any) -> None:
+    def __init__(self, run: RunFolder, repos: Mapping[str, str], license: License, js_libraries: Any) -> None:
         self.run, self.repos, self.license, self.js_libraries = run, repos, license, js_libraries
         self.summary = read_json(run.summary)
         before = parse_yaml(run.config.read_text(encoding='utf-8')).get('push_to_hub')
@@ -210,6 +220,7 @@ def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None)
         'eval_split': run.eval_split,
         'metrics': {row.role: row.splits for row in run.rows},
         'recipe': public({key: value for key, value in recipe.items() if key not in NOT_RECIPE}),
+        'licenses': dict(run.licenses),
         'seed': run.seed,
         'versions': dict(run.versions),
     }
@@ -234,7 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('--js-libraries', metavar='DIR', help='node_modules with the libraries of the Space (default: from npm)')
     add('--base-model', metavar='ID', help="where others can have the prompt path's teacher: hf-hub:user/name")
     add('--private', action='store_true', help='make new repositories private (default: as your account does)')
-    add('--license', metavar='ID', help='license of the weights, such as apache-2.0 (default: none is named)')
+    add('--license', metavar='ID', help='license of the weights, such as apache-2.0 (default: that of the run)')
+    add('--license-name', metavar='NAME', help='name of the license with --license other')
+    add('--license-link', metavar='URL', help='address of its text')
     add('--revision', metavar='BRANCH', help='branch to push to (default: main)')
     add('--create-pr', action='store_true', help='open pull requests instead of committing')
     add('--force', action='store_true', help='replace files of the same name in a repository with other content')

@@ -23,6 +23,7 @@ from ..deploy.onnx_files import EXTRA, missing_packages
 from ..hub.config import check_data_config, check_label_names
 from ..hub.errors import HubError
 from ..hub.export_table import exports_table
+from ..hub.licenses import License
 from ..hub.privacy import public
 from ..job.cli import parse_config
 from ..job.devices import create_accelerator, on_main
@@ -380,14 +381,15 @@ def _publish(config: TrainConfig, folder: RunFolder) -> None:
     to_hub, prompt_path = config.push_to_hub, config.push_prompt_path
     if not (to_hub or prompt_path):
         return
-    options: dict[str, Any] = {'private': config.private or None, 'license': config.license}
+    license, private = License.given(vars(config)), config.private or None
     try:
+        options: dict[str, Any] = {'private': private, **license.metadata()}
         places = publish_run(folder.path, to_hub, push_prompt_path=prompt_path, **options)
     except HubError:
         raise
     except Exception as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        again = retry_command(folder, to_hub, prompt_path, **options)
+        again = retry_command(folder, to_hub, prompt_path, private, license)
         raise HubError(f'Publishing failed: {reason} The run folder is whole; to try again: {again}') from error
     for kind, place in places.items():
         print(f'published the {kind.replace("_", " ")}: {place}')

@@ -19,8 +19,8 @@ __all__ = ['NOT_RECIPE', 'read_run']
 
 # Options that say nothing about what was trained.
 NOT_RECIPE = (
-    'output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'log_with', 'log_interval',
-    'teacher_cache_dir', 'report', 'export', 'include_preprocessing',
+    'output', 'resume', 'push_to_hub', 'push_prompt_path', 'private', 'license', 'license_name', 'license_link',
+    'log_with', 'log_interval', 'teacher_cache_dir', 'report', 'export', 'include_preprocessing',
 )  # fmt: skip
 
 
@@ -67,6 +67,7 @@ def read_run(folder: RunFolder, prompt_path_repo: str | None = None) -> tuple[Ru
         prompt_path=prompt_path_repo,
         teacher_head=record.get('teacher_head'),
         student_base=_student_base(recipe),
+        licenses=record.get('licenses', {}),
         exports=summary.get('exports', []),
         deployed=_deployed(summary.get('models', {}).get('student', {})),
     )

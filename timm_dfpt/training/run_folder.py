@@ -30,7 +30,8 @@ _FORMAT_VERSION = 1
 _MAY_DIFFER = (
     'output', 'resume', 'log_with', 'log_interval', 'checkpoint_hist', 'checkpoint_steps', 'workers', 'cache_images',
     'cache_teacher', 'teacher_cache_dir', 'report',
-    'push_to_hub', 'push_prompt_path', 'private', 'license', 'export', 'include_preprocessing',
+    'push_to_hub', 'push_prompt_path', 'private', 'license', 'license_name', 'license_link',
+    'export', 'include_preprocessing',
 )  # fmt: skip
 
 
