@@ -190,7 +190,9 @@ CASES = {
     'two means': (['--mean', '0.5', '0.5'], 'mean=.* must have 3 values'),
     # contradictions
     'supervised with a teacher': (['--method', 'supervised'], 'supervised trains without a teacher'),
-    'a mode of what is not compiled': (['--compile-mode', 'reduce-overhead'], 'compile_mode=reduce-overhead .*--compile'),
+    'a mode of what is not compiled': (
+        ['--compile-mode', 'reduce-overhead'], 'compile_mode=reduce-overhead .*--compile'
+    ),
     'method twice': (['--baselines', 'dfpt'], 'names a method twice'),
     'supervised with weights of a teacher': (
         ['--method', 'supervised', '--teacher', '', '--teacher-checkpoint', 'x.safetensors'],
