@@ -1,11 +1,13 @@
-"""Write the page of tables of the study of foreign teachers, and its plot, from plan and records and nothing else.
+"""Write the tables and the plot of the study of foreign teachers, from plan and records and nothing else.
 
-    python -m benchmarks.foreign.report            # rewrite docs/FOREIGN.md and docs/results/foreign-cost.png
+    python -m benchmarks.foreign.report            # rewrite docs/FOREIGN.md, docs/results/foreign-cost.png, and the
+                                                   # marked blocks of docs/RESULTS.md
     python -m benchmarks.foreign.report --check    # write nothing; exit 1 if the page is not what the records give
 """
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,8 @@ from typing import Any
 from benchmarks.foreign.analysis import Study
 from benchmarks.foreign.plan import PLAN_FILE, Plan
 from benchmarks.foreign.run import RECORDS, read_records
+from benchmarks.foreign.summary import WAYS, blocks, difference_text, way_of
+from benchmarks.study.report import rewrite
 from timm_dfpt.hub.markdown import markdown_table
 from timm_dfpt.reports.intervals import summarise
 from timm_dfpt.training.report import save_figure
@@ -27,16 +31,11 @@ PLOT = 'foreign-cost.png'
 
 def page(study: Study) -> str:
     """Return the whole page."""
-    hours = sum(record['total_cpu_s'] for record in study.records) / 3600
-    phases = [record['phase'] for record in study.records]
-    counts = ', '.join(f'{phases.count(each)} {each}' for each in ('tune', 'time', 'final'))
-    machines = sorted({record['machine']['cpu'] for record in study.records})
     parts = [
         '# From a foreign teacher to a small model: all tables',
         'Written by `python -m benchmarks.foreign.report` from `benchmarks/foreign/plan.yaml` and the records in '
-        '`benchmarks/foreign/records`; what the regimes and ways are is said in the plan. '
-        f'{len(phases):,} runs ({counts}), {hours:.1f} CPU hours '
-        f'of training, evaluation not counted, on {", ".join(machines) or "-"}, one thread each.',
+        '`benchmarks/foreign/records`; what the regimes and ways are is said in the plan. What follows from them: '
+        f'[RESULTS.md](RESULTS.md). {blocks(study)["runs"]}',
         'Test top-1 of the last epoch in percent. In brackets: 95% interval of a difference by Welch over the seeds, '
         'which are not paired. Cost: CPU time of the whole way (fitting, fine-tuning, adapting, all epochs), relative'
         ' to the student alone for as many epochs. Arms with `=time` train for as long as the dearest.',
@@ -68,12 +67,14 @@ def _regime(study: Study, regime: str) -> list[str]:
                 _mean([record['path_top1'] for record in records]),
                 _mean([record['teacher_top1'] for record in records]),
                 _number(study.cost(regime, arm)),
-                _difference(study.difference(regime, arm, 'alone')),
+                difference_text(study.difference(regime, arm, 'alone')),
             ])
         head = ['arm', 'options', 'epochs', 'n', 'test', 'path', 'teacher', 'cost', '- alone']
         parts.append(markdown_table(head, rows, text_columns=3))
         if contrasts:
-            rows = [[f'{one} - {other}', _difference(study.difference(regime, one, other))] for one, other in contrasts]
+            rows = [
+                [f'{one} - {other}', difference_text(study.difference(regime, one, other))] for one, other in contrasts
+            ]
             parts += ['Primary contrasts, written down before the first of these records:',
                       markdown_table(['contrast', 'difference'], rows, text_columns=1)]
     if trials:
@@ -116,13 +117,6 @@ def _spread(values: Sequence[float]) -> str:
     return f'{summary["mean"]:.2f}' + (f' +- {summary["sd"]:.2f}' if summary['sd'] is not None else '')
 
 
-def _difference(summary: Mapping[str, Any] | None) -> str:
-    if summary is None:
-        return '-'
-    low, high = summary['interval']
-    return f'{summary["mean"]:+.2f} [{low:+.2f}, {high:+.2f}]'
-
-
 def draw(study: Study, path: Path) -> None:
     """Draw test accuracy against total cost, a line a way and a panel a regime."""
     import matplotlib  # costs 0.3 s
@@ -130,20 +124,29 @@ def draw(study: Study, path: Path) -> None:
     matplotlib.use('agg')
     from matplotlib import pyplot as plt  # costs 0.3 s
 
-    regimes = [regime for regime in study.regimes if study.arms(regime)]
-    figure, panels = plt.subplots(1, len(regimes), figsize=(4.2 * len(regimes), 4), layout='constrained', squeeze=False)
-    for regime, axes in zip(regimes, panels[0], strict=True):
+    regimes = [regime for regime in study.regimes if len(study.arms(regime)) > 1]
+    rows = math.ceil(len(regimes) / 4)
+    columns = math.ceil(len(regimes) / rows)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(3.8 * columns, 3.4 * rows), layout='constrained', squeeze=False
+    )
+    colors: dict[str, str] = {}
+    for regime, axes in zip(regimes, panels.flat, strict=False):
         lines: dict[str, list[tuple[float, float]]] = {}
         for arm, records in study.arms(regime).items():
             seconds = statistics.median(record['total_cpu_s'] for record in records)
             accuracy = statistics.fmean(record['student_top1'] for record in records)
-            lines.setdefault(arm.partition(' ')[0], []).append((seconds, accuracy))
-        for number, (way, points) in enumerate(lines.items()):
+            name = arm.removesuffix(' =time')
+            lines.setdefault(way_of(study, regime, name) or name, []).append((seconds, accuracy))
+        for way, points in lines.items():
+            color = colors.setdefault(way, f'C{len(colors) % 10}')
             xs, ys = zip(*sorted(points), strict=True)
-            axes.plot(xs, ys, marker='o', color=f'C{number % 10}', label=way)
+            axes.plot(xs, ys, marker='o', color=color, label=WAYS.get(way, way))
         axes.set(xlabel='CPU seconds, all of the way', ylabel='test top-1 %', title=regime, xscale='log')
         axes.grid(alpha=0.3)
-        axes.legend(fontsize='x-small')
+        axes.legend(fontsize='xx-small')
+    for axes in panels.flat[len(regimes):]:
+        axes.remove()
     save_figure(figure, path, dpi=90)
 
 
@@ -157,15 +160,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     records = read_records(args.records)
     study = Study(Plan(args.plan, Path(), records), records)
-    text, plot = page(study), args.document.parent / 'results' / PLOT
+    plot = args.document.parent / 'results' / PLOT
+    texts = {args.document: page(study)}
+    summary = args.document.parent / 'RESULTS.md'
+    if summary.is_file():
+        texts[summary] = rewrite(summary.read_text(encoding='utf-8'), blocks(study))
     has_finals = any(study.arms(regime) for regime in study.regimes)
     if args.check:
-        same = args.document.is_file() and args.document.read_text(encoding='utf-8') == text
-        if not same or (has_finals and not plot.is_file()):
-            print(f'{args.document.name} is not what the records give; run python -m benchmarks.foreign.report')
-            return 1
+        for path, text in texts.items():
+            if not path.is_file() or path.read_text(encoding='utf-8') != text or (has_finals and not plot.is_file()):
+                print(f'{path.name} is not what the records give; run python -m benchmarks.foreign.report')
+                return 1
         return 0
-    args.document.write_text(text, encoding='utf-8')
+    for path, text in texts.items():
+        path.write_text(text, encoding='utf-8')
     if has_finals:
         plot.parent.mkdir(exist_ok=True)
         draw(study, plot)

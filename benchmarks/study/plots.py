@@ -1,4 +1,4 @@
-"""The plots of `docs/RESULTS.md`."""
+"""The plots of `docs/STUDY.md`."""
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Write the tables of `docs/RESULTS.md`, and draw its plots, from the records of the study and from nothing else.
+"""Write the tables of `docs/STUDY.md`, and draw its plots, from the records of the study and from nothing else.
 
     python -m benchmarks.study.report            # rewrite the marked blocks, draw docs/results/*.png
     python -m benchmarks.study.report --check    # write nothing; exit 1 if a block is not what the records give
@@ -26,7 +26,7 @@ from timm_dfpt.reports.intervals import summarise
 
 __all__ = ['blocks', 'main', 'rewrite']
 
-DOCUMENT = Path(__file__).parents[2] / 'docs' / 'RESULTS.md'
+DOCUMENT = Path(__file__).parents[2] / 'docs' / 'STUDY.md'
 _NOTHING = 'Nothing recorded yet.'
 _BLOCK = re.compile(r'<!-- begin (?P<name>[^>]+) -->\n.*?<!-- end (?P=name) -->', re.DOTALL)
 _KINDS = ('final', 'tuning')

@@ -18,7 +18,7 @@ __all__ = ['report_teachers']
 
 _logger = logging.getLogger(__name__)
 
-# Students of a teacher of 56.9% had 73% with the weights of 1, and 84% without the teacher (docs/RESULTS.md).
+# Students of a teacher of 56.9% had 73% with the weights of 1, and 84% without the teacher (docs/STUDY.md).
 _LOW = 75.0
 
 

@@ -1,0 +1,117 @@
+"""What `docs/RESULTS.md` shows of the study of foreign teachers: ways against regimes, and the primary contrasts."""
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.foreign.analysis import Study
+from timm_dfpt.hub.markdown import markdown_table
+from timm_dfpt.reports.intervals import summarise
+
+__all__ = ['WAYS', 'blocks', 'difference_text', 'way_of']
+
+# Ways in words, in the order of the table. Students with pre-trained weights get a fitted head first in all of them.
+WAYS = {
+    'alone': 'student alone',
+    'fit-kd': 'head fitted, then KD',
+    'ft-kd': 'teacher fine-tuned, then KD',
+    'dfpt': 'one run, DFPT-KD',
+    'dfpt+': 'one run, DFPT-KD+',
+}
+
+
+def way_of(study: Study, regime: str, arm: str) -> str | None:
+    """Return the way of an arm, a key of `WAYS`, or `None` where it is a variant of one.
+
+    Args:
+        study: The records.
+        regime: Name of the regime.
+        arm: Name of the arm, without ` =time`.
+    """
+    arms = study.arms(regime)
+    if f'{arm}-head' in arms:
+        return None
+    way = arm.removesuffix('-head')
+    return way if way in WAYS else None
+
+
+def blocks(study: Study) -> dict[str, str]:
+    """Return the text of every block of the page by name; of those only for which there are records."""
+    regimes = [regime for regime in study.regimes if any(arm.endswith('=time') for arm in study.arms(regime))]
+    texts = {'runs': _runs(study), 'ways': _ways(study, regimes) if regimes else '', 'contrasts': _contrasts(study)}
+    return {name: text for name, text in texts.items() if text}
+
+
+def _runs(study: Study) -> str:
+    phases = [record['phase'] for record in study.records]
+    hours = sum(record['total_cpu_s'] for record in study.records) / 3600
+    machines = sorted({record['machine']['cpu'] for record in study.records})
+    return (
+        f'{len(phases):,} runs: {phases.count("tune")} to tune, on validation images only, {phases.count("time")} to '
+        f'measure time, {phases.count("final")} final ones; {hours:.1f} CPU hours of training on '
+        f'{", ".join(machines)}, one thread each.'
+    )
+
+
+def _ways(study: Study, regimes: Sequence[str]) -> str:
+    """Mean test top-1 with its 95% interval, and cost relative to the student alone for as many epochs."""
+    dearest = {
+        regime: max(
+            (arm for arm in study.arms(regime) if not arm.endswith('=time')),
+            key=lambda arm, regime=regime: study.cost(regime, arm) or 0,  # type: ignore[misc]
+        )
+        for regime in regimes
+    }
+    rows = []
+    for longer in ('', ' =time'):
+        for way, words in WAYS.items():
+            cells = []
+            for regime in regimes:
+                arms = study.arms(regime)
+                found = [arm for arm in arms if way_of(study, regime, arm.removesuffix(' =time')) == way]
+                usual = next((arm for arm in found if not arm.endswith('=time')), '')
+                timed = next((arm for arm in found if arm.endswith('=time')), '')
+                # The dearest way takes that time as it is.
+                arm = (timed or (usual if usual == dearest[regime] else '')) if longer else usual
+                cells.append(_cell(study, regime, arm) if arm else '-')
+            rows.append([words + (', equal time' if longer else ''), *cells])
+    return markdown_table(['way', *regimes], rows, text_columns=1)
+
+
+def _cell(study: Study, regime: str, arm: str) -> str:
+    values = [record['student_top1'] for record in study.arms(regime)[arm]]
+    summary, cost = summarise(values), study.cost(regime, arm)
+    half = '' if summary['interval'] is None else f' +- {summary["interval"][1] - summary["mean"]:.1f}'
+    return f'{statistics.fmean(values):.1f}{half}' + ('' if cost is None else f' ({cost:.1f}x)')
+
+
+def _contrasts(study: Study) -> str:
+    """The usual four contrasts of the one run, a row a regime, and those that are a regime's own."""
+    usual, others = [], []
+    for regime in study.regimes:
+        found = {pair: study.difference(regime, *pair) for pair in study.primary(regime)}
+        if not any(found.values()):
+            continue
+        timed = [pair for pair in found if pair[0].endswith('=time')]
+        if timed:
+            one = timed[0][0].removesuffix(' =time')
+            usual.append([regime, WAYS[one.removesuffix('-head')], *map(difference_text, found.values())])
+        else:
+            others += [[regime, f'{one} - {other}', difference_text(each)] for (one, other), each in found.items()]
+    head = [
+        'regime', 'the one run', '- fine-tuned, then KD; equal epochs', '- fine-tuned, then KD; equal time',
+        '- alone; equal time', '- head fitted, then KD; equal time',
+    ]
+    tables = [markdown_table(head, usual, text_columns=2)] if usual else []
+    if others:
+        tables.append(markdown_table(['regime', 'contrast', 'difference'], others, text_columns=2))
+    return '\n\n'.join(tables)
+
+
+def difference_text(summary: Mapping[str, Any] | None) -> str:
+    """Return a difference with its 95% interval in brackets."""
+    if summary is None:
+        return '-'
+    low, high = summary['interval']
+    return f'{summary["mean"]:+.2f} [{low:+.2f}, {high:+.2f}]'
