@@ -58,12 +58,14 @@ class Pair:
         teacher: Makes the teacher.
         student: Makes the student.
         shape: Of the batch `[B, C, H, W]`.
+        stages: After which modules a path has blocks; `None` for the usual ones.
     """
 
     name: str
     teacher: Callable[[], nn.Module]
     student: Callable[[], nn.Module]
     shape: tuple[int, int, int, int]
+    stages: Sequence[str] | None = None
 
 
 def imagenet_pair(teacher: str, student: str, batch: int, size: int) -> Pair:
@@ -150,7 +152,8 @@ class Steps:
             return LogitLossTask(student, teacher, input_config=config, teacher_input_config=config, verbose=False)
         parts: dict[str, Any] = {'block': False, 'fusion': 'none'} if way in _BARE else {}
         prompt = timm_dfpt.PromptConfig(norms='own' if way in _OWN_NORMS else 'teacher', **parts)
-        wrapped = timm_dfpt.wrap(teacher, variant='dfpt+' if way in _PLUS else 'dfpt', prompt=prompt)
+        variant: Any = 'dfpt+' if way in _PLUS else 'dfpt'
+        wrapped = timm_dfpt.wrap(teacher, stages=self.pair.stages, variant=variant, prompt=prompt)
         if way == 'c':
             wrapped.stop_sharing_prefix()
         return DFPTDistillationTask(
@@ -232,7 +235,7 @@ def count_floor(pair: Pair) -> Floor:
     """Count the parts of a step, independently of how the package takes it."""
     torch.manual_seed(0)
     x = torch.randn(pair.shape)
-    teacher = timm_dfpt.wrap(pair.teacher())
+    teacher = timm_dfpt.wrap(pair.teacher(), stages=pair.stages)
     model = teacher.model
     total = count_flops(lambda: model(x))
     prefix = _flops_before(model, teacher.stages[0].module, x)

@@ -1,4 +1,4 @@
-"""Every file of the repository that its documents name exists: in prose, links and commands."""
+"""Every file of the repository that its documents name exists, in prose, links and commands; so do headings."""
 from __future__ import annotations
 
 import re
@@ -12,6 +12,7 @@ DOCUMENTS = [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), *ROOT.glob('benchmarks
 PATH = re.compile(r'(?<![\w./-])(?:(?:timm_dfpt|train|tests|benchmarks|docs|hub_cards|\.ci)/[\w./*-]*[\w*]|\w+\.toml)')
 MODULE = re.compile(r'-m ((?:timm_dfpt|train|tests|benchmarks)[\w.]*\w)')
 LINK = re.compile(r'\]\((?!https?:|#)([^)#\s]+)')
+ANCHOR = re.compile(r'\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)')
 
 
 def named(document: Path) -> set[str]:
@@ -36,3 +37,17 @@ def test_what_is_missing_is_found(tmp_path: Path) -> None:
     (tmp_path / 'a.md').write_text(found)
     assert named(tmp_path / 'a.md') == {'train/nothing.py', 'benchmarks/nothing', '.ci/no'}
     assert not any(map(exists, named(tmp_path / 'a.md')))
+
+
+def anchors(document: Path) -> set[str]:
+    """Return what GitHub makes of the headings of a document."""
+    headings = re.findall(r'^#+ (.+)$', document.read_text(encoding='utf-8'), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_headings_that_are_linked_exist(document: Path) -> None:
+    links = ANCHOR.findall(document.read_text(encoding='utf-8'))
+    targets = [(document.parent / path if path else document, anchor) for path, anchor in links]
+    missing = [f'{target.name}#{anchor}' for target, anchor in targets if anchor not in anchors(target)]
+    assert not missing, f'{document.name} links {", ".join(missing)}'

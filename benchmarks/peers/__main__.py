@@ -116,7 +116,7 @@ def main() -> None:
         # In a process of its own: a child's peak of memory is at least what its parent held when it began.
         writer = [sys.executable, '-m', 'benchmarks.peers.jobs', args.job, place]
         subprocess.run(writer, check=True, cwd=_ROOT, env={**os.environ, 'PYTHONPATH': str(_ROOT)})
-        for who, (peer, script, tree) in participants.items():
+        for who, (peer, script, tree) in participants.items() if not rounds else ():
             print(f'{who}: once, not counted', flush=True)
             run(peer, args.job, folder, script, tree)
         for _ in range(args.rounds):
