@@ -52,23 +52,32 @@ def test_total_is_weighted_sum_of_the_formulas(loss, batch):
 @pytest.mark.parametrize('temperature', [3.0, 4.0])
 @pytest.mark.parametrize('kd_loss', [None, KD_LOSSES['kd']])
 def test_plain_loss_is_timms_task_bit_for_bit(kd_loss, temperature, batch):
-    """Losses, gradients and students after several steps."""
+    """Losses, gradients, batch statistics and random numbers of several steps; timm runs the student first."""
     kwargs = {'temperature': temperature, 'distill_loss_weight': 0.9, 'task_loss_weight': 0.1, 'verbose': False}
-    ours = LogitLossTask(model(1), model(2), nn.CrossEntropyLoss(), kd_loss=kd_loss, **kwargs)
-    timms = LogitDistillationTask(model(1), model(2).requires_grad_(False), nn.CrossEntropyLoss(), **kwargs)
-    optimizers = [torch.optim.SGD(task.get_trainable_module().train().parameters(), lr=0.1) for task in (ours, timms)]
-    input, target = batch
-    for _ in range(3):
-        results = [task(input, target) for task in (ours, timms)]
+    drops = {'drop_rate': 0.3, 'drop_path_rate': 0.3}
+    students, teachers = ([model(seed, **drops) for _ in range(2)] for seed in (1, 2))
+    ours = LogitLossTask(students[0], teachers[0], nn.CrossEntropyLoss(), kd_loss=kd_loss, **kwargs).train()
+    timms = LogitDistillationTask(students[1], teachers[1].requires_grad_(False), nn.CrossEntropyLoss(), **kwargs)
+    tasks = (ours, timms.train())
+    optimizers = [torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1) for task in tasks]
+    for seed in range(3):
+        results, streams = [], []
+        for task, optimizer in zip(tasks, optimizers, strict=True):
+            torch.manual_seed(seed)
+            optimizer.zero_grad()
+            results.append(task(*batch))
+            results[-1]['loss'].backward()
+            streams.append(torch.get_rng_state())
+        assert torch.equal(*streams)
         for key, value in results[1].items():
             assert torch.equal(results[0][key], value), key
-        for result, optimizer in zip(results, optimizers, strict=True):
-            optimizer.zero_grad()
-            result['loss'].backward()
+        for a, b in zip(*(student.parameters() for student in students), strict=True):
+            assert torch.equal(a.grad, b.grad)
+        for optimizer in optimizers:
             optimizer.step()
-    students = (task.get_eval_model().state_dict() for task in (ours, timms))
-    for a, b in zip(*(state.values() for state in students), strict=True):
-        assert torch.equal(a, b)
+    states = [task.get_checkpoint_state()['state_dict'] for task in tasks]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 def test_arguments_reach_the_loss(batch):

@@ -121,8 +121,9 @@ class LogitLossTask(StudentTask, LogitDistillationTask):
         Returns:
             `loss`, its parts `task_loss` and `kd_loss` without their weights, `output` and `teacher_output`.
         """
-        logits = self.trainable_module(input)
-        return self._result(logits, target, self._known_or_computed(input, teacher_logits), self.temperature)
+        # Before the student, so that the teacher runs while none of its activations are held.
+        known = self._known_or_computed(input, teacher_logits)
+        return self._result(self.trainable_module(input), target, known, self.temperature)
 
     def _known_or_computed(self, input: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
         return self.teacher_logits(input) if teacher_logits is None else teacher_logits
@@ -265,6 +266,7 @@ class CTKDTask(LogitLossTask):
         self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Run student and teacher; the result of `LogitLossTask.forward`, and the `temperature`."""
+        known = self._known_or_computed(input, teacher_logits)
         logits, temperature = self.trainable_module(input, self.strength)
-        result = self._result(logits, target, self._known_or_computed(input, teacher_logits), temperature)
+        result = self._result(logits, target, known, temperature)
         return {**result, 'temperature': temperature.detach()}

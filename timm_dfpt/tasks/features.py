@@ -152,9 +152,10 @@ class FeatureTask(StudentTask, FeatureDistillationTask):
         Returns:
             `loss`, its parts `task_loss` and `kd_loss` without their weights, and `output`.
         """
+        wanted = upcast(self.teacher_features(input))
         logits, features = self.trainable_module(input)
         task_loss = self.criterion(logits, target)
-        distillation = F.mse_loss(features, upcast(self.teacher_features(input)))
+        distillation = F.mse_loss(features, wanted)
         return {
             'loss': self.task_loss_weight * task_loss + self.distill_loss_weight * distillation,
             'output': logits,
