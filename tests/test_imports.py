@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / 'timm_dfpt'
 GROUND = ('version', 'utils')
 ROOMS = (
     GROUND, ('models', 'data', 'backbone', 'losses'), ('teacher',), ('tasks',), ('hub',), ('deploy',), ('job',),
-    ('reports',), ('training',),
+    ('reports',), ('training',), ('commands',), ('__main__',),
 )  # fmt: skip
 # Stands by itself: it imports any room, and none imports it.
 APART = 'testing'

@@ -17,3 +17,11 @@ def test_pins_are_lower_bounds():
     assert [pin for pin in pins if not pin.startswith('#')] == [
         bound.replace('>=', '==') for bound in admitted if '>=' in bound and not bound.startswith(CHECKERS)
     ]
+
+
+def test_the_group_of_developers_is_the_extra():
+    """But that a group cannot name the extras of its own project."""
+    found = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))
+    extras = found['project']['optional-dependencies']
+    own = [each for each in extras['dev'] if not each.startswith('timm-dfpt')]
+    assert set(found['dependency-groups']['dev']) == {*own, *extras['onnx']}

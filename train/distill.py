@@ -1,24 +1,5 @@
-"""Distill a student: `accelerate launch train/distill.py` runs the embedded default, `--help` tells the options."""
-import os
-import signal
-from pathlib import Path
-
-
-def stop(signum: int, frame: object) -> None:
-    """End while there is nothing to save."""
-    try:
-        os.write(2, f'Stopped by {signal.Signals(signum).name}: the same command with --resume goes on.\n'.encode())
-    finally:
-        os._exit(128 + signum)
-
+"""Distill a student: `accelerate launch train/distill.py` runs the embedded default, `--help` lists the options."""
+from timm_dfpt_cli import script
 
 if __name__ == '__main__':
-    # Imports take seconds; the job has handlers of its own.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stop)
-
-    from timm_dfpt.job.stopping import leave
-    from timm_dfpt.training.run import main
-
-    leave(main(default_recipe=Path(__file__).parent / 'recipes' / 'quickstart.yaml'))
+    script(__file__)

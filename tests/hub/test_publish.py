@@ -142,9 +142,9 @@ def test_failed_upload_says_how_to_try_again(hub: Hub, trainer: Client) -> None:
     failed = trainer.run(_publish, *BOTH)
     assert failed['code'] == 1
     assert _files_of(trainer.cwd / 'run') == before
-    command = re.search(r'to try again: python (\S+) (.*)', failed['stderr'])
+    command = re.search(r'to try again: timm-dfpt (\S+) (.*)', failed['stderr'])
     assert command is not None, failed['stderr']
-    assert command[1] == 'train/publish.py'
+    assert command[1] == 'publish'
     hub.faults.clear()
     assert trainer.run(_publish, *command[2].split())['code'] == 0
     assert len(hub.repos['alice/student'].commits) == len(hub.repos['alice/prompt'].commits) == 2

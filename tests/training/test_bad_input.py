@@ -103,6 +103,8 @@ CASES = {
     'flag abbreviated': (['--temp', '3'], 'unrecognized arguments: --temp'),
     'flag without value': (['--lr'], '--lr: expected one argument'),
     'word for a number': (['--lr', 'high'], "--lr: invalid float value: 'high'"),
+    'no patience': (['--patience', '0'], 'patience must be at least 1, got 0'),
+    'weights of no epoch': (['--export-weights', 'first'], "--export-weights: invalid choice: 'first'"),
     'method unknown': (['--method', 'dfkd'], "--method: invalid choice: 'dfkd'"),
     'loss unknown': (['--kd-loss', 'mse'], "--kd-loss: invalid choice: 'mse'"),
     'baseline unknown': (['--baselines', 'crd'], "--baselines: invalid choice: 'crd'"),

@@ -13,7 +13,8 @@ import timm_dfpt
 
 ROOT = Path(__file__).parents[2]
 SHORT = ['--epochs', '1', '--batch-size', '50']
-LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', 'train/distill.py']
+RECIPE = ['--config', 'train/recipes/quickstart.yaml']
+LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', 'train/distill.py', *RECIPE]
 
 # Plain timm, Pillow and pyarrow: nothing of ours can be imported here.
 EVALUATE = """

@@ -110,7 +110,7 @@ def test_publishing_that_fails_says_how_to_try_again(trained, tmp_path, monkeypa
     monkeypatch.setattr(run_module, 'publish_run', fail)
     assert resume(trained, tmp_path, '--push-to-hub', 'user/name', '--license', 'mit') == 1
     shown = capsys.readouterr().err.splitlines()[-1]
-    command = f'python train/publish.py {tmp_path}/run --push-to-hub user/name --license mit'
+    command = f'timm-dfpt publish {tmp_path}/run --push-to-hub user/name --license mit'
     assert shown == f'error: Publishing failed: the Hub is away The run folder is whole; to try again: {command}'
     assert (tmp_path / 'run' / 'summary.json').is_file()
 

@@ -58,7 +58,9 @@ def test_embedded_job_without_network(recipe, baselines, default_job, tmp_path):
         'HF_HOME': str(tmp_path / 'cache'),
     }
     job = [sys.executable, str(default_job / 'train' / 'distill.py'), '--epochs', '1']
-    if recipe is not None:
+    if recipe is None:
+        job += ['--config', str(default_job / 'train' / 'recipes' / 'quickstart.yaml')]
+    else:
         # Two epochs, as many as the recipe warms up.
         job += ['--epochs', '2', '--config', str(ROOT / 'train' / 'recipes' / f'{recipe}.yaml')]
     process = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from .files import FileTable
 
-__all__ = ['DataSplits', 'load_splits']
+__all__ = ['DataSplits', 'load_split', 'load_splits']
 
 _logger = logging.getLogger(__name__)
 
@@ -186,6 +187,58 @@ def load_splits(
     return DataSplits(splits['train'], splits['val'], splits.get('test'), class_names, val_from)
 
 
+def load_split(
+    dataset: str,
+    class_names: Sequence[str],
+    *,
+    split: str | None = None,
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    background: str | None = None,
+) -> ImageSplit:
+    """Load one split to measure a model on that is trained already.
+
+    Args:
+        dataset: As for `load_splits`.
+        class_names: The classes of the model. Those of the data are found among them by name.
+        split: Its name; by default the test split, else that of validation, else the only one.
+        dataset_config: As for `load_splits`.
+        dataset_revision: As for `load_splits`.
+        input_key: As for `load_splits`.
+        target_key: As for `load_splits`.
+        background: As for `load_splits`.
+
+    Raises:
+        FileNotFoundError: If the dataset is not found.
+        ValueError: If there is no such split, it has no labels, or a class that the model does not have.
+    """
+    named: dict[str, str | None] = {'train': split, 'val': None, 'test': None}
+    try:
+        available = open_dataset(
+            dataset, dataset_config=dataset_config, dataset_revision=dataset_revision, named_splits=named,
+            target_key=target_key,
+        )  # fmt: skip
+        roles = assign_roles(list(available), named, leave=True)
+    except ValueError as error:
+        # There is one split to name, whatever it is for.
+        message = re.sub('--(train|val|test)-split', '--split', str(error)).replace('train_split', 'split')
+        raise ValueError(message) from error
+    name = split or next(roles[role] for role in ('test', 'val', 'train') if role in roles)
+    table = available[name]
+    image = find_image_column(table, input_key)
+    label = find_label_column(table, target_key, image)
+    names, local = local_classes(table, label, f'column {label!r} of split {name!r}')
+    numbers = _numbers_among(class_names, names, local)
+    if numbers is None:
+        strange = next((names[i] for i in np.unique(local) if names[i] not in class_names), names[0])
+        raise ValueError(
+            f'split {name!r} has images of class {strange!r}, which is not one of the {len(class_names):,} classes of '
+            f'the model ({", ".join(class_names[:3])}, ...): rename or remove it, or name another column with '
+            '--target-key'
+        )
+    return ImageSplit(name, images_of(table, image), torch.from_numpy(numbers), background)
 
 
 def _number_classes(
@@ -218,10 +271,15 @@ def _labels_if_any(dataset: Dataset | FileTable, named: str | None, image: str, 
         names, local = local_classes(dataset, column, f'column {column!r}')
     except ValueError:
         return none
+    return next((found for found in [_numbers_among(class_names, names, local)] if found is not None), none)
+
+
+def _numbers_among(class_names: Sequence[str], names: list[str], local: np.ndarray) -> np.ndarray | None:
+    """Return the class numbers `[N]` among `class_names` of rows with others; `None` if a class is not among them."""
     used = np.unique(local)
     numbers = match_classes(names, class_names) or match_classes([names[i] for i in used], class_names)
     if numbers is None:
-        return none
+        return None
     by_local = np.full(len(names), -1, dtype=np.int64)
     by_local[range(len(names)) if len(numbers) == len(names) else used] = numbers
     return by_local[local]

@@ -46,12 +46,13 @@ def role_of(name: str) -> str | None:
     return _ROLES.get(_word(name) or '')
 
 
-def assign_roles(available: Sequence[str], named: Mapping[str, str | None]) -> dict[str, str]:
+def assign_roles(available: Sequence[str], named: Mapping[str, str | None], leave: bool = False) -> dict[str, str]:
     """Choose the splits for training, validation and test, and warn of those that are left over.
 
     Args:
         available: Names of all splits.
         named: For `train`, `val` and `test` the split that the user named, or `None`.
+        leave: Whether splits may be left over without a warning.
 
     Returns:
         Name of the split by role: `train` always, `val` and `test` where there is one.
@@ -89,7 +90,7 @@ def assign_roles(available: Sequence[str], named: Mapping[str, str | None]) -> d
             '--test-split'
         )
     unused = [name for name in available if name not in roles.values()]
-    if unused:
+    if unused and not leave:
         _logger.warning(
             'The splits %s are not used; to use one, name it with --train-split, --val-split or --test-split', unused
         )

@@ -75,6 +75,7 @@ class RunFacts:
         teacher_head: How the teacher's head was made, see `FittedHead.facts`, where it is not the published one.
         exports: The files that the student was exported to, rows of `summary.json`'s `exports`.
         deployed: What the student costs in the form that is deployed, where that is another than the saved one.
+        weights: Of which epoch the student's weights are, in words, where they are not those of the last.
         student_base: Repository that the student's weights started from; `None` if there is none.
         licenses: Licenses of the models that the weights come from, see `source_facts`.
     """
@@ -95,6 +96,7 @@ class RunFacts:
     licenses: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     exports: Sequence[Mapping[str, Any]] = ()
     deployed: Mapping[str, Any] | None = None
+    weights: str | None = None
 
     def public(self, renamed: Mapping[str, str] | None = None) -> RunFacts:
         """Return the facts without the folders of this machine.
@@ -371,6 +373,7 @@ def _common_facts(run: RunFacts, license: License | None) -> dict[str, str | Non
         **source_facts(run.licenses),
         'Training data': hub_link(run.dataset),
         'Method': _method_name(run.method) if run.method else None,
+        'Epoch': run.weights,
         'License': str(license or License()),
     }
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +18,43 @@ from ..utils.messages import clip, shorten
 from .devices import launched
 from .options import TrainConfig, resolve_paths
 
-__all__ = ['build_parser', 'load_recipe', 'parse_config', 'resolve_config', 'save_config']
+__all__ = [
+    'DEFAULT_RECIPE', 'build_parser', 'command_line', 'find_recipe', 'load_recipe', 'parse_config', 'resolve_config',
+    'save_config',
+]  # fmt: skip
 
 _BASE_KEY = 'base'
+# What `--help` shows; `--help-all` shows all.
+_COMMON = (
+    'method', 'baselines', 'teacher', 'teacher_head', 'student', 'student_pretrained', 'dataset', 'unlabelled',
+    'input_size', 'batch_size', 'workers', 'epochs', 'lr', 'seed', 'output', 'resume', 'mixed_precision', 'export',
+    'export_weights', 'push_to_hub',
+)  # fmt: skip
+DEFAULT_RECIPE = 'quickstart'
+"""The recipe of a job that is given neither a recipe nor data."""
+_RECIPES = Path(__file__).parents[1] / 'recipes'
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        name: A file, or the name of a recipe that comes with the package, such as `quickstart`.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    path = Path(name)
+    # A path, or a file of that name, is never something of the package.
+    if path.is_file() or len(path.parts) != 1 or (path.suffix and path.suffix != '.yaml'):
+        return path
+    known = _RECIPES / f'{path.stem}.yaml'
+    if known.is_file():
+        return known
+    if path.suffix:
+        return path
+    hint = nearest(str(name), [each.stem for each in _RECIPES.glob('*.yaml')])
+    raise ValueError(f'config: there is no file {str(name)!r}, and no recipe of this name.{hint}')
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -28,7 +64,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     `base` names another recipe, from that folder too, whose options apply where this one has none.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or the name of a recipe that comes with the package.
 
     Returns:
         The options.
@@ -36,7 +72,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is missing, is not a mapping, has an unknown option, or is its own base.
     """
-    return _load_recipe(Path(path), ())
+    return _load_recipe(find_recipe(path), ())
 
 
 def _load_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -74,9 +110,27 @@ def _joined_method_options(inherited: Mapping[str, Any], values: Mapping[str, An
     return {'method_options': {m: {**first.get(m, {}), **second.get(m, {})} for m in {**first, **second}}}
 
 
+_RARE = {field.name for field in dataclasses.fields(TrainConfig)} - set(_COMMON)
+
+
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write the resolved configuration as a recipe that `load_recipe` reads, whole or not at all."""
     write_text(Path(path), yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+class _Help(argparse.Action):
+    """Show the help, without the options that few need unless everything is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, everything: bool = False, **options: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **options)
+        self.everything = everything
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        for action in parser._actions:
+            if not self.everything and action.dest in _RARE:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,6 +170,8 @@ def _add_argument(group: Any, field: dataclasses.Field[Any]) -> None:
         default = field.metadata.get('unset', 'none')
     elif kind.container is list:
         default = ' '.join(map(str, default))
+    elif kind.container is bool:
+        default = 'yes' if default else 'no'
     notes = '; '.join(filter(None, (range_of(field), f'default: {default}')))
     # argparse takes a percent sign for a placeholder.
     help = f'{field.metadata["help"]} ({notes})'.replace('%', '%%')
@@ -138,11 +194,27 @@ def _add_argument(group: Any, field: dataclasses.Field[Any]) -> None:
     group.add_argument(flag, **options)
 
 
-def build_parser(description: str, without: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return the command line of all options, but for those named in `without`, plus `--config`."""
+def build_parser(
+    description: str, without: Sequence[str] = (), program: str | None = None
+) -> argparse.ArgumentParser:
+    """Return the command line of all options, plus `--config`.
+
+    Args:
+        description: First line of the help.
+        without: Options to leave out.
+        program: What the command is called; by default as the script.
+    """
     # Abbreviations would turn a misspelt flag into another one.
-    parser = _Parser(description=description, allow_abbrev=False)
-    parser.add_argument('--config', metavar='YAML', help='recipe with any of these options; the command line wins')
+    parser = _Parser(
+        program, '%(prog)s [--config YAML] [options]', description, allow_abbrev=False, add_help=False
+    )  # fmt: skip
+    parser.add_argument('-h', '--help', action=_Help, help='show the options that most jobs need')
+    parser.add_argument('--help-all', action=_Help, everything=True, help='show all options')
+    parser.add_argument(
+        '--config', metavar='YAML',
+        help='recipe with any of these options, which the command line overrides: a file, or the name of one that '
+        'comes with the package, such as quickstart',
+    )  # fmt: skip
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
         if field.metadata.get('recipe_only') or field.name in without:
@@ -196,8 +268,21 @@ def _complete_method_options(base: Mapping[str, Any], given: Mapping[str, Any]) 
     return {method: {**common, **{k: v for k, v in options.get(method, {}).items() if k in keys}} for method in methods}
 
 
+def command_line(program: str, argv: Sequence[str] | None) -> str:
+    """Return how a command was called, for the record.
+
+    Args:
+        program: What it is called.
+        argv: Arguments; `None` for those of the process.
+    """
+    return shlex.join([*program.split(), *(sys.argv[1:] if argv is None else argv)])
+
+
 def parse_config(
-    argv: Sequence[str] | None = None, default_recipe: str | Path | None = None, description: str = ''
+    argv: Sequence[str] | None = None,
+    default_recipe: str | Path | None = None,
+    description: str = '',
+    program: str | None = None,
 ) -> TrainConfig:
     """Read the command line.
 
@@ -205,6 +290,7 @@ def parse_config(
         argv: Arguments; `None` for those of the process.
         default_recipe: The recipe to use when neither `--config` nor `--dataset` is given.
         description: First line of `--help`.
+        program: What the command is called in it.
 
     Returns:
         The resolved configuration.
@@ -212,7 +298,7 @@ def parse_config(
     Raises:
         SystemExit: If an option is wrong; the message says which and why.
     """
-    parser = build_parser(description)
+    parser = build_parser(description, program=program)
     given = vars(parser.parse_args(argv))
     recipe = given.pop('config')
     try:

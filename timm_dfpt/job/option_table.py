@@ -208,6 +208,9 @@ class Options:
     checkpoint_steps: int = _opt(0, 'also checkpoint every N updates (0: at the end of each epoch only)', 'run', low=0)
     checkpoint_hist: int = _opt(2, 'checkpoints to keep', 'run', low=1)
     val_interval: int = _opt(1, 'validate every N epochs; the last epoch is always validated', 'run', low=1)
+    patience: int | None = _opt(
+        None, 'stop after N validations in a row that are not better than the best before', 'run', low=1, unset='never'
+    )
     export_epochs: list[int] = _opt([], 'also save the student of these epochs, as student-epoch<n>', 'run', low=1)
     log_interval: int = _opt(50, 'log every N steps', 'run', low=1)
     log_with: Literal['tensorboard', 'wandb', 'trackio'] | None = _opt(None, 'tracker of accelerate', 'run')
@@ -224,6 +227,9 @@ class Options:
         [], 'also write the student as ONNX (float32, float16, int8), as a program of torch (pt2)', 'export',
         choices=('onnx', 'pt2'),
     )  # fmt: skip
+    export_weights: Literal['last', 'best'] = _opt(
+        'last', 'export the weights of the last epoch, or of the best one on the validation data', 'export'
+    )
     include_preprocessing: bool = _opt(False, 'exported files take pixels (uint8) and normalise them', 'export')
     # --- publishing
     push_to_hub: str | None = _opt(None, 'publish the student under user/name at the end', 'publishing')

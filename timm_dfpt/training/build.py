@@ -30,7 +30,7 @@ from .teacher_heads import TeacherHeads
 
 __all__ = [
     'augmentation_of', 'create_criterion', 'create_learners', 'create_loaders', 'create_mixup', 'create_task',
-    'load_data', 'resolve_input_config', 'with_batch_size',
+    'evaluation_loaders', 'load_data', 'resolve_input_config', 'with_batch_size',
 ]  # fmt: skip
 
 
@@ -140,34 +140,44 @@ def create_loaders(
     """Create loaders of `train`, `val`, and `test` where there are test images, prepared by `accelerator`."""
     batch_size = config.batch_size
     assert batch_size is not None
-    common: dict[str, Any] = {
+    train = create_loader(
+        data.train,
+        batch_size=batch_size,
+        is_training=True,
+        augmentation=augmentation_of(config),
+        aug_cycle=config.aug_cycle,
+        passes=config.epochs,
+        cache_images=config.cache_images,
+        **_loader_options(config, input_config, accelerator),
+    )
+    passes = config.epochs // config.val_interval + 2
+    return {'train': accelerator.prepare(train), **evaluation_loaders(config, data, input_config, accelerator, passes)}
+
+
+def evaluation_loaders(
+    config: TrainConfig, data: DataSplits, input_config: Mapping[str, Any], accelerator: Accelerator, passes: int = 1
+) -> dict[str, Any]:
+    """Create the loaders of `create_loaders` but for `train`, whose images are evaluated `passes` times on `val`."""
+    options = {
+        'batch_size': config.validation_batch_size or config.batch_size,
+        'is_training': False,
+        **_loader_options(config, input_config, accelerator),
+    }
+    loaders = {'val': create_loader(data.val, passes=passes, **options)}
+    if data.test:
+        loaders['test'] = create_loader(data.test, passes=1, **options)
+    return {name: accelerator.prepare(loader) for name, loader in loaders.items()}
+
+
+def _loader_options(
+    config: TrainConfig, input_config: Mapping[str, Any], accelerator: Accelerator
+) -> dict[str, Any]:
+    return {
         'data_config': input_config,
         'seed': config.seed,
         'workers': config.workers,
-        'cache_images': config.cache_images,
         'pin_memory': accelerator.device.type == 'cuda',
     }
-    evaluation = {
-        **common,
-        'batch_size': config.validation_batch_size or batch_size,
-        'is_training': False,
-        'cache_images': 'auto',
-    }
-    loaders = {
-        'train': create_loader(
-            data.train,
-            batch_size=batch_size,
-            is_training=True,
-            augmentation=augmentation_of(config),
-            aug_cycle=config.aug_cycle,
-            passes=config.epochs,
-            **common,
-        ),
-        'val': create_loader(data.val, passes=config.epochs // config.val_interval + 2, **evaluation),
-    }
-    if data.test:
-        loaders['test'] = create_loader(data.test, passes=1, **evaluation)
-    return {name: accelerator.prepare(loader) for name, loader in loaders.items()}
 
 
 def resolve_input_config(config: TrainConfig) -> dict[str, Any]:

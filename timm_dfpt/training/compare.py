@@ -5,10 +5,8 @@ import dataclasses
 import re
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..hub.files import parse_yaml
-from ..job.cli import build_parser, resolve_config
+from ..job.cli import DEFAULT_RECIPE, build_parser, command_line, resolve_config
 from ..job.devices import create_accelerator
 from ..job.options import TrainConfig
 from ..job.stopping import NonFiniteLossError, Preempted, exit_code
@@ -36,7 +34,7 @@ _TIMED_STEPS = 10
 # Given by the arms and the seeds.
 _NOT_OPTIONS = ('method', 'baselines', 'seed')
 # Of one student that is shipped.
-_OF_A_RUN = ('export', 'include_preprocessing')
+_OF_A_RUN = ('export', 'include_preprocessing', 'export_weights', 'patience')
 # What an arm may change. All the rest is what makes the students comparable: data, batches, student, epochs.
 _ARM_GROUPS = ('method', 'prompt path')
 _ARM_OPTIONS = (
@@ -87,12 +85,12 @@ def parse_arm(text: str) -> Arm:
     return Arm(name, ALIASES.get(method, method), changes)
 
 
-def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = None) -> int:
-    """Compare methods from the command line.
+def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt compare') -> int:
+    """Compare methods from the command line. Without `--config` and `--dataset` it is on the quickstart's data.
 
     Args:
         argv: Arguments; `None` for those of the process.
-        default_recipe: Recipe to use when neither `--config` nor `--dataset` is given.
+        program: What the command was called as, for its help and for the record.
 
     Returns:
         The exit code, as of `timm_dfpt.training.run.main`.
@@ -100,6 +98,7 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
     parser = build_parser(
         'Compare distillation methods: for each seed the students train side by side on the same batches.',
         without=(*_NOT_OPTIONS, *_OF_A_RUN),
+        program=program,
     )
     group = parser.add_argument_group('comparison')
     group.add_argument('--methods', nargs='*', default=[], metavar='METHOD', help='methods, or scratch for none')
@@ -108,13 +107,13 @@ def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = 
     )
     group.add_argument('--seeds', nargs='+', type=int, required=True, metavar='SEED', help='seeds, one run each')
     group.add_argument('--reference', metavar='ARM', help='arm that the others are compared with (default: kd)')
-    command = shlex.join(['train/compare.py', *(sys.argv[1:] if argv is None else argv)])
+    command = command_line(program, argv)
 
     def job() -> None:
         values = vars(parser.parse_args(argv))
         methods, texts, seeds = values.pop('methods'), values.pop('arm'), values.pop('seeds')
         reference, recipe = values.pop('reference'), values.pop('config')
-        config = resolve_config(values, recipe, default_recipe)
+        config = resolve_config(values, recipe, DEFAULT_RECIPE)
         arms = [parse_arm(text) for text in (*methods, *texts)]
         config.check_given(values, [arm.method for arm in arms])
         compare(config, arms, seeds, reference, command)
@@ -158,6 +157,11 @@ def compare(
         raise ValueError(
             'mixed_precision=fp16 has one loss scale, by which students trained side by side would change each other: '
             'use --mixed-precision bf16.'
+        )
+    if config.patience is not None or config.export_weights != 'last':
+        raise ValueError(
+            'patience and export_weights=best are not for comparisons, whose students all have the weights of the last '
+            'epoch: leave them out of the recipe.'
         )
     folder = ComparisonFolder(config.output)
     accelerator = create_accelerator(config)

@@ -102,8 +102,8 @@ def describe_models(
         By name of the learner, for `teacher`, `prompt_path` and `student`: `name`, `metrics`, `val_metrics` and `cost`,
         and `input_size` (height and width) where it is not the student's; of a student that is deployed in another form
         (`timm.utils.reparameterize_model`) `cost` is of that form, and `cost_as_trained` of the one that is saved; of a
-        student with a moving average also which of them is published (`weights`), and the metrics of the `other`.
-        `None` stands for what could not be measured.
+        student with a moving average also which of them is published (`weights`), and the metrics of the `other`; of
+        one whose weights are those of the best epoch also that `epoch`. `None` stands for what could not be measured.
     """
     costs_of_teachers: dict[int, dict[str, Any] | None] = {}
     described: dict[str, dict[str, Any]] = {}
@@ -127,6 +127,8 @@ def describe_models(
             entries[role] |= {'cost': deployed, 'cost_as_trained': cost} if deployed else {}
             if role == 'teacher':
                 entries[role] |= _head_facts(learner, 'head')
+        if learner.epoch is not None:
+            entries['student']['epoch'] = learner.epoch
         if learner.average is not None:
             (other,) = _WEIGHTS.keys() - {learner.published}
             entries['student']['weights'] = _WEIGHTS[learner.published]
@@ -215,6 +217,7 @@ def _record(
         'recipe': options,
         'licenses': _source_licenses(learner),
         **_head_facts(learner, 'teacher_head'),
+        **({'epoch': learner.epoch} if learner.epoch is not None else {}),
         **({'weights': _WEIGHTS[learner.published]} if config.model_ema else {}),
         'metrics': {split: dict(values) for split, values in metrics.items()},
     }

@@ -73,19 +73,22 @@ class Learner:
         """Whether the gradient scaler left out an optimizer in the last update, since its gradient was not finite."""
         self.published = 'student_ema' if config.model_ema else 'student'
         """What is saved at the end, as evaluations call it; see `choose_published`."""
+        self.epoch: int | None = None
+        """The epoch whose weights these are, if they are those of the best one; see `BestEpochs`."""
         self._whole = contextlib.ExitStack()
 
     def choose_published(self, metrics: Mapping[str, Mapping[str, float]]) -> None:
         """Choose what is saved, the student or its moving average, by their metrics on the validation data."""
         if self.average is not None:
             # The average where both are equal: it was asked for.
-            names = ('student_ema', 'student')
-            if self.config.unlabelled:
-                # Not by labels that there may be after all: they must not change what is saved.
-                score = 'agreement' if self.task.hears_logits else 'similarity'
-                self.published = max(names, key=lambda name: metrics[name][score])
-                return
-            self.published = max(names, key=lambda name: (metrics[name]['top1'], -metrics[name]['loss']))
+            self.published = max(('student_ema', 'student'), key=lambda name: self.rank(metrics[name]))
+
+    def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        """Return what orders students by their metrics on the validation data: the larger, the better."""
+        if self.config.unlabelled:
+            # Not by labels that there may be after all: they must not change what is saved.
+            return (metrics['agreement' if self.task.hears_logits else 'similarity'],)
+        return metrics['top1'], -metrics['loss']
 
     @property
     def module(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The page about a run: `report.html` at its end, and again from its folder by `train/report.py`."""
+"""The page about a run: `report.html` at its end, and again from its folder by `timm-dfpt report`."""
 from __future__ import annotations
 
 import argparse
@@ -33,7 +33,7 @@ from ..tasks.evaluation import SCORES, score_of
 from .comparison_page import write_comparison_page
 from .learner import Learner
 from .report import attempt, closing_cells, loss_terms, student_of, verdicts
-from .run_facts import read_run
+from .run_facts import chosen_epoch, read_run
 from .run_folder import ComparisonFolder, RunFolder
 
 __all__ = ['draw_card_figures', 'main', 'run_page', 'write_page', 'write_run_report']
@@ -171,7 +171,10 @@ def _results(summary: Mapping[str, Any]) -> Section:
     head, rows = closing_cells(summary)
     size = f'{summary["dataset_sizes"][summary["eval_split"]]:,} images'
     note = f'Measured on {size} at the end of the run; images/s on the machine of the run.'
+    chosen = chosen_epoch(summary)
     blocks = [table(head, rows, note=note), *map(text, verdicts(summary))]
+    if chosen is not None:
+        blocks.append(text(f'{chosen[0].upper()}{chosen[1:]}.'))
     if score_of(summary['models']['student']['metrics']) != 'top1':
         blocks.append(text('There are no labels to evaluate on: all that is about right and wrong is left out.'))
     return Section('results', 'Results', blocks)
@@ -283,15 +286,19 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt report') -> int:
     """Write the page about a finished run from the command line.
+
+    Args:
+        argv: Arguments; `None` for those of the process.
+        program: What the command was called as, for its help.
 
     Returns:
         The exit code: 0, 1 after an error reported in one line, or 128 and the number of a signal to stop.
     """
     about = 'Write report.html in the folder of a finished run or comparison.'
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    parser.add_argument('run_dir', metavar='RUN_DIR', help='folder of train/distill.py or train/compare.py')
+    parser = argparse.ArgumentParser(program, description=about, allow_abbrev=False)
+    parser.add_argument('run_dir', metavar='RUN_DIR', help='folder of a finished run or comparison')
 
     def job() -> None:
         path = parser.parse_args(argv).run_dir

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ class Progress:
     lines: list[str] = dataclasses.field(default_factory=list)
     # By `learner/term` the sum and the count of this process.
     sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    # By learner its best epoch so far, see `BestEpochs`.
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
     # By learner the updates in a row that the gradient scaler left out.
     overflows_in_a_row: dict[str, int] = dataclasses.field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""From a finished run folder to repositories on the Hub: `train/publish.py` is a few lines around `main`."""
+"""From a finished run folder to repositories on the Hub."""
 from __future__ import annotations
 
 import argparse
@@ -21,13 +21,14 @@ from ..hub.prompt_path import PROMPT_CONFIG
 from ..hub.repo import empty_folder, push_folder
 from ..hub.repo_folder import write_prompt_path_repo, write_student_repo
 from ..hub.sources import check_repo_id
+from ..job.options import TrainConfig
 from ..job.stopping import exit_code
 from .pages import draw_card_figures
 from .report import attempt
 from .run_facts import NOT_RECIPE, read_run
 from .run_folder import RunFolder
 
-__all__ = ['check_targets', 'main', 'publish_run', 'retry_command']
+__all__ = ['check_targets', 'main', 'publish_at_end', 'publish_run', 'retry_command']
 
 
 def publish_run(
@@ -44,7 +45,7 @@ def publish_run(
     license_link: str | None = None,
     **options: Unpack[PushOptions],
 ) -> dict[str, str]:
-    """Publish what a run of `train/distill.py` has left: student, prompt path, ONNX files, and a page that runs them.
+    """Publish what a run has left: student, prompt path, ONNX files, and a page that runs them.
 
     The run folder is only read. All repositories are written completely before the first is pushed, the prompt path
     first. Doing it again with the same run makes no second commit.
@@ -128,6 +129,33 @@ def publish_run(
             raise HubError(f'{error} The run folder is as it was; to try again: {again}') from error
 
 
+def publish_at_end(config: TrainConfig, folder: RunFolder) -> None:
+    """Publish a run that has just ended, if its options ask for it.
+
+    Args:
+        config: The options.
+        folder: The run folder, complete.
+
+    Raises:
+        HubError: If that failed; the message says how to try again.
+    """
+    to_hub, prompt_path = config.push_to_hub, config.push_prompt_path
+    if not (to_hub or prompt_path):
+        return
+    license, private = License.given(vars(config)), config.private or None
+    try:
+        options: dict[str, Any] = {'private': private, **license.metadata()}
+        places = publish_run(folder.path, to_hub, push_prompt_path=prompt_path, **options)
+    except HubError:
+        raise
+    except Exception as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        again = retry_command(folder, to_hub, prompt_path, private, license)
+        raise HubError(f'Publishing failed: {reason} The run folder is whole; to try again: {again}') from error
+    for kind, place in places.items():
+        print(f'published the {kind.replace("_", " ")}: {place}')
+
+
 def check_targets(
     push_to_hub: str | None, push_prompt_path: str | None, push_onnx: str | None = None, demo_space: str | None = None
 ) -> dict[str, str]:
@@ -159,7 +187,7 @@ def retry_command(
     license: License, push_onnx: str | None = None, demo_space: str | None = None,
 ) -> str:  # fmt: skip
     """Return the command that publishes a run again."""
-    words = ['python', 'train/publish.py', str(folder)]
+    words = ['timm-dfpt', 'publish', str(folder)]
     flags = {
         '--push-prompt-path': push_prompt_path, '--push-to-hub': push_to_hub, '--push-onnx': push_onnx,
         '--demo-space': demo_space,
@@ -226,18 +254,23 @@ def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None)
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt publish') -> int:
     """Publish from the command line.
+
+    Args:
+        argv: Arguments; `None` for those of the process.
+        program: What the command was called as, for its help.
 
     Returns:
         The exit code: 0, 1 after an error told in one line, or 128 and the number of a signal to stop.
     """
     parser = argparse.ArgumentParser(
+        program,
         description='Publish student, prompt path and ONNX files of a finished run on the Hugging Face Hub.',
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('run_dir', metavar='RUN_DIR', help='run folder of train/distill.py')
+    add('run_dir', metavar='RUN_DIR', help='folder of a finished run')
     add('--push-to-hub', metavar='USER/NAME', help='repository of the student')
     add('--push-prompt-path', metavar='USER/NAME', help='repository of the prompt path')
     add('--push-onnx', metavar='USER/NAME', help='repository of the ONNX files, for transformers.js')

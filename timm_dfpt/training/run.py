@@ -1,14 +1,12 @@
-"""The main job, from options to a run folder: `train/distill.py` is a few lines around `main`."""
+"""The main job, from options to a run folder; in several processes `accelerate launch -m timm_dfpt.training.run`."""
 from __future__ import annotations
 
 import dataclasses
 import logging
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,23 +14,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from timm_dfpt_cli import start
+
 from ..data.datasets import DataSplits
 from ..data.fingerprint import describe_data
 from ..deploy.measure import check_formats
 from ..deploy.onnx_files import EXTRA, missing_packages
 from ..hub.config import check_data_config, check_label_names
-from ..hub.errors import HubError
 from ..hub.export_table import exports_table
-from ..hub.licenses import License
 from ..hub.privacy import public
-from ..job.cli import parse_config
-from ..job.devices import create_accelerator, on_main
+from ..job.cli import DEFAULT_RECIPE, command_line, parse_config
+from ..job.devices import create_accelerator, is_sharding, on_main
 from ..job.optim import describe_average, describe_decay
 from ..job.options import TrainConfig
 from ..job.stopping import exit_code
 from ..reports.predictions import PredictionRecorder
 from ..tasks.evaluation import evaluate_together
 from ..version import __version__
+from .best import check_choice
 from .build import create_learners, create_loaders, create_mixup, load_data, resolve_input_config, with_batch_size
 from .checkpoint import describe_teachers
 from .export import Results, check_export, describe_models, export, export_student
@@ -41,8 +40,9 @@ from .kept_logits import keep_logits
 from .learner import Learner
 from .pages import write_run_report
 from .phases import Phases
-from .publish import check_targets, publish_run, retry_command
+from .publish import check_targets, publish_at_end
 from .report import attempt, closing_table, plot_curves, verdicts
+from .run_facts import chosen_epoch
 from .run_folder import RunFolder, claimed
 from .runtimes import export_files
 from .statistics import TeacherStatistics
@@ -57,22 +57,23 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-def main(argv: Sequence[str] | None = None, default_recipe: str | Path | None = None) -> int:
-    """Run the main job from the command line.
+
+def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt distill') -> int:
+    """Run the main job from the command line. Without `--config` and `--dataset` it is the quickstart.
 
     Args:
         argv: Arguments; `None` for those of the process.
-        default_recipe: Recipe to use when neither `--config` nor `--dataset` is given.
+        program: What the command was called as, for its help and for the record.
 
     Returns:
         The exit code: 0, 1 after an error reported in one line, or 128 and the number of a signal to stop.
     """
-    about = 'Distill a student from a dual-forward path teacher (DFPT-KD), or a baseline.'
-    if default_recipe is not None:
-        recipe = Path(default_recipe).name
-        about += f' Without --config and --dataset it uses the recipe {recipe} as defaults.'
-    command = shlex.join(['train/distill.py', *(sys.argv[1:] if argv is None else argv)])
-    return exit_code(lambda: run(parse_config(argv, default_recipe, about), command))
+    about = (
+        'Train a student with a dual-forward path teacher (DFPT-KD), or by another method. Without --config and '
+        f'--dataset it uses the recipe {DEFAULT_RECIPE} as defaults.'
+    )
+    command = command_line(program, argv)
+    return exit_code(lambda: run(parse_config(argv, DEFAULT_RECIPE, about, program), command))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator | None = None) -> Setup
         f'{len(data.train):,} images to train on, '
         f'{len(data.val):,} to validate on ({data.val_from}){tested}'
     )
+    check_choice(config, config.unlabelled or data.val.labelled, is_sharding(accelerator))
     config = with_batch_size(config, len(data.train), accelerator)
     loaders = create_loaders(config, data, input_config, accelerator)
     # What no student could be exported with is refused before it is trained.
@@ -194,6 +196,7 @@ def _run(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, comma
             models = describe_models(learners, results, setup.eval_split, example)
         summary = {
             **describe(setup, command),
+            'epochs_trained': len(folder.read_metrics()),
             'eval_split': setup.eval_split,
             'train_seconds': seconds,
             'phases': setup.phases,
@@ -209,14 +212,14 @@ def _run(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, comma
         attempt('drawing the curves', lambda: plot_curves(folder.read_metrics(), folder.curves, title))
         if setup.recorder is not None:
             write_run_report(setup.recorder, setup.loaders['val'].dataset, setup.input_config, learners, folder)
-        for line in (closing_table(summary), *verdicts(summary)):
+        for line in filter(None, (closing_table(summary), chosen_epoch(summary), *verdicts(summary))):
             print(line)
         if summary.get('exports'):
             print(exports_table(summary['exports'], pad=True))
         elif not config.export and missing_packages():
             print(f'for ONNX files, measured in onnxruntime: {EXTRA}, then the same again with --resume --export onnx')
         print(f'student: timm.create_model({f"local-dir:{folder.student}"!r}, pretrained=True)')
-        _publish(config, folder)
+        publish_at_end(config, folder)
     close(setup)
     return summary
 
@@ -226,7 +229,7 @@ def export_and_measure(
 ) -> list[Results]:
     """Export learners at the end of their training, and then evaluate them once more.
 
-    First comes what nothing else can bring back: it is exported with the metrics of the last epoch, and once more with
+    First comes what nothing else can bring back: it is exported with the metrics of its epoch, and once more with
     those of this evaluation.
 
     Args:
@@ -244,8 +247,8 @@ def export_and_measure(
         learner.eval()
     results: list[Results] = []
     if accelerator.is_main_process:
-        last = folder.read_metrics()[-1]
-        results = [{'val': last[learner.name]['val']} for learner in learners]
+        lines = folder.read_metrics()
+        results = [{'val': lines[(learner.epoch or len(lines)) - 1][learner.name]['val']} for learner in learners]
         with setup.phases.timed('export'):
             export(learners, results, facts)
     # Several processes have to fail together, which only the error itself makes them do.
@@ -377,19 +380,5 @@ def close(setup: Setup) -> None:
     setup.accelerator.free_memory()
 
 
-def _publish(config: TrainConfig, folder: RunFolder) -> None:
-    to_hub, prompt_path = config.push_to_hub, config.push_prompt_path
-    if not (to_hub or prompt_path):
-        return
-    license, private = License.given(vars(config)), config.private or None
-    try:
-        options: dict[str, Any] = {'private': private, **license.metadata()}
-        places = publish_run(folder.path, to_hub, push_prompt_path=prompt_path, **options)
-    except HubError:
-        raise
-    except Exception as error:
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        again = retry_command(folder, to_hub, prompt_path, private, license)
-        raise HubError(f'Publishing failed: {reason} The run folder is whole; to try again: {again}') from error
-    for kind, place in places.items():
-        print(f'published the {kind.replace("_", " ")}: {place}')
+if __name__ == '__main__':
+    start('distill', sys.argv[1:], 'timm-dfpt distill')

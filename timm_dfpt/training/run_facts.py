@@ -15,7 +15,7 @@ from ..hub.student import DISTILLATION
 from ..job.options import PATH_OPTIONS, TrainConfig
 from .run_folder import RunFolder
 
-__all__ = ['NOT_RECIPE', 'read_run']
+__all__ = ['NOT_RECIPE', 'chosen_epoch', 'read_run']
 
 # Options that say nothing about what was trained.
 NOT_RECIPE = (
@@ -69,9 +69,22 @@ def read_run(folder: RunFolder, prompt_path_repo: str | None = None) -> tuple[Ru
         student_base=_student_base(recipe),
         licenses=record.get('licenses', {}),
         exports=summary.get('exports', []),
+        weights=chosen_epoch(summary),
         deployed=_deployed(summary.get('models', {}).get('student', {})),
     )
     return facts.public(renamed), recipe
+
+
+def chosen_epoch(summary: Mapping[str, Any]) -> str | None:
+    """Return in words which epoch the student of a run is of; `None` for the last of all that were asked for."""
+    epochs, trained = summary.get('epochs'), summary.get('epochs_trained')
+    best = summary.get('models', {}).get('student', {}).get('epoch')
+    if best is not None:
+        of = f'{epochs}' if trained in (None, epochs) else f'{trained} (of {epochs} at most)'
+        return f'weights of epoch {best} of {of}, the best on the validation data'
+    if trained not in (None, epochs):
+        return f'weights of epoch {trained} of {epochs}, after which the validation data showed no more progress'
+    return None
 
 
 def _row(role: str, model: Mapping[str, Any], split: str) -> ModelRow:

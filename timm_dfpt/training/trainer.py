@@ -27,6 +27,7 @@ from ..data.seeding import derive_seed
 from ..job.options import TrainConfig
 from ..job.stopping import NonFiniteLossError, Preempted, StopRequest, on_stop, stop_signal
 from ..tasks.evaluation import evaluate
+from .best import BestEpochs
 from .checkpoint import remove_leftovers, restore_checkpoint, save_checkpoint
 from .first_reading import until_bad_image
 from .kept_logits import KeptLogits
@@ -89,12 +90,16 @@ class Trainer:
         self.after_epoch = after_epoch
         self.progress = Progress()
         self.stop = StopRequest(accelerator)
+        self.best = BestEpochs(self.learners, config.export_weights == 'best')
         self._notes: list[Note] = []
         self._seeds: list[int] = []
         self._clock = time.monotonic()
 
     def fit(self) -> float:
         """Train to the last epoch, from the newest checkpoint if there is one.
+
+        With `patience` that may be an earlier one than `epochs`. The learners are left with the weights that are to be
+        exported.
 
         Returns:
             Seconds spent, those before a resumption counted in up to the checkpoint.
@@ -119,13 +124,23 @@ class Trainer:
         )
         # What was asked for is seen between two updates, where there is nothing but weights to save.
         with bar, on_stop(lambda signum: None):
-            while progress.epoch < self.config.epochs:
+            while progress.epoch < self.config.epochs and not self._ran_out_of_patience():
                 if progress.step_in_epoch < self.steps:
                     self._train_epoch(bar)
                 self._finish_epoch()
         if stop_signal() is not None and self.accelerator.num_processes == 1:
             raise self._preempted()
+        if progress.epoch < self.config.epochs:
+            self.accelerator.print(
+                f'stopped after epoch {progress.epoch} of {self.config.epochs}: the last {self.config.patience} '
+                'validations were not better than the best before'
+            )
+        self.best.restore(progress.best)
         return progress.seconds
+
+    def _ran_out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.best.waited(self.progress.best) >= patience
 
     def _preempted(self) -> Preempted:
         # Where another process was asked, it is that one which knows the signal.
@@ -284,7 +299,8 @@ class Trainer:
             }
             # A student that is exported is published with its accuracy.
             if due or progress.epoch + 1 in learner.config.export_epochs:
-                line[learner.name]['val'] = self._evaluate(learner)
+                line[learner.name]['val'] = metrics = self._evaluate(learner)
+                self.best.note(progress.best, learner, progress.epoch + 1, metrics)
         progress.epoch += 1
         progress.step_in_epoch = 0
         progress.sums = {}
@@ -321,9 +337,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.write_metrics(self.progress.lines)
 
-    def _averages(self) -> dict[str, nn.Module]:
+    def _unprepared(self) -> dict[str, nn.Module]:
         averages = {f'average_{i}': learner.average for i, learner in enumerate(self.learners)}
-        return {name: average for name, average in averages.items() if average is not None}
+        return {**{name: average for name, average in averages.items() if average is not None}, **self.best.weights}
 
     def _save(self) -> None:
         self._look()
@@ -340,13 +356,13 @@ class Trainer:
         }
         step = progress.epoch * self.steps + progress.step_in_epoch
         save_checkpoint(
-            self.accelerator, self.folder.checkpoints, step, self.config.checkpoint_hist, self._averages(), state
+            self.accelerator, self.folder.checkpoints, step, self.config.checkpoint_hist, self._unprepared(), state
         )
 
     def _restore(self) -> None:
         if self.accelerator.is_main_process:
             remove_leftovers(self.folder.path)
-        state = restore_checkpoint(self.accelerator, self.folder.checkpoints, self._averages(), self.origin)
+        state = restore_checkpoint(self.accelerator, self.folder.checkpoints, self._unprepared(), self.origin)
         if state is not None:
             state.pop('origin', None)
             self.progress = Progress(**{**state, 'sums': self._own_sums(state['sums'])})
