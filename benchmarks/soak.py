@@ -26,7 +26,6 @@ from accelerate.state import AcceleratorState, GradientState
 
 from timm_dfpt.training.run import main as distill
 
-RECIPE = Path(__file__).parents[1] / 'train' / 'recipes' / 'quickstart.yaml'
 WARM_UP = 2
 
 
@@ -68,7 +67,7 @@ def soak(minutes: float, runs: int, arguments: list[str]) -> list[dict[str, floa
             start = time.monotonic()
             said = io.StringIO()
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                code = distill(['--output', str(Path(root, 'run')), *arguments], RECIPE)
+                code = distill(['--output', str(Path(root, 'run')), *arguments])
             if code != 0:
                 raise RuntimeError(f'the job ended with {code}:\n{said.getvalue()[-2000:]}')
             shutil.rmtree(Path(root, 'run'))

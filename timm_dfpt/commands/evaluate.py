@@ -35,13 +35,11 @@ __all__ = ['evaluate_classifier', 'evaluate_run', 'main']
 
 # Classes that are printed; `--json` has all.
 _SHOWN = 20
-# Options of training, some of which would not fit a model that is trained.
-_NOT_AGAIN: dict[str, Any] = {
-    'student_pretrained': True, 'student_kwargs': {}, 'head_init_scale': None, 'drop': 0.0, 'drop_path': None,
-    'model_ema': False, 'mixup': 0.0, 'cutmix': 0.0, 'baselines': [], 'export': [], 'include_preprocessing': False,
-    'export_epochs': [], 'cache_teacher': False, 'compile': False, 'resume': False, 'log_with': None,
-    'push_to_hub': None, 'push_prompt_path': None, 'export_weights': 'last', 'patience': None,
-}  # fmt: skip
+# What, besides all that is about the data, says how models are made and run; the rest is how they were trained.
+_KEPT = (
+    'method', 'adapt_statistics', 'teacher', 'teacher_checkpoint', 'teacher_kwargs', 'teacher_dtype',
+    'teacher_input_size', 'seed', 'mixed_precision', 'channels_last', 'cpu',
+)  # fmt: skip
 
 
 def evaluate_run(folder: RunFolder, workers: int | None = None, cpu: bool = False) -> dict[str, Any]:
@@ -62,14 +60,18 @@ def evaluate_run(folder: RunFolder, workers: int | None = None, cpu: bool = Fals
         ValueError: If data or teacher of the run are not what they were.
     """
     summary, before = folder.read_summary(), TrainConfig(**load_recipe(folder.config))
-    changes: dict[str, Any] = {**_NOT_AGAIN, 'student': f'local-dir:{folder.student.resolve()}'}
+    of_data = [field.name for field in dataclasses.fields(before) if field.metadata['group'] == 'data']
+    options = {name: getattr(before, name) for name in (*of_data, *_KEPT)}
+    options |= {'student': f'local-dir:{folder.student.resolve()}', 'student_pretrained': True}
     if METHODS[before.method].variant:
-        changes |= {'prompt_path': str(folder.prompt_path.resolve()), 'prompt_epochs': None}
-        # The path brings the head along that it was tuned with.
-        changes |= {'teacher_head': 'auto', 'teacher_head_balanced': False, 'freeze_prompt_path': False}
+        # It brings the head along that it was tuned with.
+        options['prompt_path'] = str(folder.prompt_path.resolve())
+    else:
+        options |= {name: getattr(before, name) for name in ('teacher_head', 'teacher_head_balanced')}
     if workers is not None:
-        changes['workers'] = workers
-    config = dataclasses.replace(before, cpu=before.cpu or cpu, **changes)
+        options['workers'] = workers
+    options['cpu'] = before.cpu or cpu
+    config = TrainConfig(**options)
     accelerator = create_accelerator(config)
     data = load_data(config, accelerator)
     if data.class_names != summary['class_names']:
