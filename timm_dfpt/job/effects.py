@@ -29,6 +29,11 @@ _RULES: tuple[tuple[tuple[str, ...], _Unused, str, str], ...] = (
         lambda config, methods: not (config.mixup or config.cutmix), 'with mixup=0 and cutmix=0',
         'give --mixup or --cutmix',
     ),
+    (
+        ('patience',),
+        lambda config, methods: (config.patience or 0) * config.val_interval >= config.epochs,
+        'in a run of so few validations', 'lower it or --val-interval',
+    ),
     (('aug_cycle',), lambda config, methods: config.no_aug, 'with --no-aug', 'leave --no-aug out'),
     (
         ('teacher_cache_dir',),
