@@ -36,6 +36,16 @@ def counted(request):
     return {way: steps.flops(way) for way in 'abcd'}, count_floor(pair), tolerance
 
 
+@pytest.mark.parametrize(
+    'layer', [nn.Conv2d(4, 6, 3, stride=2, groups=g) for g in (1, 2)] + [nn.ConvTranspose2d(4, 6, 3, groups=2)], ids=str
+)
+def test_both_gradients_of_a_convolution_count_as_much_as_its_forward(layer):
+    x = torch.randn(2, 4, 9, 9, requires_grad=True)
+    forward = count_flops(lambda: layer(x))
+    assert count_flops(lambda: layer(x).sum().backward()) == 3 * forward
+    assert count_flops(lambda: layer(x.detach()).sum().backward()) == 2 * forward
+
+
 def test_step_costs_what_its_arithmetic_demands(counted):
     flops, floor, tolerance = counted
     assert flops['d'] <= tolerance * floor.dfpt
