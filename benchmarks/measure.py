@@ -23,7 +23,8 @@ def count_flops(run: Callable[[], Any]) -> int:
 
     Of a convolution in groups torch counts the gradient of its weight as if it had none.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter:
         run()
     return counter.get_total_flops()
