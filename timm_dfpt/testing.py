@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -30,7 +31,9 @@ _LARGE = 1e3
 _CLASSES = 5
 
 
-def check_teacher(model: nn.Module, x: torch.Tensor | None = None, thorough: bool = True) -> dict[str, Any]:
+def check_teacher(
+    model: nn.Module, x: torch.Tensor | None = None, thorough: bool = True, prompt: PromptConfig | None = None
+) -> dict[str, Any]:
     """Wrap a model and check, by running it, what `wrap` promises of a teacher.
 
         timm_dfpt.testing.check_teacher(my_model)
@@ -44,6 +47,7 @@ def check_teacher(model: nn.Module, x: torch.Tensor | None = None, thorough: boo
         model: A timm classifier or encoder on the CPU, with weights that are not trivial: pretrained, or `randomize`d.
         x: Images `[2, C, H, W]`; of the size in `pretrained_cfg` if None.
         thorough: Also check gradient checkpointing, copies, the state dict and a second input size.
+        prompt: Shape of prompt blocks, fusion and head; by default that of `wrap` with another activation.
 
     Returns:
         What `describe` returns; relative difference of the prompt path's first logits (`init_difference`); and, if
@@ -68,7 +72,7 @@ def check_teacher(model: nn.Module, x: torch.Tensor | None = None, thorough: boo
     teacher = wrap(
         model,
         num_classes=_CLASSES if encoder else None,
-        prompt=PromptConfig(act_layer='gelu'),
+        prompt=PromptConfig(act_layer='gelu') if prompt is None else prompt,
         input_size=input_size,
     )
     row = describe(teacher)
@@ -79,13 +83,13 @@ def check_teacher(model: nn.Module, x: torch.Tensor | None = None, thorough: boo
     head = teacher.prompt_path.model.get_submodule(teacher.prompt_path.heads[0])
     with _counting(taps, fired), watch_inputs(head) as features, torch.no_grad():
         teacher.eval()
-        prompt = teacher.prompt(x)
+        start = teacher.prompt(x)
     _expect(fired == list(range(len(taps))), f'hooks fired in the order {fired}')
     if encoder:
-        _expect(not prompt.any(), 'the logits of a new head are not zero')
+        _expect(not start.any(), 'the logits of a new head are not zero')
         row['init_difference'] = _relative(features[-1].flatten(1), pool_features(model, before))
     else:
-        row['init_difference'] = _relative(prompt, before)
+        row['init_difference'] = _relative(start, before)
     _expect(row['init_difference'] <= 1e-5, f'prompt path starts {row["init_difference"]:.1e} off')
 
     _perturb(teacher)
@@ -248,7 +252,8 @@ def _check_state_dict(teacher: DualForwardPathTeacher, x: torch.Tensor, logits: 
     _expect(not torch.equal(other(x), logits), 'a new prompt path is not at its start')
     other.load_state_dict(path.state_dict())
     _expect(torch.equal(other(x), logits), 'the state dict does not restore the prompt path')
-    other = PromptPath(teacher.model, path.stages, path.config, num_classes=7, **how).eval()
+    config = dataclasses.replace(path.config, head_rank=None)
+    other = PromptPath(teacher.model, path.stages, config, num_classes=7, **how).eval()
     _expect(other(x).shape == (len(x), 7), 'another number of classes fails')
 
 

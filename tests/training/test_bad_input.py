@@ -350,6 +350,15 @@ CASES = {
         ['--prompt-act', 'rleu'], "^error: prompt_act must be the name of a timm activation such as 'relu' .*got 'rleu'"
     ),
     'fusion unknown': (['--prompt-fusion', 'add'], "argument --prompt-fusion: invalid choice: 'add'"),
+    'rank of a whole head': (['--prompt-head-rank', '9'], '^error: prompt_head_rank=9 saves nothing .*: at most 2, or'),
+    'rank of no fusion': (
+        ['--prompt-fusion', 'none', '--prompt-fusion-rank', '2'],
+        "^error: prompt_fusion_rank=2 is of prompt_fusion='conv', not of prompt_fusion='none': leave one of them out",
+    ),
+    'rank of a new head': (
+        ['--teacher-head', 'new', '--prompt-head-rank', '2'],
+        '^error: prompt_head_rank=2 corrects the head that the teacher has, and teacher_head=new gives',
+    ),
     'reduction 0': (['--prompt-reduction', '0'], 'prompt_reduction must be .*greater than 0.*got 0.0'),
     # optimisation
     'optimizer unknown': (['--opt', 'adamww'], "^error: opt must be .* got 'adamww'. Did you mean 'adamw'"),

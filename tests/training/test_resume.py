@@ -126,6 +126,13 @@ def test_killed_at_twenty_random_moments_with_a_teacher_cache(tiny, tmp_path):
     assert {'step', 'save', 'evaluation'} <= set(places)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['dfpt', 'dfpt+'])
+def test_killed_with_a_head_and_fusion_of_low_rank(tiny, tmp_path, method):
+    runs = Runs(tiny, tmp_path, '--method', method, '--prompt-head-rank', '2', '--prompt-fusion-rank', '2')
+    survive(runs, 1, tmp_path, 2, seed=5, phases=('step', 'evaluation'))
+
+
 @pytest.mark.parametrize('phase', ['step', 'evaluation'])
 def test_asked_to_stop(runs, tmp_path, phase):
     """SIGTERM saves where the run is, and says so by its exit code."""

@@ -107,10 +107,17 @@ class Options:
     prompt_fusion: Literal['conv', 'depthwise', 'none'] | None = _opt(
         None, 'fusion: conv (1x1, paper), depthwise, or none', 'prompt path', unset='conv; none without labels'
     )
+    prompt_fusion_rank: int | None = _opt(
+        None, 'rank of that convolution beyond the identity', 'prompt path', low=1, high=4096, unset='whole'
+    )
     prompt_block: bool | None = _opt(
         None, 'use prompt blocks', 'prompt path', unset='yes; no without labels'
     )
     prompt_head: bool = _opt(True, 'give the prompt path a trainable head of its own', 'prompt path')
+    prompt_head_rank: int | None = _opt(
+        None, "rank of a correction of the teacher's frozen head, in the place of a copy of it",
+        'prompt path', low=1, high=4096, unset='a copy',
+    )  # fmt: skip
     prompt_norms: Literal['teacher', 'own'] | None = _opt(
         None, "norm layers of the backbone: the teacher's, or the path's own, with statistics of its own",
         'prompt path', unset='teacher; own without labels',

@@ -210,6 +210,11 @@ class TrainConfig(Options):
                 f'teacher_head=new is a head for the prompt path alone, and method={self.method} has none: its student '
                 'would hear nothing. Give the teacher a head with --teacher-head fit.'
             )
+        if self.prompt_head_rank is not None:
+            raise ValueError(
+                f'prompt_head_rank={self.prompt_head_rank} corrects the head that the teacher has, and '
+                'teacher_head=new gives the prompt path another: leave one of them out.'
+            )
         for name in ('prompt_teacher_weight', 'student_teacher_weight'):
             if getattr(self, name):
                 raise ValueError(

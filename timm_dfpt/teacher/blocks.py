@@ -12,14 +12,20 @@ from timm.layers import create_act_layer, create_norm_layer
 from torch import nn
 
 from ..backbone.checks import check_fields, limited
+from .low_rank import LowRank
 
 __all__ = ['FusionBlock', 'PartialConv', 'PromptBlock', 'PromptConfig']
 
 _MAX_KERNEL_SIZE = 63
+_MAX_RANK = 4096
 
 
 def _are_kernel_sizes(sizes: tuple[int, ...]) -> bool:
     return 0 < len(sizes) <= 8 and all(0 < size <= _MAX_KERNEL_SIZE and size % 2 for size in sizes)
+
+
+def _is_rank(rank: int | None) -> bool:
+    return rank is None or 0 < rank <= _MAX_RANK
 
 
 def _is_act_layer(name: str) -> bool:
@@ -48,15 +54,20 @@ class PromptConfig:
         act_layer: Name of a timm activation, after each norm. Ours.
         fusion: `'conv'` is the paper's 1x1 convolution (C x C weights), `'depthwise'` a scale and shift per channel
             (2 C weights; ours, for teachers where C x C is most of the size). `'none'` leaves it out (ours).
+        fusion_rank: Rank `r` of that convolution beyond the identity, 2 r C weights instead of C x C (ours); `None` for
+            the whole.
         block: Whether there are prompt blocks. With `block=False` and `fusion='none'` nothing is done at the stages:
             what is tuned is the head, with `'dfpt+'` the copy of the backbone, and what `norms` says (ours).
         norms: `'own'`: the path has copies of the backbone's norm layers (ours). Their weights are trained; those with
             running statistics, such as BatchNorm, use those of the batch in training, and update their own. With
             `'teacher'` statistics are the teacher's, and so are, with `'dfpt'`, the weights.
         new_head: Whether the prompt path has a trainable head of its own (`False` is an ablation: the teacher's head).
+        head_rank: The teacher's head stays frozen and gets a correction of this rank `r` (PEFT's `r`), which for D
+            features and K classes has r (D + K) weights instead of the D x K of a copy (ours); `None` for the copy. Not
+            for a new head of other classes, which has nothing to correct.
 
     Raises:
-        ValueError: If a value is out of its range; the message names it and what is allowed.
+        ValueError: If a value is out of its range or contradicts another; the message names it and what is allowed.
     """
 
     rd_ratio: float | int = limited('a number in (0, 1024]', lambda r: 0 < r <= 1024, default=2.0)
@@ -72,9 +83,21 @@ class PromptConfig:
     block: bool = True
     norms: Literal['teacher', 'own'] = 'teacher'
     new_head: bool = True
+    fusion_rank: int | None = limited(f'None or an integer from 1 to {_MAX_RANK}', _is_rank, default=None)
+    head_rank: int | None = limited(f'None or an integer from 1 to {_MAX_RANK}', _is_rank, default=None)
 
     def __post_init__(self) -> None:
         check_fields(self, 'PromptConfig.')
+        if self.fusion_rank is not None and self.fusion != 'conv':
+            raise ValueError(
+                f"PromptConfig.fusion_rank={self.fusion_rank} is of fusion='conv', not of fusion={self.fusion!r}: "
+                'leave one of them out.'
+            )
+        if self.head_rank is not None and not self.new_head:
+            raise ValueError(
+                f'PromptConfig.head_rank={self.head_rank} corrects the head, and new_head=False leaves it as it is: '
+                'leave one of them out.'
+            )
 
     @property
     def open(self) -> bool:
@@ -164,12 +187,20 @@ class FusionBlock(nn.Module):
     Args:
         channels: Channels `C` of the features.
         depthwise: One weight per channel instead of C x C (ours).
+        rank: Rank of `W`, 2 r C weights instead of C x C (ours); `None` for the whole.
+
+    Raises:
+        ValueError: If the rank is so large that it saves nothing.
     """
 
-    def __init__(self, channels: int, depthwise: bool = False) -> None:
+    def __init__(self, channels: int, depthwise: bool = False, rank: int | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 1, groups=channels if depthwise else 1)
-        _zero(self.conv)
+        self.conv: nn.Module
+        if rank is not None:
+            self.conv = LowRank(channels, channels, rank, 'fusion_rank')
+        else:
+            self.conv = nn.Conv2d(channels, channels, 1, groups=channels if depthwise else 1)
+            _zero(self.conv)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map features `[B, C, H, W]` to `[B, C, H, W]`."""
@@ -180,7 +211,7 @@ def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x if mask is None else x * mask
 
 
-def _zero(conv: nn.Conv2d) -> None:
+def _zero(conv: nn.Module) -> None:
     for param in conv.parameters():
         nn.init.zeros_(param)
 

@@ -14,7 +14,7 @@ from ..backbone.types import Feature, Stage
 from .calls import Call, Calls
 from .frozen_layers import autocasts
 
-__all__ = ['CastInput', 'Injection', 'KeepStatistics']
+__all__ = ['CastInput', 'Injection', 'KeepStatistics', 'match_precision']
 
 
 class Injection:
@@ -52,7 +52,7 @@ class Injection:
         leaves, spec = pytree.tree_flatten(output)
         for feature, block, fusion, order in self.parts:
             h = leaves[feature.index]
-            x = _match_precision(h, block, fusion)
+            x = match_precision(h, block, fusion)
             leaves[feature.index] = self._inject(x, feature, block, fusion, order, call).to(h.dtype)
         return pytree.tree_unflatten(leaves, spec)
 
@@ -99,7 +99,7 @@ class CastInput:
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Return the inputs in the precision of the module's weights."""
-        return tuple(_match_precision(arg, module) for arg in args)
+        return tuple(match_precision(arg, module) for arg in args)
 
 
 class KeepStatistics:
@@ -135,7 +135,7 @@ class KeepStatistics:
         here.statistics = {}
 
 
-def _match_precision(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor:
+def match_precision(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor:
     """Cast `x` to the precision of the modules' weights, unless autocast does."""
     param = next(itertools.chain.from_iterable(m.parameters() for m in modules), None)
     if param is None or param.dtype == x.dtype or autocasts(x.device.type):

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +24,7 @@ from .blocks import FusionBlock, PromptBlock, PromptConfig
 from .calls import Call, Calls, Record, remembered
 from .frozen_layers import save_fewer_activations
 from .hooks import CastInput, Injection, KeepStatistics
+from .low_rank import LowRankHead, correct_head
 from .wrapped import remove_hooks
 
 __all__ = ['PromptPath', 'VARIANTS', 'Variant']
@@ -53,6 +54,9 @@ class PromptPath(nn.Module):
         save_memory: `'dfpt'` only: do not save inputs of frozen layers for the backward pass; the results are the same.
         x: Encoders only: images `[B, C, H, W]` that the model takes; by default of the smallest size.
 
+    Raises:
+        ValueError: If the head cannot be corrected by a low rank as the config asks, or norms cannot be its own.
+
     Attributes:
         classifier: Names of the classifier modules.
         heads: Names of the modules that make up the head: the classifier, and what an encoder got along with it.
@@ -76,12 +80,21 @@ class PromptPath(nn.Module):
         x: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
+        if config.head_rank is not None and num_classes is not None:
+            raise ValueError(
+                f'head_rank={config.head_rank} corrects the head of {name_of(model)}, and num_classes={num_classes} '
+                'gives the prompt path a new one: leave one of them out, or give the model a head first, by '
+                'timm_dfpt.fit_head.'
+            )
         self.variant: Variant = variant
         self.stages = tuple(stages)
         self.classifier = tuple(classifier)
         self.calls = Calls()
         # Copy first, hook second: a copy of a hooked tree would copy hooks and state, as of another teacher's.
-        shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())} if variant == 'dfpt' else {}
+        kept = [model] if variant == 'dfpt' else []
+        if config.head_rank is not None:
+            kept += [model.get_submodule(name) for name in self.classifier]
+        shared = {id(t): t for part in kept for t in itertools.chain(part.parameters(), part.buffers())}
         forget_caches(model.modules())
         tree = copy.deepcopy(model, shared).eval()
         remove_hooks(tree)
@@ -106,20 +119,28 @@ class PromptPath(nn.Module):
             PromptBlock(feature.channels, config) if config.block else _NoBlock() for feature in features
         ).to(device=param.device, dtype=dtype)
         self.fusions = nn.ModuleList(
-            nn.Identity() if config.fusion == 'none' else FusionBlock(feature.channels, config.fusion == 'depthwise')
+            nn.Identity()
+            if config.fusion == 'none'
+            else FusionBlock(feature.channels, config.fusion == 'depthwise', config.fusion_rank)
             for feature in features
         ).to(device=param.device, dtype=dtype)
         # Without parameters and persistent buffers: nothing of it is in the state dict.
         self.orders = nn.ModuleList(
             _token_order(tree, stage.module) for stage in self.stages for _ in stage.features if config.open
         ).to(device=param.device)
+        if config.head_rank is not None:
+            for name in self.heads:
+                correct_head(tree, name, config.head_rank)
         self.head = nn.ModuleList()
         # Of the shared backbone; those of a copy are in it.
         self.norms = nn.ModuleList()
         if variant == 'dfpt':
             if config.new_head:
                 for name in self.heads:
-                    leaf = copy.deepcopy(tree.get_submodule(name)).to(dtype).requires_grad_(True)
+                    leaf = tree.get_submodule(name)
+                    if not isinstance(leaf, LowRankHead):
+                        leaf = copy.deepcopy(leaf)
+                    leaf.to(dtype).requires_grad_(True)
                     leaf.register_forward_pre_hook(CastInput())
                     tree.set_submodule(name, leaf)
                     self.head.append(leaf)
@@ -142,7 +163,7 @@ class PromptPath(nn.Module):
         if config.open:
             self._hook_blocks()
         # Modules of the original path, and those that share their weights.
-        self._twins = self._pair_with(model) if variant == 'dfpt' else []
+        self._twins = self._pair_with(model)
         self._switches = [(module, name) for module in tree.modules() for name in _RECOMPUTES if hasattr(module, name)]
         self.train(self.training)
 
@@ -185,6 +206,10 @@ class PromptPath(nn.Module):
         """Whether the backbone's weights are those of the original path, and not a copy."""
         return self.variant == 'dfpt'
 
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """Return parameters of the original path that it computes with and does not have itself."""
+        return [param for _, mine in self._twins for param in mine.parameters(recurse=False)]
+
     @property
     def recomputes(self) -> bool:
         """Whether the backward pass computes activations again (gradient checkpointing)."""
@@ -192,17 +217,21 @@ class PromptPath(nn.Module):
 
     def share_weights_with(self, model: nn.Module) -> None:
         """Take every frozen tensor from `model` again, after a conversion or load that has replaced tensors."""
-        if self.shares_backbone:
-            self._twins = self._pair_with(model)
-            self.keep_frozen()
+        self._twins = self._pair_with(model)
+        self.keep_frozen()
+
+    def _shared_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        own = {id(part) for part in itertools.chain(self.head.modules(), self.norms.modules())}
+        for name, mine in self.model.named_modules():
+            if isinstance(mine, LowRankHead):
+                yield from mine.frozen.named_modules(prefix=name)
+            elif self.shares_backbone and id(mine) not in own:
+                yield name, mine
 
     def _pair_with(self, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-        own = {id(part) for part in itertools.chain(self.head.modules(), self.norms.modules())}
         modules = dict(model.named_modules(remove_duplicate=False))
         twins = []
-        for name, mine in self.model.named_modules():
-            if id(mine) in own:
-                continue
+        for name, mine in self._shared_modules():
             theirs = modules.get(name)
             if theirs is None or theirs._parameters.keys() != mine._parameters.keys():
                 raise RuntimeError(
@@ -224,7 +253,6 @@ class PromptPath(nn.Module):
                     module.training = False
             if not self.config.new_head:
                 keep_frozen(part for name in self.heads for part in self.backbone.get_submodule(name).modules())
-            return
         for _, mine in self._twins:
             if mine.training:
                 mine.training = False

@@ -274,10 +274,15 @@ class DualForwardPathTeacher(nn.Module):
         if self.config.norms == 'own':
             lines.append(path.describe_norms())
         trained = 0
+        ranks = {}
+        if self.config.fusion_rank is not None:
+            ranks['blocks'] = f' (fusion of rank {self.config.fusion_rank})'
+        if self.config.head_rank is not None:
+            ranks['head'] = f" (the teacher's with a correction of rank {self.config.head_rank})"
         for group in self.parameter_groups():
             count = sum(p.numel() for p in group['params'])
             trained += count
-            lines.append(f'trainable {group["name"]}: {count:,} parameters')
+            lines.append(f'trainable {group["name"]}: {count:,} parameters{ranks.get(group["name"], "")}')
         lines.append(f'trainable in all: {trained:,} parameters, {100 * trained / max(1, total):.1f}% of the teacher')
         lines.append(
             'both paths share the computation before the first block'

@@ -169,7 +169,7 @@ def _models(learner: Learner) -> dict[str, _Model]:
         dual_teacher = task.get_dual_teacher()
         if dual_teacher is not None:
             path = dual_teacher.prompt_path
-            parameters = [*(frozen if path.shares_backbone else ()), *path.parameters()]
+            parameters = [*(frozen if path.shares_backbone else path.borrowed_parameters()), *path.parameters()]
             files = [folder.prompt_path / PROMPT_WEIGHTS]
             models['prompt_path'] = _Model(config.method, task.prompt_logits, parameters, files)
     # In the precision of its weights, as the others: accelerate wraps what is trained in autocast.

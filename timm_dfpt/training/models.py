@@ -291,12 +291,16 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
             block=path.block,
             new_head=config.prompt_head,
             norms=path.norms,
+            fusion_rank=config.prompt_fusion_rank,
+            head_rank=config.prompt_head_rank,
         )
         if config.unlabelled and config.tuned_epochs() == 0:
             if not own_layers(model):
                 raise ValueError(explain_no_statistics(config))
             # What is not tuned does nothing, and is neither run nor saved.
-            prompt = dataclasses.replace(prompt, block=False, fusion='none', new_head=False)
+            prompt = dataclasses.replace(
+                prompt, block=False, fusion='none', fusion_rank=None, new_head=False, head_rank=None
+            )
         new = num_classes if config.teacher_head == 'new' else None
         return wrap(model, stages=stages, num_classes=new, prompt=prompt, variant=variant)
     except ValueError as error:
@@ -304,8 +308,10 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
         names = {
             'PromptConfig.kernel_sizes': 'prompt_kernel_sizes', 'PromptConfig.act_layer': 'prompt_act',
             'stages': 'prompt_stages', 'norms': 'prompt_norms', 'block': 'prompt_block', 'fusion': 'prompt_fusion',
-            'new_head': 'prompt_head', 'variant': 'method',
+            'new_head': 'prompt_head', 'variant': 'method', 'fusion_rank': 'prompt_fusion_rank',
+            'head_rank': 'prompt_head_rank', 'PromptConfig.fusion_rank': 'prompt_fusion_rank',
+            'PromptConfig.head_rank': 'prompt_head_rank',
         }  # fmt: skip
-        options = r'^[\w.]+|\b(stages|norms|block|fusion|new_head|variant)(?==)'
+        options = r'^[\w.]+|\b(stages|norms|block|fusion|new_head|variant|fusion_rank|head_rank)(?==)'
         message = re.sub(options, lambda found: names.get(found[0], found[0]), str(error))
         raise ValueError(message) from error
