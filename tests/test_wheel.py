@@ -89,9 +89,9 @@ def test_the_wheel_alone(tmp_path: Path) -> None:
     new_classes = ['--config', 'quickstart_new_classes', '--epochs', '2']
     command('compare', *new_classes, '--methods', 'scratch', 'kd', '--seeds', '0', '--output', 'compared')
     assert (tmp_path / 'work' / 'compared' / 'report.html').is_file()
-    launch = [python, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1']
-    launch += ['--mixed_precision', 'no', '--dynamo_backend', 'no', '-m', 'timm_dfpt', 'distill', *new_classes]
-    run(*launch, '--baselines', '--output', 'two')
+    config = str(ROOT / 'train' / 'accelerate' / 'multi_cpu.yaml')
+    launch = [python, '-m', 'accelerate.commands.launch', '--config_file', config]
+    run(*launch, '-m', 'timm_dfpt', 'distill', *new_classes, '--baselines', '--cpu', '--output', 'two')
     assert json.loads((tmp_path / 'work' / 'two' / 'summary.json').read_text())['processes'] == 2
 
 
