@@ -11,7 +11,7 @@ yoshitomo-matsubara/torchdistill/main/examples/torchvision/image_classification.
     python -m benchmarks.peers --timm-train timm_train.py --before ../an/earlier/checkout
 
 Each run is a process of its own with one thread, in turns (A B C, C B A, ...), after one that is not counted: it caches
-byte code. The tables and what they are made of are written to `--out`, benchmarks/results/peers-JOB by default.
+byte code. The tables and what they are made of are written to `--out`, benchmarks/results/peers-JOB by default. Linux.
 """
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ _PACKAGES = ('torch', 'timm', 'torchdistill')
 
 def run(peer: str, job: str, folder: Path, script: Path, tree: Path) -> dict[str, Any]:
     """Run the job in one trainer, and return what `benchmarks.peers.table.figures` reads."""
-    clock, pythonpath = Path(__file__).with_name('clock.py'), os.environ.get('PYTHONPATH', '')
-    environment = {
-        **os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(tree), pythonpath]).rstrip(os.pathsep)
-    }  # fmt: skip
+    clock = Path(__file__).with_name('clock.py')
+    places = [str(tree), *map(os.path.abspath, filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep)))]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(places)}
     environment.pop('PYTHONDONTWRITEBYTECODE', None)
     with tempfile.TemporaryDirectory(dir=folder) as place, open(folder / 'log', 'w+', encoding='utf-8') as log:
         notes = Path(place) / 'notes.json'
@@ -98,12 +97,15 @@ def main() -> None:
     for path in (args.timm_train, args.torchdistill_train, args.before and args.before / 'train/distill.py'):
         if path is not None and not path.is_file():
             parser.error(f'there is no file {path}')
+    if args.rounds < 1:
+        parser.error(f'--rounds must be at least 1, got {args.rounds}')
     participants = _participants(args)
     out = args.out or _ROOT / f'benchmarks/results/peers-{args.job}'
     about: dict[str, Any] = {
         'job': args.job, 'who': list(participants), 'machine': platform.machine(),
         'versions': {name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)},
     }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
     rounds: list[dict[str, Any]] = []
     if args.more and out.with_suffix('.json').exists():
         kept = json.loads(out.with_suffix('.json').read_text(encoding='utf-8'))
