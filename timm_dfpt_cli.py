@@ -6,6 +6,7 @@ signal that arrives meanwhile ends the process in one line.
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import importlib.util
 import os
@@ -99,7 +100,11 @@ def start(name: str, argv: Sequence[str], program: str) -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
 
+    # Imports leave next to no garbage, and looking for it takes a quarter of their time; what they made stays.
+    gc.disable()
     module = importlib.import_module(command.module)
+    gc.freeze()
+    gc.enable()
     importlib.import_module('timm_dfpt.job.stopping').leave(module.main(argv, program=program))
     raise AssertionError('leave() does not return')
 

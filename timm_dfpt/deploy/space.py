@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from ..hub.export_table import exports_table
@@ -71,6 +70,8 @@ def write_space(
         **(license or License()).metadata(),
         **({'models': [base_model]} if base_model else {}),
     }
+    import jinja2  # costs 0.1 s
+
     text = jinja2.Template((_TEMPLATES / 'README.md').read_text(encoding='utf-8')).render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         title=title,
