@@ -7,19 +7,47 @@ does it, but for what a peer needs of this project (the CIFAR networks), whose c
 """
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import resource
 import runpy
 import sys
 import time
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
+
+
+class _After(importlib.abc.MetaPathFinder):
+    """Does something to a module when the script has imported it, whenever that is."""
+
+    def __init__(self, module: str, act: Callable[[ModuleType], None]) -> None:
+        self.module, self.act = module, act
+        sys.meta_path.insert(0, self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        assert spec is not None
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self.act(module)
+
+        loader.exec_module = exec_module
+        return spec
 
 
 def _note_steps(path: str, notes: dict[str, Any]) -> None:
     """Write at each step of the optimizer that takes most of them: there may be others, such as for a trial."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
     file = os.open(path, os.O_WRONLY | os.O_CREAT)
     # Optimizers are kept, so that none gets the number of one that is gone.
     seen: dict[int, dict[str, Any]] = {}
@@ -35,24 +63,25 @@ def _note_steps(path: str, notes: dict[str, Any]) -> None:
             notes.update(first=own['first'], last=now, steps=own['steps'])
             os.pwrite(file, json.dumps(notes).encode().ljust(1024), 0)
 
-    register_optimizer_step_post_hook(note)
+    _After('torch.optim.optimizer', lambda module: module.register_optimizer_step_post_hook(note))
 
 
 def _note_evaluations(notes: dict[str, Any]) -> None:
     """Note the CPU time of the teacher's evaluation, which comes before the first step."""
-    from timm_dfpt.tasks import evaluation
+    def replace(module: Any) -> None:
+        evaluate = module.evaluate
 
-    evaluate = evaluation.evaluate
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            result = evaluate(*args, **kwargs)
+            # A trial is one step, and a job has several.
+            if notes['steps'] < 2:
+                notes['evaluation'] += time.process_time() - start
+            return result
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.process_time()
-        result = evaluate(*args, **kwargs)
-        # A trial is one step, and a job has several.
-        if notes['steps'] < 2:
-            notes['evaluation'] += time.process_time() - start
-        return result
+        module.evaluate = timed
 
-    evaluation.evaluate = timed
+    _After('timm_dfpt.tasks.evaluation', replace)
 
 
 def _offer_networks(peer: str) -> float:
@@ -74,9 +103,9 @@ if __name__ == '__main__':
     path, peer, *sys.argv = sys.argv[1:]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     notes: dict[str, Any] = {'apart': 0.0, 'evaluation': 0.0, 'steps': 0}
+    _note_steps(path, notes)
     if peer in ('timm', 'torchdistill'):
         notes['apart'] = _offer_networks(peer)
     else:
         _note_evaluations(notes)
-    _note_steps(path, notes)
     runpy.run_path(sys.argv[0], run_name='__main__')
