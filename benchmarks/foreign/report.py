@@ -21,7 +21,6 @@ from benchmarks.foreign.summary import WAYS, blocks, difference_text, way_of
 from benchmarks.study.report import rewrite
 from timm_dfpt.hub.markdown import markdown_table
 from timm_dfpt.reports.intervals import summarise
-from timm_dfpt.training.report import save_figure
 
 __all__ = ['draw', 'main', 'page']
 
@@ -147,7 +146,9 @@ def draw(study: Study, path: Path) -> None:
         axes.legend(fontsize='xx-small')
     for axes in panels.flat[len(regimes):]:
         axes.remove()
-    save_figure(figure, path, dpi=90)
+    # Without metadata two equal runs write equal files.
+    figure.savefig(path, dpi=90, metadata={'Software': None})
+    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,7 +60,7 @@ def test_leaves_everything_a_run_folder_should_hold(default_run):
         'metrics.jsonl',
         'summary.json',
         'config.yaml',
-        'curves.png',
+        'curves.svg',
         'baselines/kd/student/model.safetensors',
     ):
         assert (folder / name).stat().st_size > 0, name
@@ -86,7 +86,7 @@ def test_two_runs_of_one_seed_are_bit_identical(default_job, default_run, tmp_pa
         'prompt_path/prompt_path.safetensors',
         'baselines/kd/student/model.safetensors',
         'metrics.jsonl',
-        'curves.png',
+        'curves.svg',
     ):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 

@@ -14,6 +14,7 @@ from tests.training.learner_steps import make_student, steps
 from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.tasks.baselines import SupervisedTask
 from timm_dfpt.training import compare as compare_module
+from timm_dfpt.training import publish as publish_module
 from timm_dfpt.training import report
 from timm_dfpt.training import run as run_module
 from timm_dfpt.training.compare import main as compare
@@ -80,13 +81,13 @@ def test_what_fails_after_the_export_is_a_warning(trained, tmp_path, monkeypatch
             cost = model['cost'] or {'macs': None, 'images_per_s': None}
             assert cost['macs'] is cost['images_per_s'] is None
         assert ' - |' in capsys.readouterr().out
-    assert not (run / 'curves.png').exists()
+    assert not (run / 'curves.svg').exists()
     fresh_accelerate()
     assert resume(trained, tmp_path) == 0
     student = summary_of(run)['models']['student']
     assert student['metrics'] == expected['metrics']
     assert None not in student['cost'].values()
-    assert (run / 'curves.png').read_bytes() == (whole / 'curves.png').read_bytes()
+    assert (run / 'curves.svg').read_bytes() == (whole / 'curves.svg').read_bytes()
 
 
 def test_tables_and_cards_say_nothing_of_what_is_not_known(trained, tmp_path):
@@ -107,7 +108,7 @@ def test_publishing_that_fails_says_how_to_try_again(trained, tmp_path, monkeypa
     def fail(*args, **kwargs):
         raise FileExistsError('the Hub\nis away')
 
-    monkeypatch.setattr(run_module, 'publish_run', fail)
+    monkeypatch.setattr(publish_module, 'publish_run', fail)
     assert resume(trained, tmp_path, '--push-to-hub', 'user/name', '--license', 'mit') == 1
     shown = capsys.readouterr().err.splitlines()[-1]
     command = f'timm-dfpt publish {tmp_path}/run --push-to-hub user/name --license mit'

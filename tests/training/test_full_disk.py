@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.jobs import Job
 from timm_dfpt.hub.files import write_json, write_tensors
-from timm_dfpt.training.report import plot_comparison, plot_curves
+from timm_dfpt.training.plots import plot_comparison, plot_curves
 from timm_dfpt.training.run_folder import RunFolder
 from timm_dfpt.training.teacher_cache import TeacherCache
 

@@ -50,6 +50,8 @@ OFFLINE = (
 def test_embedded_job_without_network(recipe, baselines, default_job, tmp_path):
     (tmp_path / 'block').mkdir()
     (tmp_path / 'block' / 'sitecustomize.py').write_text(BLOCK)
+    # Nor without being asked what takes longer to import than all that a run does at its end.
+    (tmp_path / 'block' / 'matplotlib.py').write_text("import os; open(os.environ['TRIED'], 'w').write(__name__)")
     environment = {key: value for key, value in os.environ.items() if key not in OFFLINE}
     environment |= {
         'PYTHONPATH': f'{tmp_path / "block"}{os.pathsep}{ROOT}',

@@ -158,7 +158,7 @@ def test_validation_now_and_then_leaves_the_same_student_and_ends_with_one(train
     # An epoch whose student is exported is validated too.
     assert [i + 1 for i, line in enumerate(lines['rare']) if 'val' in line] == [2, 3, 5]
     assert all(line['val'] == lines['often'][i]['val'] for i, line in enumerate(lines['rare']) if 'val' in line)
-    assert (tmp_path / 'rare' / 'curves.png').is_file()
+    assert (tmp_path / 'rare' / 'curves.svg').is_file()
 
 
 def test_the_end_of_a_run_asks_a_teacher_once(train, teacher_passes, monkeypatch):

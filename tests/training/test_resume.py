@@ -21,7 +21,7 @@ from tests.jobs import Job
 ROOT = Path(__file__).parents[2]
 # Equal to the last byte, whatever happened on the way.
 SAME = (
-    'metrics.jsonl', 'curves.png', 'student/model.safetensors', 'student/config.json',
+    'metrics.jsonl', 'curves.svg', 'student/model.safetensors', 'student/config.json',
     'prompt_path/prompt_path.safetensors',
 )  # fmt: skip
 SWEEP = ('step', 'save', 'evaluation', 'start', 'save', 'step', 'export')

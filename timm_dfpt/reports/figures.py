@@ -1,110 +1,136 @@
-"""Figures of a page: SVG that takes its colors and fonts from the page, and the same as PNG for a model card."""
+"""Figures of a page, of a run folder and of a model card: curves, classes, calibration, intervals."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
 
-from ..hub.files import atomic
 from .calibration import Reliability
+from .canvas import COLORS, GRID, INK, Canvas, Draw, Drawing, Point, save, svg, text_width
 from .names import shown
 
 __all__ = [
-    'COLORS', 'Drawing', 'Line', 'class_figure', 'interval_figure', 'line_figure', 'reliability_figure', 'save_png',
-    'svg',
+    'COLORS', 'Draw', 'Drawing', 'Line', 'Scale', 'class_figure', 'interval_figure', 'line_figure',
+    'reliability_figure', 'save', 'side_by_side', 'svg',
 ]  # fmt: skip
 
-INK, GRID = '#1f2429', '#d9dde2'
-# Distinct for all kinds of color vision, on light and on dark ground; after Okabe and Ito (2008).
-COLORS = ('#0f6cbd', '#c2571a', '#5b6470', '#1a8f6e', '#a8489a', '#8a6d00', '#4a5bd0', '#b3324b')
 _FEW = 10
-_MARKERS = 'osDv^P*X'
-_STYLES = {
-    'font.family': ['DejaVu Sans'], 'font.size': 9, 'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': GRID,
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.titlesize': 9, 'grid.color': GRID,
-    'grid.linewidth': 0.6, 'axes.axisbelow': True, 'xtick.color': INK, 'ytick.color': INK, 'xtick.major.size': 0,
-    'ytick.major.size': 0, 'ytick.minor.size': 0, 'lines.linewidth': 1.6, 'legend.frameon': False,
-    'legend.fontsize': 8, 'svg.fonttype': 'none', 'svg.hashsalt': 'timm_dfpt', 'text.parse_math': False,
-    'figure.constrained_layout.use': True, 'figure.facecolor': 'none', 'axes.facecolor': 'none',
-}  # fmt: skip
+_DASHES: tuple[Sequence[float], ...] = ((), (6, 2.5), (1.5, 2), (6, 2, 1.5, 2))
+_ROW = 13.0
 
-Draw = Callable[[Any], None]
-"""Draws into a matplotlib figure."""
+
+class Scale:
+    """The range of an axis.
+
+    Args:
+        values: What is to be seen on it.
+        log: Whether it is logarithmic.
+        integer: Whether there are whole numbers alone.
+        tight: Whether it ends with the values.
+    """
+
+    def __init__(
+        self, values: Sequence[float], log: bool = False, integer: bool = False, tight: bool = False
+    ) -> None:
+        known = [math.log10(value) if log else value for value in values if math.isfinite(value)] or [0.0]
+        self.log, self.integer = log, integer
+        low, high = min(known), max(known)
+        if low == high:
+            margin = 0.5 if integer or log else 0.1 * abs(low) or 1.0
+        else:
+            margin = 0.0 if tight else 0.05 * (high - low)
+        self.low, self.high = low - margin, high + margin
+
+    def share(self, value: float) -> float:
+        """Return where a value is, from 0 to 1."""
+        return ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
+
+    def ticks(self, most: int = 7) -> list[tuple[float, str]]:
+        """Return round values with their labels, about as many as there is space for."""
+        if self.log and self.high - self.low > 0.7:
+            powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+            for factors in ((1, 2, 5), (1, 3), (1,)):
+                found = [factor * 10.0**power for power in powers for factor in factors]
+                found = [value for value in found if self.low <= math.log10(value) <= self.high]
+                if len(found) <= most:
+                    break
+            return [(value, f'{value:g}') for value in found[:: -(-len(found) // most) or 1]]
+        low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
+        step = _round_step((high - low) / most)
+        step = max(1.0, step) if self.integer else step
+        first = math.ceil(low / step - 1e-9)
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        digits += round(step * 10**digits, 6) % 1 != 0
+        values = [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+        return [(value, f'{value + 0.0:.{digits}f}') for value in values]
+
+
+def _round_step(least: float) -> float:
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
+
+
+class _Axes:
+    """A rectangle of a canvas in which values have their places.
+
+    Args:
+        canvas: The canvas.
+        box: Its left, upper, right and lower end.
+        x: Values from left to right.
+        y: Values from below to above.
+    """
+
+    def __init__(self, canvas: Canvas, box: tuple[float, float, float, float], x: Scale, y: Scale) -> None:
+        self.canvas, self.box, self.x, self.y = canvas, box, x, y
+
+    def at(self, x: float, y: float) -> Point:
+        left, top, right, bottom = self.box
+        return left + (right - left) * self.x.share(x), bottom - (bottom - top) * self.y.share(y)
+
+    def points(self, x: Sequence[float], y: Sequence[float]) -> list[Point]:
+        return [self.at(*pair) for pair in zip(x, y, strict=True) if all(map(math.isfinite, pair))]
+
+    def frame_x(self, label: str) -> None:
+        left, top, right, bottom = self.box
+        for value, name in self.x.ticks(max(2, int((right - left) / 45))):
+            place, _ = self.at(value, 10**self.y.low if self.y.log else self.y.low)
+            self.canvas.line([(place, top), (place, bottom)], GRID, 0.6)
+            self.canvas.text((place, bottom + 13), name, 'middle')
+        self.canvas.text(((left + right) / 2, bottom + 28), label, 'middle')
+
+    def frame_y(self, label: str) -> None:
+        left, top, right, bottom = self.box
+        for value, name in self.y.ticks(max(2, int((bottom - top) / 26))):
+            _, place = self.at(10**self.x.low if self.x.log else self.x.low, value)
+            self.canvas.line([(left, place), (right, place)], GRID, 0.6)
+            self.canvas.text((left - 5, place + 3), name, 'end')
+        self.canvas.text((10, (top + bottom) / 2), label, 'middle', upright=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
-    """A figure that can be drawn.
-
-    Args:
-        draw: Draws it.
-        caption: What it is.
-        size: Width and height in inches.
-    """
-
-    draw: Draw
-    caption: str
-    size: tuple[float, float] = (5.0, 3.1)
+class _Entry:
+    label: str
+    color: str
+    dashes: Sequence[float] = ()
+    marker: int | None = None
+    line: bool = True
 
 
-@contextlib.contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib  # costs 0.3 s
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # Of scripts that its font lacks; browsers have others.
-        warnings.filterwarnings('ignore', message='.*[Gg]lyph')
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLES)
-        yield
-
-
-def _figure(drawing: Drawing) -> Any:
-    from matplotlib.figure import Figure  # costs 0.3 s
-
-    figure = Figure(figsize=drawing.size)
-    drawing.draw(figure)
-    return figure
-
-
-def svg(drawing: Drawing) -> str:
-    """Return a figure as an SVG element for a page."""
-    file = io.StringIO()
-    with _style():
-        metadata = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
-        _figure(drawing).savefig(file, format='svg', metadata=metadata)
-    text = file.getvalue()
-    text = text[text.index('<svg') :]
-    # Its rules would be those of the whole page, which has them for figures.
-    text = re.sub(r'<(metadata|style)\b.*?</\1>', '', text, flags=re.DOTALL)
-    # Names cannot look like tags here: in them < and > are escaped.
-    text = re.sub(r'<g id="[^"<>]*">', '<g>', text)
-    element = f'<svg viewBox="\\1" role="img" style="max-width: {116 * drawing.size[0]:.0f}px">'
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', element, text, count=1)
-    text = re.sub(r'<!--.*?-->\s*', '', text, flags=re.DOTALL)
-    return re.sub(r'(?<= style=")[^"]*(?=")', lambda found: _themed(found[0]), text)
-
-
-def _themed(style: str) -> str:
-    names = {INK: 'ink', GRID: 'grid', **{color: f's{i}' for i, color in enumerate(COLORS)}}
-    style = re.sub(r'#[0-9a-f]{6}', lambda found: f'var(--{names[found[0]]})' if found[0] in names else found[0], style)
-    return style.replace("'DejaVu Sans'", 'var(--font)')
-
-
-def save_png(drawing: Drawing, path: Path) -> None:
-    """Write a figure as a PNG file on white ground.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    with _style(), atomic(path) as temporary:
-        # Without metadata two equal runs write equal files.
-        _figure(drawing).savefig(temporary, format='png', dpi=130, facecolor='white', metadata={'Software': None})
+def _legend(canvas: Canvas, entries: Sequence[_Entry]) -> float:
+    """Write what is what in columns at the upper end; returns the height that it takes."""
+    if not entries:
+        return 6.0
+    widest = max(text_width(entry.label, 8) for entry in entries) + 34
+    columns = max(1, min(len(entries), 4, int(canvas.width / widest)))
+    rows = -(-len(entries) // columns)
+    for i, entry in enumerate(entries):
+        x, y = 4 + i // rows * canvas.width / columns, 12 + i % rows * _ROW
+        if entry.line:
+            canvas.line([(x, y - 3), (x + 22, y - 3)], entry.color, dashes=entry.dashes)
+        if entry.marker is not None:
+            canvas.marker(entry.marker, (x + 11, y - 3), entry.color)
+        canvas.text((x + 27, y), entry.label, size=8)
+    return rows * _ROW + 10
 
 
 class Line:
@@ -138,25 +164,32 @@ def line_figure(lines: Sequence[Line], ylabel: str, log: bool = False, colors: M
         log: Whether that axis is logarithmic where values differ by more than a factor of 10, and allow it.
         colors: Numbers in `COLORS` by label; by default in the order of the curves.
     """
-    def draw(figure: Any) -> None:
-        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter  # costs 0.3 s
-
-        axes = figure.add_subplot()
-        for i, line in enumerate(lines):
-            color = COLORS[(colors or {}).get(line.label, i) % len(COLORS)]
-            marker = 'o' if len(line.epochs) == 1 else None
-            dashes = ('-', '--', ':', '-.')[i // len(COLORS) % 4]
-            axes.plot(line.epochs, line.values, dashes, color=color, label=shown(line.label, 40), marker=marker)
+    def draw(canvas: Canvas) -> None:
+        entries, numbers = [], [(colors or {}).get(line.label, i) for i, line in enumerate(lines)]
+        for i, (line, number) in enumerate(zip(lines, numbers, strict=True)):
+            marker = 0 if len(line.epochs) == 1 else None
+            dashes = _DASHES[i // len(COLORS) % len(_DASHES)]
+            entries.append(_Entry(shown(line.label, 40), COLORS[number % len(COLORS)], dashes, marker))
+        ends = [end for line in lines for end in (line.values, line.low or (), line.high or ())]
+        values = [value for end in ends for value in end]
+        wide = log and bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+        x = Scale([epoch for line in lines for epoch in line.epochs], integer=True)
+        y = Scale(values, log=wide)
+        top = _legend(canvas, entries)
+        left = 24 + max(text_width(name) for _, name in y.ticks())
+        axes = _Axes(canvas, (left, top, canvas.width - 10, canvas.height - 34), x, y)
+        axes.frame_x('epoch')
+        axes.frame_y(ylabel)
+        for line, entry in zip(lines, entries, strict=True):
             if line.low is not None and line.high is not None:
-                axes.fill_between(line.epochs, line.low, line.high, color=color, alpha=0.15, linewidth=0)
-        values = [value for line in lines for value in line.values]
-        if log and min(values) > 0 and max(values) > 10 * min(values):
-            axes.set_yscale('log')
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel='epoch', ylabel=ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc='outside upper left', ncols=2)
+                back = axes.points(line.epochs, line.low)[::-1]
+                canvas.area([*axes.points(line.epochs, line.high), *back], entry.color, 0.15)
+        for line, entry in zip(lines, entries, strict=True):
+            points = axes.points(line.epochs, line.values)
+            if entry.marker is None:
+                canvas.line(points, entry.color, dashes=entry.dashes)
+            for point in points if entry.marker is not None else ():
+                canvas.marker(entry.marker or 0, point, entry.color, 3)
 
     return draw
 
@@ -169,24 +202,37 @@ def class_figure(names: Sequence[str], values: Mapping[str, Sequence[float]], co
         values: By model percents, one of each class; NaN where there is none.
         colors: Numbers in `COLORS` by model.
     """
-    def draw(figure: Any) -> None:
-        axes = figure.add_subplot()
-        rows = range(len(names))
-        for i in rows:
-            row = [each[i] for each in values.values() if each[i] == each[i]]
+    def draw(canvas: Canvas) -> None:
+        numbers = {model: colors[model] % len(COLORS) for model in values}
+        entries = [
+            _Entry(shown(model.replace('_', ' '), 40), COLORS[number], marker=number, line=False)
+            for model, number in numbers.items()
+        ]
+        axes = _rows_of(canvas, entries, names, Scale([value for each in values.values() for value in each]))
+        axes.frame_x('accuracy %')
+        for i in range(len(names)):
+            row = [each[i] for each in values.values() if math.isfinite(each[i])]
             if row:
-                axes.plot([min(row), max(row)], [i, i], color=GRID, linewidth=3, zorder=1, solid_capstyle='round')
-        for model, each in values.items():
-            number = colors[model] % len(COLORS)
-            label = shown(model.replace('_', ' '), 40)
-            axes.scatter(each, rows, s=26, marker=_MARKERS[number], color=COLORS[number], label=label, zorder=2)
-        axes.set_yticks(rows, [shown(name, 24) for name in names])
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel('accuracy %')
-        axes.grid(visible=False, axis='y')
-        figure.legend(loc='outside upper center', ncols=min(4, len(values)))
+                canvas.line([axes.at(min(row), i), axes.at(max(row), i)], GRID, 3)
+        for model, number in numbers.items():
+            for point in axes.points(values[model], range(len(names))):
+                canvas.marker(number, point, COLORS[number], 2.8)
 
     return draw
+
+
+def _rows_of(canvas: Canvas, entries: Sequence[_Entry], names: Sequence[str], x: Scale) -> _Axes:
+    """Return axes with a row for each name, from above, and write the names."""
+    short = [shown(name, 24) for name in names]
+    top = _legend(canvas, entries)
+    left = 12 + max(text_width(name) for name in short)
+    y = Scale([len(names) - 0.5, -0.5], tight=True)
+    # From above: what is higher has the smaller number.
+    y.low, y.high = y.high, y.low
+    axes = _Axes(canvas, (left, top, canvas.width - 10, canvas.height - 34), x, y)
+    for i, name in enumerate(short):
+        canvas.text((left - 6, axes.at(x.low, i)[1] + 3), name, 'end')
+    return axes
 
 
 def reliability_figure(lines: Mapping[str, Reliability], colors: Mapping[str, int]) -> Draw:
@@ -196,39 +242,65 @@ def reliability_figure(lines: Mapping[str, Reliability], colors: Mapping[str, in
         lines: What to draw, by label.
         colors: Numbers in `COLORS` by label.
     """
-    def draw(figure: Any) -> None:
-        axes = figure.add_subplot()
-        axes.plot([0, 1], [0, 1], '--', color=INK, linewidth=0.8, label='as sure as right')
+    def draw(canvas: Canvas) -> None:
+        numbers = {label: colors[label] % len(COLORS) for label in lines}
+        entries = [_Entry('as sure as right', INK, _DASHES[1])]
+        entries += [_Entry(shown(label, 40), COLORS[number], marker=number) for label, number in numbers.items()]
+        top = _legend(canvas, entries)
+        side = min(canvas.width - 56, canvas.height - 34 - top)
+        whole = Scale([0, 1.02], tight=True)
+        axes = _Axes(canvas, (46, top, 46 + side, top + side), whole, whole)
+        axes.frame_x('confidence')
+        axes.frame_y('share that is right')
+        canvas.line([axes.at(0, 0), axes.at(1, 1)], INK, 0.8, _DASHES[1])
         for label, found in lines.items():
             filled = found.counts >= min(_FEW, float(found.counts.max()))
-            number = colors[label] % len(COLORS)
-            sizes = 8 + 90 * found.counts[filled] / found.counts.sum()
-            x, y = found.confidence[filled].numpy(), found.accuracy[filled].numpy()
-            axes.plot(x, y, color=COLORS[number], label=shown(label, 40), linewidth=1.2)
-            axes.scatter(x, y, s=sizes.numpy(), color=COLORS[number], marker=_MARKERS[number], zorder=2)
-        axes.set(xlabel='confidence', ylabel='share that is right', xlim=(0, 1.02), ylim=(0, 1.02), aspect='equal')
-        figure.legend(loc='outside upper left', ncols=2)
+            shares = (found.counts[filled] / found.counts.sum()).tolist()
+            points = axes.points(found.confidence[filled].tolist(), found.accuracy[filled].tolist())
+            canvas.line(points, COLORS[numbers[label]], 1.2)
+            for point, share in zip(points, shares, strict=True):
+                canvas.marker(numbers[label], point, COLORS[numbers[label]], 1.6 + 4 * math.sqrt(share))
 
     return draw
 
 
-def interval_figure(rows: Mapping[str, tuple[float, tuple[float, float] | None]], xlabel: str) -> Draw:
+def interval_figure(
+    rows: Mapping[str, tuple[float, tuple[float, float] | None]], xlabel: str, from_zero: bool = True
+) -> Draw:
     """Return a figure of values with intervals, such as differences to a reference.
 
     Args:
         rows: Value and interval by name, from above.
         xlabel: Label of the axis of values.
+        from_zero: Whether 0 is what they are compared with.
     """
-    def draw(figure: Any) -> None:
-        axes = figure.add_subplot()
-        axes.axvline(0, color=INK, linewidth=0.8)
+    def draw(canvas: Canvas) -> None:
+        ends = [end for value, interval in rows.values() for end in (value, *(interval or ()))]
+        axes = _rows_of(canvas, [], list(rows), Scale([0.0, *ends] if from_zero else ends))
+        axes.frame_x(xlabel)
+        if from_zero:
+            canvas.line([axes.at(0, -0.5), axes.at(0, len(rows) - 0.5)], INK, 0.8)
         for i, (value, interval) in enumerate(rows.values()):
             if interval is not None:
-                axes.plot(interval, [i, i], color=COLORS[0], solid_capstyle='round')
-            axes.plot([value], [i], 'o', color=COLORS[0])
-        axes.set_yticks(range(len(rows)), [shown(name, 24) for name in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel(xlabel)
-        axes.grid(visible=False, axis='y')
+                canvas.line([axes.at(end, i) for end in interval], COLORS[0])
+            canvas.marker(0, axes.at(value, i), COLORS[0], 3)
+
+    return draw
+
+
+def side_by_side(title: str, panels: Mapping[str, Draw]) -> Draw:
+    """Return a figure of several under one title.
+
+    Args:
+        title: The title of all.
+        panels: What to draw, by its title.
+    """
+    def draw(canvas: Canvas) -> None:
+        if title:
+            canvas.text((canvas.width / 2, 16), shown(title, 100), 'middle', 11)
+        width = canvas.width / len(panels)
+        for i, (name, panel) in enumerate(panels.items()):
+            canvas.text(((i + 0.5) * width, 34), shown(name, 60), 'middle', 10)
+            panel(canvas.part(i * width + 6, 40, width - 12, canvas.height - 40))
 
     return draw

@@ -24,7 +24,8 @@ from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
 from .comparison_page import keep_arm_predictions, write_comparison_page
 from .export import describe_models
 from .learner import Learner
-from .report import attempt, comparison_text, plot_comparison
+from .plots import plot_comparison
+from .report import attempt, comparison_text
 from .run import Setup, close, describe, example_batch, export_and_measure, set_up, train_side_by_side
 from .run_folder import ComparisonFolder, RunFolder, claimed
 

@@ -1,7 +1,6 @@
 """The page about a comparison: methods and seeds, with intervals."""
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from ..reports.page import Block, Page, Section, code, render, table, text
 from ..reports.page import figures as figure_block
 from ..reports.predictions import PredictionRecorder, SplitPredictions, read_predictions, write_predictions
 from ..reports.sections import pick_classes, words
-from ..tasks.evaluation import SCORES, score_of
+from ..tasks.evaluation import SCORES
 from .learner import Learner
-from .report import arms_cells, attempt, comparison_notes, loss_terms
+from .plots import curves_of_seeds, loss_terms, over_seeds
+from .report import arms_cells, attempt, comparison_notes
 from .run_folder import ComparisonFolder, RunFolder
 
 __all__ = ['comparison_page', 'keep_arm_predictions', 'write_comparison_page']
@@ -112,35 +112,19 @@ def _results(result: Mapping[str, Any]) -> Section:
     return Section('results', 'Results', [*blocks, *map(text, comparison_notes(result))])
 
 
-def _over_seeds(curves: Sequence[Sequence[float]], label: str, epochs: Sequence[float]) -> figures.Line:
-    columns = list(zip(*curves, strict=True))
-    means = [statistics.fmean(column) for column in columns]
-    if len(curves) == 1:
-        return figures.Line(label, epochs, means)
-    return figures.Line(label, epochs, means, [min(column) for column in columns], [max(column) for column in columns])
-
-
 def _curves(
     runs: Sequence[Sequence[Mapping[str, Any]]], arms: Sequence[str], colors: Mapping[str, int]
 ) -> Section:
-    lines, titles = [], dict[str, None]()
-    for arm in arms:
-        validated = [[line for line in run if 'val' in line[arm]] for run in runs]
-        score = score_of(validated[0][0][arm]['val']['student'])
-        if score is None:
-            continue
-        titles[SCORES[score]] = None
-        curves = [[line[arm]['val']['student'][score] for line in run] for run in validated]
-        lines.append(_over_seeds(curves, arm, [line['epoch'] for line in validated[0]]))
+    lines, label = curves_of_seeds(runs, arms)
     spread = 'mean over the seeds, and from the lowest to the highest.' if len(runs) > 1 else 'one seed.'
     drawn = []
     if lines:
-        draw = figures.line_figure(lines, ', '.join(titles), colors=colors)
-        drawn.append(figures.Drawing(draw, f'{", ".join(titles)} on the validation data: {spread}'))
+        draw = figures.line_figure(lines, label, colors=colors)
+        drawn.append(figures.Drawing(draw, f'{label} on the validation data: {spread}'))
     for arm in arms[:_LOSS_FIGURES]:
         terms = [loss_terms(run, arm) for run in runs]
         shared = [label for label in terms[0] if all(label in each for each in terms)]
-        losses = [_over_seeds([each[label][1] for each in terms], label, terms[0][label][0]) for label in shared]
+        losses = [over_seeds([each[label][1] for each in terms], label, terms[0][label][0]) for label in shared]
         caption = f'Loss of {arm} in training, and its terms before they are weighted: {spread}'
         drawn.append(figures.Drawing(figures.line_figure(losses, 'nats', log=True), caption))
     rest = len(arms) - _LOSS_FIGURES

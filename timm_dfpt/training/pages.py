@@ -32,7 +32,8 @@ from ..reports.thumbnails import thumbnails
 from ..tasks.evaluation import SCORES, score_of
 from .comparison_page import write_comparison_page
 from .learner import Learner
-from .report import attempt, closing_cells, loss_terms, student_of, verdicts
+from .plots import loss_terms, score_lines
+from .report import attempt, closing_cells, student_of, verdicts
 from .run_facts import chosen_epoch, read_run
 from .run_folder import ComparisonFolder, RunFolder
 
@@ -162,7 +163,7 @@ def draw_card_figures(folder: RunFolder, target: Path) -> dict[Path, str]:
     for key, title in (('classes', 'Accuracy by class.'), ('calibration', '')):
         drawing = drawings.get(key)
         if drawing is not None:
-            figures.save_png(drawing, target / f'{key}.png')
+            figures.save(drawing, target / f'{key}.png')
             found[target / f'{key}.png'] = f'{title} {drawing.caption}'.strip()
     return found
 
@@ -183,25 +184,14 @@ def _results(summary: Mapping[str, Any]) -> Section:
 def _curves(lines: Sequence[Mapping[str, Any]], colors: Mapping[str, int], summary: Mapping[str, Any]) -> Section:
     learners = [name for name, value in lines[0].items() if isinstance(value, Mapping)]
     drawn: list[figures.Drawing] = []
-    scores: list[figures.Line] = []
-    titles: dict[str, None] = {}
-    for learner in learners:
-        validated = [line for line in lines if 'val' in line[learner]]
-        for who in validated[0][learner]['val'] if validated else ():
-            other = student_of(learner) if who == 'student' else f'{who} of {learner}'
-            label = who if learner == learners[0] else other
-            score = score_of(validated[0][learner]['val'][who])
-            if score is not None:
-                titles[SCORES[score]] = None
-                values = [line[learner]['val'][who][score] for line in validated]
-                scores.append(figures.Line(words(label), [line['epoch'] for line in validated], values))
+    scores, label = score_lines(lines)
     if scores:
         numbers = {words(name): number for name, number in colors.items()}
         free = [number for number in range(len(figures.COLORS)) if number not in numbers.values()] or [0]
         for i, line in enumerate(line for line in scores if line.label not in numbers):
             numbers[line.label] = free[i % len(free)]
-        draw = figures.line_figure(scores, ', '.join(titles), colors=numbers)
-        drawn.append(figures.Drawing(draw, f'{", ".join(titles)} on the validation data.'))
+        draw = figures.line_figure(scores, label, colors=numbers)
+        drawn.append(figures.Drawing(draw, f'{label} on the validation data.'))
     for learner in learners:
         terms = [figures.Line(label, *values) for label, values in loss_terms(lines, learner).items()]
         caption = f'Loss of {learner} in training, and its terms before they are weighted.'

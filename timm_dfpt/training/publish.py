@@ -19,11 +19,12 @@ from ..hub.options import PushOptions, Unpack
 from ..hub.privacy import public
 from ..hub.prompt_path import PROMPT_CONFIG
 from ..hub.repo import empty_folder, push_folder
-from ..hub.repo_folder import write_prompt_path_repo, write_student_repo
+from ..hub.repo_folder import CURVES, write_prompt_path_repo, write_student_repo
 from ..hub.sources import check_repo_id
 from ..job.options import TrainConfig
 from ..job.stopping import exit_code
 from .pages import draw_card_figures
+from .plots import plot_curves
 from .report import attempt
 from .run_facts import NOT_RECIPE, read_run
 from .run_folder import RunFolder
@@ -94,7 +95,6 @@ def publish_run(
     elif 'prompt_path' in repos:
         raise FileNotFoundError(f'{str(run_folder)!r} has no prompt_path: a run of {run.method!r} tunes none.')
     record = _record(run, recipe, base_revision)
-    curves = run_folder.curves if run_folder.curves.is_file() else None
     pushing: PushOptions = {'commit_message': f'Add {run.method} run', **options}
     dry_run = options.get('dry_run')
     with tempfile.TemporaryDirectory() as temporary:
@@ -102,6 +102,7 @@ def publish_run(
         shipped = _Shipped(run_folder, repos, terms, js_libraries)
         if dry_run is not None:
             empty_folder(dry_run)
+        curves = _draw_curves(run_folder, Path(temporary, CURVES), run.method)
         for kind, folder in folders.items():
             folder.mkdir()
             common: dict[str, Any] = {'run': run, 'curves': curves}
@@ -154,6 +155,13 @@ def publish_at_end(config: TrainConfig, folder: RunFolder) -> None:
         raise HubError(f'Publishing failed: {reason} The run folder is whole; to try again: {again}') from error
     for kind, place in places.items():
         print(f'published the {kind.replace("_", " ")}: {place}')
+
+
+def _draw_curves(folder: RunFolder, path: Path, method: object) -> Path | None:
+    student = read_json(folder.summary)['models']['student']['name']
+    title = f'{method}: {public(student, local=True)}'
+    attempt('drawing the curves', lambda: plot_curves(folder.read_metrics(), path, title))
+    return path if path.is_file() else None
 
 
 def check_targets(

@@ -1,4 +1,4 @@
-"""Results to be read: tables, verdicts and plots of a run and of a comparison, and the statistics behind them."""
+"""Results to be read: tables and verdicts of a run and of a comparison, and what models cost."""
 from __future__ import annotations
 
 import logging
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..hub.files import atomic
 from ..hub.markdown import markdown_table
 from ..hub.privacy import public
 from ..tasks.evaluation import SCORES, score_of
@@ -22,10 +21,12 @@ from ..tasks.methods import METHODS
 
 __all__ = [
     'arms_cells', 'attempt', 'closing_cells', 'closing_table', 'comparison_notes', 'comparison_text', 'epoch_line',
-    'loss_terms', 'measure_cost', 'plot_comparison', 'plot_curves', 'save_figure', 'student_of', 'verdicts',
+    'measure_cost', 'student_of', 'verdicts',
 ]  # fmt: skip
 
 _T = TypeVar('_T')
+# Of measuring the speed of a model.
+_SECONDS = 0.05
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def measure_cost(
 
     Returns:
         `params`, `macs` (multiply-accumulates an image, counted by torch), `size_bytes` on disk, `images_per_s` on this
-        machine (median of five batches); `None` for what cannot be measured.
+        machine (median of up to five batches, as many as 0.05 s have begun); `None` for what cannot be measured.
     """
     def flops() -> int:
         # torch's counter fails on parameters that are passed to a module without being differentiated.
@@ -62,15 +63,15 @@ def measure_cost(
         return counter.get_total_flops()
 
     def speed() -> float:
-        times = []
-        for _ in range(6):
+        # The evaluation before has warmed up what there is.
+        times: list[float] = []
+        while len(times) < 5 and sum(times) < _SECONDS:
             start = time.perf_counter()
             forward(example)
             if example.is_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        # The first batch warms caches up.
-        return len(example) / statistics.median(times[1:])
+        return len(example) / statistics.median(times)
 
     with torch.no_grad():
         counted = attempt('counting the MACs of a model', flops)
@@ -214,78 +215,6 @@ def _si(values: Mapping[str, Any] | None, key: str, of: str = '') -> str:
     return f'{value:.1f} T{of}'
 
 
-def plot_curves(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw the loss terms and the accuracies over the epochs of `metrics.jsonl`.
-
-    Args:
-        lines: Those of `metrics.jsonl`, one per epoch.
-        path: The PNG to write.
-        title: Title of the figure.
-    """
-    import matplotlib  # costs 0.3 s
-
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt  # costs 0.3 s
-
-    learners = [name for name, value in lines[0].items() if isinstance(value, dict)]
-    main = learners[0]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
-    for label, (epochs, values) in loss_terms(lines, main).items():
-        left.plot(epochs, values, label=label)
-    left.set(xlabel='epoch', ylabel='nats (terms unweighted)', yscale='log', title='training loss')
-    left.legend(fontsize='small')
-    titles: dict[str, None] = {}
-    for learner in learners:
-        validated = [line for line in lines if 'val' in line[learner]]
-        for who, metrics in validated[0][learner]['val'].items():
-            score = score_of(metrics)
-            if score is None:
-                continue
-            titles[SCORES[score]] = None
-            label = who.replace('_', ' ') if learner == main else f'{who.replace("_", " ")} ({learner})'
-            values = [line[learner]['val'][who][score] for line in validated]
-            right.plot([line['epoch'] for line in validated], values, label=label)
-    accuracy = list(titles) == [SCORES['top1']]
-    right.set(xlabel='epoch', ylabel='\n'.join(titles), title='validation accuracy' if accuracy else 'validation')
-    right.legend(fontsize='small')
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        for curve in axes.lines:
-            if len(curve.get_xdata()) == 1:
-                curve.set_marker('o')
-    figure.suptitle(title)
-    save_figure(figure, path, dpi=110)
-
-
-def loss_terms(lines: Sequence[Mapping[str, Any]], learner: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Return the loss terms of a learner by name: epochs of `metrics.jsonl`, and values."""
-    terms = {}
-    # Terms of a prompt path that is frozen after some epochs end there.
-    for key in dict.fromkeys(key for line in lines for key in line[learner]['train'] if key.endswith('loss')):
-        label = key.removesuffix('_loss').replace('task', 'labels').replace('_', ' learns from ', 1)
-        known = [line for line in lines if key in line[learner]['train']]
-        if not any(line[learner]['train'][key] for line in known):
-            # That of labels where there are none.
-            continue
-        terms[label] = [line['epoch'] for line in known], [line[learner]['train'][key] for line in known]
-    return terms
-
-
-def save_figure(figure: Any, path: Path, dpi: int) -> None:
-    """Write a matplotlib figure as a PNG, whole or not at all, and close it.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    from matplotlib import pyplot as plt  # costs 0.3 s
-
-    with atomic(path) as temporary:
-        # Without metadata two equal runs write equal files.
-        figure.savefig(temporary, format='png', dpi=dpi, metadata={'Software': None})
-    plt.close(figure)
-
-
 def comparison_text(result: Mapping[str, Any]) -> str:
     """Return a comparison (`compare.json`) as Markdown: what was compared, the table, and how to read it."""
     split, seeds = result['eval_split'], result['seeds']
@@ -356,45 +285,3 @@ def _difference(summary: Mapping[str, Any] | None) -> str:
         return ''
     interval = summary['interval']
     return f'{summary["mean"]:+.2f}' + (f' [{interval[0]:+.2f}, {interval[1]:+.2f}]' if interval else '')
-
-
-def plot_comparison(result: Mapping[str, Any], runs: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draw the validation accuracy over the epochs (mean over the seeds), and every student's last accuracy.
-
-    Args:
-        result: The comparison.
-        runs: Of each seed the lines of `metrics.jsonl`.
-        path: The PNG to write.
-    """
-    import matplotlib  # costs 0.3 s
-
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt  # costs 0.3 s
-    from matplotlib.ticker import MaxNLocator
-
-    split = result['eval_split']
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
-    titles: dict[str, None] = {}
-    for name in result['arms']:
-        validated = [[line for line in lines if 'val' in line[name]] for lines in runs]
-        score = result['arms'][name]['val']['score']
-        titles[SCORES[score]] = None
-        curves = [[line[name]['val']['student'][score] for line in lines] for lines in validated]
-        epochs = [line['epoch'] for line in validated[0]]
-        left.plot(epochs, [statistics.fmean(v) for v in zip(*curves, strict=True)], label=name)
-    left.set(xlabel='epoch', ylabel='\n'.join(titles), title='validation, mean over the seeds')
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend(fontsize='small')
-    names = list(result['arms'])
-    for i, seed in enumerate(result['seeds']):
-        values = [arm[split]['values'][i] for arm in result['arms'].values()]
-        right.plot(range(len(names)), values, marker='o', linewidth=0.6, alpha=0.7, label=f'seed {seed}')
-    means = [arm[split]['mean'] for arm in result['arms'].values()]
-    right.plot(range(len(names)), means, linestyle='none', marker='_', markersize=24, color='black', label='mean')
-    right.set_xticks(range(len(names)), names, rotation=20)
-    right.set(ylabel='\n'.join(titles), title=f'{split}, last epoch')
-    if len(result['seeds']) <= 10:
-        right.legend(fontsize='small')
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    save_figure(figure, path, dpi=90)

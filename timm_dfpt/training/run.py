@@ -40,8 +40,9 @@ from .kept_logits import keep_logits
 from .learner import Learner
 from .pages import write_run_report
 from .phases import Phases
+from .plots import plot_curves
 from .publish import check_targets, publish_at_end
-from .report import attempt, closing_table, plot_curves, verdicts
+from .report import attempt, closing_table, verdicts
 from .run_facts import chosen_epoch
 from .run_folder import RunFolder, claimed
 from .runtimes import export_files

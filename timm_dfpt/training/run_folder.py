@@ -57,7 +57,7 @@ class RunFolder:
         """The student in the formats of other runtimes."""
         self.teacher_heads = self.path / 'teacher_heads'
         """Heads that were fitted to teachers, or put into the order of the data."""
-        self.curves = self.path / 'curves.png'
+        self.curves = self.path / 'curves.svg'
         self.report = self.path / 'report.html'
         self.predictions = self.path / 'predictions.safetensors'
         """What the models said of each image that they were evaluated on; what the report is made from."""
