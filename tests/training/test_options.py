@@ -7,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from timm_dfpt.hub.heads import describe_precision
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 from timm_dfpt.training import export, models
 from timm_dfpt.training import run as run_module
 from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.run import main
+from timm_dfpt.training.run_facts import read_run
+from timm_dfpt.training.run_folder import RunFolder
 
 STEPS = 214 // 32  # an epoch, without the last batch
 
@@ -72,7 +75,7 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize('method', ['kd', 'dfpt'])
-def test_bfloat16_teacher_and_channels_last_leave_a_student_close_to_the_plain_one(train, method):
+def test_bfloat16_teacher_and_channels_last_leave_a_student_close_to_the_plain_one(train, method, tmp_path):
     plain = train('plain', '--method', method)
     last = train('last', '--method', method, '--channels-last')
     half = train('half', '--method', method, '--teacher-dtype', 'bfloat16')
@@ -82,6 +85,15 @@ def test_bfloat16_teacher_and_channels_last_leave_a_student_close_to_the_plain_o
     assert distance(last, plain) < 1e-3
     # Another teacher, if only by rounding: the option must change something, and not much.
     assert 0 < distance(half, plain) < 0.1
+    summary = json.loads((tmp_path / 'half' / 'summary.json').read_text())
+    record = json.loads((tmp_path / 'half' / 'student' / 'distillation.json').read_text())
+    precision = summary['teacher_precision']
+    assert record['teacher_precision'] == precision
+    assert (precision['dtype'], precision['images'] > 0) == ('bfloat16', True)
+    assert 90 <= precision['agreement'] <= 100
+    assert 0 < precision['kl'] < 0.01
+    assert read_run(RunFolder(tmp_path / 'half'))[0].teacher_precision == precision
+    assert 'bfloat16, its head in float32' in str(describe_precision(precision))
 
 
 def test_compiled_training_gives_the_same_student(train, monkeypatch):

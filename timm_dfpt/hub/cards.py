@@ -27,7 +27,7 @@ from .card_text import (
 )
 from .config import PromptPathRecord
 from .export_table import exports_table
-from .heads import describe_head
+from .heads import describe_head, describe_precision
 from .licenses import License, source_facts, source_terms
 from .markdown import html_color, markdown_table
 from .privacy import public, public_command
@@ -73,6 +73,7 @@ class RunFacts:
         versions: Versions by package name.
         prompt_path: Repository of the prompt path.
         teacher_head: How the teacher's head was made, see `FittedHead.facts`, where it is not the published one.
+        teacher_precision: How far a teacher in half precision is from that in float32, see `describe_precision`.
         exports: The files that the student was exported to, rows of `summary.json`'s `exports`.
         deployed: What the student costs in the form that is deployed, where that is another than the saved one.
         weights: Of which epoch the student's weights are, in words, where they are not those of the last.
@@ -92,6 +93,7 @@ class RunFacts:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prompt_path: str | None = None
     teacher_head: Mapping[str, Any] | None = None
+    teacher_precision: Mapping[str, Any] | None = None
     student_base: str | None = None
     licenses: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     exports: Sequence[Mapping[str, Any]] = ()
@@ -150,6 +152,7 @@ def student_card(
         'Started from': _start_text(run),
         'Teacher': hub_link(run.teacher),
         "Teacher's head": describe_head(run.teacher_head),
+        "Teacher's precision": describe_precision(run.teacher_precision),
         'Prompt path': hub_link(run.prompt_path),
         **_common_facts(run, license),
     }
@@ -220,18 +223,16 @@ def prompt_path_card(
     licenses = {'teacher': run.licenses.get('teacher', teacher_license)}
     run = dataclasses.replace(run, licenses=licenses)
     base = config.base_model or config.base_architecture or 'a model that is not of timm'
-    prompt = ', '.join(f'{key} {value}' for key, value in config.prompt.to_dict().items())
-    share = 100 * params / config.base_fingerprint.parameters
     facts = {
         'Variant': f'`{config.variant}`',
         'Teacher': hub_link(base_link) if base_link else f'`{base}`',
         'Teacher revision': f'`{config.base_revision}`' if config.base_revision else None,
         "Teacher's head": describe_head(config.fitted_head),
         'Teacher fingerprint': str(config.base_fingerprint),
-        'Parameters': f'{params:,} of its own, {share:.1f}% of the teacher',
+        'Parameters': f'{params:,} of its own, {100 * params / config.base_fingerprint.parameters:.1f}% of the teacher',
         'File': f'{size_bytes:,} bytes',
         'Blocks after': ', '.join(f'`{stage.module}`' for stage in config.stages),
-        'Blocks': prompt,
+        'Blocks': ', '.join(f'{key} {value}' for key, value in config.prompt.to_dict().items()),
         'Input': input_text(config.data_config) if config.data_config else None,
         **_common_facts(run, license),
     }

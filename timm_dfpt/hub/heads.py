@@ -12,7 +12,9 @@ from ..teacher.head_record import FittedHead, fitted_head_of
 from .base import fingerprint, hash_tensors
 from .config import Fingerprint
 
-__all__ = ['describe_head', 'head_of_record', 'head_tensors', 'published_fingerprint', 'without_head']
+__all__ = [
+    'describe_head', 'describe_precision', 'head_of_record', 'head_tensors', 'published_fingerprint', 'without_head',
+]  # fmt: skip
 
 _PREFIX = 'fitted_head.'
 
@@ -72,3 +74,17 @@ def describe_head(head: Mapping[str, Any] | None) -> str | None:
     known = [f'on {images:,} training images'] if isinstance(images, int) else []
     known += [f'{accuracy:.2f}% top-1 on images left out'] if isinstance(accuracy, (int, float)) else []
     return ', '.join(['fitted to its features by ridge regression', *known])
+
+
+def describe_precision(facts: Mapping[str, Any] | None) -> str | None:
+    """Say in words how far a teacher in half precision is from that in float32.
+
+    Args:
+        facts: `dtype`, `agreement` (the same top-1, in percent), `kl` (nats) and `images`; `None` for float32.
+    """
+    if not facts:
+        return None
+    return (
+        f'{facts["dtype"]}, its head in float32: the same top-1 as in float32 on {facts["agreement"]:.2f}% of '
+        f'{facts["images"]} validation images, KL {facts["kl"]:.2g} nats'
+    )

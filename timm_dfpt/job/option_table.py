@@ -67,7 +67,9 @@ class Options:
     teacher: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the teacher', 'models')
     teacher_checkpoint: str | None = _opt(None, 'safetensors file with weights for --teacher', 'models')
     teacher_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the teacher architecture', 'models')
-    teacher_dtype: Literal['float32', 'bfloat16'] = _opt('float32', 'dtype of the frozen weights', 'models')
+    teacher_dtype: Literal['float32', 'bfloat16', 'float16'] = _opt(
+        'float32', 'dtype of the frozen weights; heads compute in float32, and how far it is off is said', 'models'
+    )
     teacher_input_size: list[int] = _opt(
         [], 'side (or height and width) of the images that the teacher sees', 'models', low=1, unset="the teacher's own"
     )

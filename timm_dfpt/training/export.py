@@ -217,6 +217,7 @@ def _record(
         'recipe': options,
         'licenses': _source_licenses(learner),
         **_head_facts(learner, 'teacher_head'),
+        **({'teacher_precision': learner.precision} if learner.precision is not None else {}),
         **({'epoch': learner.epoch} if learner.epoch is not None else {}),
         **({'weights': _WEIGHTS[learner.published]} if config.model_ema else {}),
         'metrics': {split: dict(values) for split, values in metrics.items()},

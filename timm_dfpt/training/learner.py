@@ -69,6 +69,8 @@ class Learner:
         # Together, since sharding replaces the parameters that an optimizer knows.
         task.trainable_module, *self.optimizers = accelerator.prepare(task.trainable_module, *optimizers)
         """Those that make updates: the student's, and the prompt path's until it is frozen."""
+        self.precision: dict[str, Any] | None = None
+        """How far its teacher in half precision is from that in float32, see `compare_precision`."""
         self.overflowed = False
         """Whether the gradient scaler left out an optimizer in the last update, since its gradient was not finite."""
         self.published = 'student_ema' if config.model_ema else 'student'

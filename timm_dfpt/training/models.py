@@ -24,6 +24,7 @@ from ..teacher.teacher import DualForwardPathTeacher
 from ..teacher.wrapping import wrap
 from ..utils.messages import shorten
 from .teacher_heads import Choice, TeacherHeads
+from .teacher_precision import compute_heads_in_float32
 
 __all__ = [
     'SharedTeachers', 'create_student', 'create_teacher', 'explain_no_statistics', 'load_prompt_path',
@@ -81,6 +82,8 @@ class SharedTeachers:
         teacher, choice = self._teachers[key]
         if not method.needs_classes:
             return teacher, config
+        if config.teacher_dtype != 'float32' and teacher.num_classes:
+            compute_heads_in_float32(teacher)
         return teacher, dataclasses.replace(config, teacher_head='own' if choice == 'reordered' else choice)
 
     def _create(self, name: str, config: TrainConfig) -> tuple[nn.Module, Choice]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import platform
 import sys
@@ -38,6 +39,7 @@ from .export import Results, check_export, describe_models, export, export_stude
 from .first_reading import FirstReading
 from .kept_logits import keep_logits
 from .learner import Learner
+from .models import create_teacher
 from .pages import write_run_report
 from .phases import Phases
 from .plots import plot_curves
@@ -48,6 +50,7 @@ from .run_folder import RunFolder, claimed
 from .runtimes import export_files
 from .statistics import TeacherStatistics
 from .teacher_heads import TeacherHeads, read_heads, write_heads
+from .teacher_precision import compare_precision
 from .teacher_report import report_teachers
 from .trainer import Trainer
 
@@ -195,8 +198,10 @@ def _run(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, comma
         with setup.phases.timed('costs'):
             example = attempt('loading images to measure costs with', lambda: example_batch(setup))
             models = describe_models(learners, results, setup.eval_split, example)
+        precision = learners[0].precision
         summary = {
             **describe(setup, command),
+            **({'teacher_precision': precision} if precision is not None else {}),
             'epochs_trained': len(folder.read_metrics()),
             'eval_split': setup.eval_split,
             'train_seconds': seconds,
@@ -288,6 +293,8 @@ def train_side_by_side(
     labelled = not config.unlabelled or setup.data.val.labelled
     with setup.phases.timed('teacher_evaluation'):
         report_teachers(learners, heads.reasons, loaders['val'] if labelled else None, accelerator)
+        load = functools.partial(create_teacher, num_classes=setup.data.num_classes)
+        compare_precision(learners, load, loaders['val'], accelerator)
     kept = keep_logits(config, learners, setup.data, setup.input_config, accelerator)
     folder.open(config, accelerator)
     statistics.save()

@@ -66,6 +66,7 @@ def read_run(folder: RunFolder, prompt_path_repo: str | None = None) -> tuple[Ru
         versions=summary.get('versions', {}),
         prompt_path=prompt_path_repo,
         teacher_head=record.get('teacher_head'),
+        teacher_precision=record.get('teacher_precision'),
         student_base=_student_base(recipe),
         licenses=record.get('licenses', {}),
         exports=summary.get('exports', []),
