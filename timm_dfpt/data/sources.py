@@ -67,7 +67,7 @@ def open_dataset(
                 f"dataset={printable(dataset)!r}: timm's readers of streams are not for here, since they give no image "
                 'by its number, which exact resume and an augmentation of its own for each image ask for: give '
                 f'{"the id of the dataset on the Hub" if reader in _HUB_STREAMS else "a folder of images or parquet"}, '
-                'as docs/TRAINING.md says under "Data larger than a disk"'
+                'as docs/DATA.md says under "Data larger than a disk"'
             )
         if dataset.startswith(('.', '/', '~', '\\')) or dataset.count('/') > 1 or dataset.endswith('.parquet'):
             raise FileNotFoundError(f'dataset={printable(dataset)!r}: no such file or folder')

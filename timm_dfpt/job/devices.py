@@ -227,7 +227,7 @@ def set_up_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         config: The options of the run.
 
     Raises:
-        ValueError: If the launcher or an option asks for something that FSDP2 excludes; see docs/TRAINING.md.
+        ValueError: If the launcher or an option asks for something that FSDP2 excludes; see docs/DISTRIBUTED.md.
     """
     asked = os.environ.get('ACCELERATE_USE_FSDP', 'false').lower() == 'true'
     if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:

@@ -47,8 +47,8 @@ def fit_head(
 ) -> nn.Module:
     """Make a teacher of any classes from a pre-trained model: one pass over images, no training.
 
-    A copy of the model gets a linear classifier by ridge regression on its standardised features, see
-    `timm_dfpt.teacher.ridge.fit_ridge`. Standardisation and temperature are folded into its weights, so that the copy
+    A copy of the model gets a linear classifier by ridge regression on its standardised features, with exact
+    leave-one-out for the penalty. Standardisation and temperature are folded into its weights, so that the copy
     is a plain model again. Where a model has several classifiers whose logits it averages, as the distilled DeiT, they
     are fitted together.
 

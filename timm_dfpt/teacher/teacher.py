@@ -192,9 +192,8 @@ class DualForwardPathTeacher(nn.Module):
         """Return parameter groups for an optimizer.
 
         Returns:
-            A list of `{'name': ..., 'params': [...]}` for `'blocks'` (prompt and fusion blocks), `'norms'` (with
-            `PromptConfig(norms='own')`), `'head'` and, with DFPT-KD+, `'backbone'`. Groups without parameters are left
-            out.
+            Groups with `params` and the `name` 'blocks' (prompt and fusion blocks), 'norms' (with
+            `PromptConfig(norms='own')`), 'head' and, with DFPT-KD+, 'backbone'. Groups without parameters are left out.
         """
         path = self.prompt_path
         names = {id(param): 'norms' for norm in path.own_norms for param in norm.parameters()}
