@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*ROOT.glob('*.md'), *(path for name in ('docs', 'examples', 'benchmarks') for path in ROOT.glob(f'{name}/**/*.md'))]
+FOLDERS = ('docs', 'examples', 'benchmarks')
+DOCUMENTS = [*ROOT.glob('*.md'), *(path for name in FOLDERS for path in ROOT.glob(f'{name}/**/*.md'))]
 # Tables, most of which a script writes.
 TABLES = ('FOREIGN.md', 'PERFORMANCE_TABLES.md', 'STUDY.md')
 PUBLIC = ('backbone', 'deploy', 'hub', 'losses', 'models', 'tasks', 'teacher', 'testing')
@@ -18,7 +19,6 @@ PATH = re.compile(r'(?<![\w./-])(?:(?:timm_dfpt|train|tests|benchmarks|docs|hub_
 MODULE = re.compile(r'-m ((?:timm_dfpt|train|tests|benchmarks)[\w.]*\w)')
 LINK = re.compile(r'\]\((?!https?:|#)([^)#\s]+)')
 ANCHOR = re.compile(r'\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)')
-ANCHOR = re.compile(r'\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)')
 
 
 def named(document: Path) -> set[str]:
@@ -26,13 +26,6 @@ def named(document: Path) -> set[str]:
     text = document.read_text(encoding='utf-8')
     links = {str((document.parent / link).resolve().relative_to(ROOT)) for link in LINK.findall(text)}
     return links | set(PATH.findall(text)) | {name.replace('.', '/') for name in MODULE.findall(text)}
-
-
-def anchors(document: Path) -> set[str]:
-    """Return the anchors of a document's headings, as GitHub and MyST name them."""
-    text = re.sub(r'^```.*?^```', '', document.read_text(encoding='utf-8'), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r'^#+ (.+)$', text, flags=re.MULTILINE)
-    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
 def exists(path: str) -> bool:
@@ -64,13 +57,6 @@ def test_headings_that_are_linked_exist(document: Path) -> None:
     targets = [(document.parent / path if path else document, anchor) for path, anchor in links]
     missing = [f'{target.name}#{anchor}' for target, anchor in targets if anchor not in anchors(target)]
     assert not missing, f'{document.name} links {", ".join(missing)}'
-
-
-@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_anchors_exist(document: Path) -> None:
-    links = ANCHOR.findall(document.read_text(encoding='utf-8'))
-    missing = [f'{path}#{name}' for path, name in links if name not in anchors(document.parent / path if path else document)]
-    assert not missing, f'{document.name} links to {", ".join(missing)}'
 
 
 def test_pages_are_short() -> None:

@@ -44,7 +44,7 @@ def check_teacher(
     The model is frozen, put into evaluation, and else left as it was.
 
     Args:
-        model: A timm classifier or encoder on the CPU, with weights that are not trivial: pretrained, or from `randomize`.
+        model: A timm classifier or encoder on the CPU, with weights that are not trivial: see `randomize`.
         x: Images `[2, C, H, W]`; of the size in `pretrained_cfg` if None.
         thorough: Also check gradient checkpointing, copies, the state dict and a second input size.
         prompt: Shape of prompt blocks, fusion and head; by default that of `wrap` with another activation.
