@@ -19,7 +19,7 @@ CIFAR_STD = (0.2675, 0.2565, 0.2761)
 
 
 def cifar_cfg(pool_size: int, first_conv: str, classifier: str) -> dict[str, Any]:
-    """Describes a network for CIFAR-100 images as timm's `pretrained_cfg` does.
+    """Describe a network for CIFAR-100 images as timm's `pretrained_cfg` does.
 
     No weights come with it: `pretrained=True` fails, as with any timm name that has none.
 
@@ -51,7 +51,7 @@ def build_cifar_model(
     num_levels: int,
     **kwargs: Any,
 ) -> nn.Module:
-    """Builds a network by timm's `build_model_with_cfg`, with one default output per level for `features_only=True`.
+    """Build a network by timm's `build_model_with_cfg`, with one default output per level for `features_only=True`.
 
     timm takes five feature levels for granted, each a direct child of the network; here they are three to five children
     of its `nn.Sequential` of stages.
@@ -71,7 +71,7 @@ def build_cifar_model(
 
 
 def init_conv_fan_out(model: nn.Module, linear_std: float | None = None) -> None:
-    """Initialises convolutions as RepDistiller and MDistiller do: std sqrt(2 / (kernel area * output channels)).
+    """Initialise convolutions as RepDistiller and MDistiller do: std sqrt(2 / (kernel area * output channels)).
 
     Source: He et al. 2015, "Delving Deep into Rectifiers" (arXiv 1502.01852), section 2.2, backward-propagation case.
     Groups are not divided out, so depth-wise convolutions start smaller than with timm's own rule.
@@ -147,20 +147,20 @@ class StagedNet(nn.Module):
         self.head_hidden_size = self.head.num_features
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Gives timm's patterns for parameter groups: per stage if `coarse`, else per block."""
+        """Give timm's patterns for parameter groups: per stage if `coarse`, else per block."""
         block = r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)'
         return {'stem': r'^stem', 'blocks': [(block, None), (r'^final', (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turns on recomputing each block in the backward pass instead of keeping its activations."""
+        """Turn on recomputing each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """Returns the linear layer that gives the logits."""
+        """Return the linear layer that gives the logits."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a fresh one.
+        """Replace the classifier by a fresh one.
 
         Args:
             num_classes: Number of logits; 0 for pooled features.
@@ -179,7 +179,7 @@ class StagedNet(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Runs the trunk and keeps the outputs of some stages.
+        """Run the trunk and keep the outputs of some stages.
 
         Args:
             x: Images, `[B, C, H, W]`.
@@ -218,7 +218,7 @@ class StagedNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes, in place, what the outputs of some stages do not need.
+        """Remove, in place, what the outputs of some stages do not need.
 
         What follows the last stage asked for always goes, and the classifier with it.
 
@@ -245,7 +245,7 @@ class StagedNet(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Runs the trunk.
+        """Run the trunk.
 
         Args:
             x: Images, `[B, C, H, W]`.
@@ -261,7 +261,7 @@ class StagedNet(nn.Module):
         return self.final(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools and classifies.
+        """Pool and classify.
 
         Args:
             x: Features of `forward_features`, `[B, num_features, h, w]`.
@@ -273,5 +273,5 @@ class StagedNet(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classifies images `[B, C, H, W]`; returns logits `[B, num_classes]`."""
+        """Classify images `[B, C, H, W]` as logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))

@@ -29,7 +29,7 @@ _ARCH_DEF = [
 
 
 def _half(channels: int) -> int:
-    """Halves without timm's rounding to multiples of 8, which the literature's definition does not do."""
+    """Halve without timm's rounding to multiples of 8, which the literature's definition does not do."""
     return channels // 2
 
 
@@ -48,5 +48,5 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def cifar_mobilenetv2_050(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds MobileNetV2 of half width: timm's `EfficientNet` with ReLU and the strides of the CIFAR definition."""
+    """Build MobileNetV2 of half width: timm's `EfficientNet` with ReLU and the strides of the CIFAR definition."""
     return build_cifar_model(_build, 'cifar_mobilenetv2_050', pretrained, num_levels=4, **kwargs)

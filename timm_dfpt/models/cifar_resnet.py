@@ -25,7 +25,7 @@ class CifarResNet(StagedNet):
     timm's `ResNet` class itself does not fit: its stem width is fixed at 64 and its forward passes name four stages.
 
     Args:
-        depth: Number of weighted layers, 6n + 2 for n blocks a stage.
+        depth: Number of weighted layers, 6n + 2 for n blocks per stage.
         width: Channels of the three stages relative to 16, 32, 64.
         stem_width: Output channels of the stem.
         num_classes: Number of logits; 0 for pooled features.
@@ -156,65 +156,65 @@ def _create_timm(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 @register_model
 def cifar_resnet8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ResNet-8 for CIFAR (16-16-32-64 channels)."""
+    """Build ResNet-8 for CIFAR (16-16-32-64 channels)."""
     return _create_staged('cifar_resnet8', pretrained, depth=8, **kwargs)
 
 
 @register_model
 def cifar_resnet14(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ResNet-14 for CIFAR (16-16-32-64 channels)."""
+    """Build ResNet-14 for CIFAR (16-16-32-64 channels)."""
     return _create_staged('cifar_resnet14', pretrained, depth=14, **kwargs)
 
 
 @register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ResNet-20 for CIFAR (16-16-32-64 channels)."""
+    """Build ResNet-20 for CIFAR (16-16-32-64 channels)."""
     return _create_staged('cifar_resnet20', pretrained, depth=20, **kwargs)
 
 
 @register_model
 def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ResNet-32 for CIFAR (16-16-32-64 channels)."""
+    """Build ResNet-32 for CIFAR (16-16-32-64 channels)."""
     return _create_staged('cifar_resnet32', pretrained, depth=32, **kwargs)
 
 
 @register_model
 def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ResNet-44 for CIFAR (16-16-32-64 channels)."""
+    """Build ResNet-44 for CIFAR (16-16-32-64 channels)."""
     return _create_staged('cifar_resnet44', pretrained, depth=44, **kwargs)
 
 
 @register_model
 def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ResNet-56 for CIFAR (16-16-32-64 channels)."""
+    """Build ResNet-56 for CIFAR (16-16-32-64 channels)."""
     return _create_staged('cifar_resnet56', pretrained, depth=56, **kwargs)
 
 
 @register_model
 def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ResNet-110 for CIFAR (16-16-32-64 channels)."""
+    """Build ResNet-110 for CIFAR (16-16-32-64 channels)."""
     return _create_staged('cifar_resnet110', pretrained, depth=110, **kwargs)
 
 
 @register_model
 def cifar_resnet8x4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ResNet-8 x4 for CIFAR (32-64-128-256 channels)."""
+    """Build ResNet-8 x4 for CIFAR (32-64-128-256 channels)."""
     return _create_staged('cifar_resnet8x4', pretrained, depth=8, width=4, stem_width=32, **kwargs)
 
 
 @register_model
 def cifar_resnet32x4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ResNet-32 x4 for CIFAR (32-64-128-256 channels)."""
+    """Build ResNet-32 x4 for CIFAR (32-64-128-256 channels)."""
     return _create_staged('cifar_resnet32x4', pretrained, depth=32, width=4, stem_width=32, **kwargs)
 
 
 @register_model
 def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds timm's ResNet-18 with the CIFAR stem."""
+    """Build timm's ResNet-18 with the CIFAR stem."""
     return _create_timm('cifar_resnet18', pretrained, block=BasicBlock, layers=(2, 2, 2, 2), **kwargs)
 
 
 @register_model
 def cifar_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds timm's ResNet-50 with the CIFAR stem."""
+    """Build timm's ResNet-50 with the CIFAR stem."""
     return _create_timm('cifar_resnet50', pretrained, block=Bottleneck, layers=(3, 4, 6, 3), **kwargs)

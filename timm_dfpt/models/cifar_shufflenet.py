@@ -24,7 +24,7 @@ _STEM_CHANNELS = 24
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """Interleaves the channels of `groups` groups (ShuffleNet, arXiv 1707.01083, section 3.1).
+    """Interleave the channels of `groups` groups (ShuffleNet, arXiv 1707.01083, section 3.1).
 
     Args:
         x: Features, `[B, C, H, W]`, C divisible by `groups`.
@@ -73,7 +73,7 @@ class ShuffleUnitV1(nn.Module):
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `[B, in_chs, H, W]` to `[B, out_chs, H / stride, W / stride]`."""
+        """Map `[B, in_chs, H, W]` to `[B, out_chs, H / stride, W / stride]`."""
         branch = channel_shuffle(self.conv1(x), self.in_groups)
         branch = self.conv3(self.conv2(branch))
         if self.stride == 2:
@@ -120,7 +120,7 @@ class ShuffleUnitV2(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `[B, in_chs, H, W]` to `[B, out_chs, H / stride, W / stride]`."""
+        """Map `[B, in_chs, H, W]` to `[B, out_chs, H / stride, W / stride]`."""
         if self.left is None:
             left, right = x.chunk(2, dim=1)
         else:
@@ -254,11 +254,11 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def cifar_shufflenetv1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ShuffleNet V1 with 3 groups (240-480-960 channels)."""
+    """Build ShuffleNet V1 with 3 groups (240-480-960 channels)."""
     return build_cifar_model(CifarShuffleNetV1, 'cifar_shufflenetv1', pretrained, num_levels=3, **kwargs)
 
 
 @register_model
 def cifar_shufflenetv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds ShuffleNet V2 of width 1x (116-232-464 channels)."""
+    """Build ShuffleNet V2 of width 1x (116-232-464 channels)."""
     return build_cifar_model(CifarShuffleNetV2, 'cifar_shufflenetv2', pretrained, num_levels=3, **kwargs)

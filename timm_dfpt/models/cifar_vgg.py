@@ -93,29 +93,29 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 @register_model
 def cifar_vgg8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds VGG-8 with batch normalisation (one convolution a stage)."""
+    """Build VGG-8 with batch normalisation (one convolution per stage)."""
     return _create('cifar_vgg8', pretrained, depths=(1, 1, 1, 1, 1), **kwargs)
 
 
 @register_model
 def cifar_vgg11(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds VGG-11 with batch normalisation (configuration A)."""
+    """Build VGG-11 with batch normalisation (configuration A)."""
     return _create('cifar_vgg11', pretrained, depths=(1, 1, 2, 2, 2), **kwargs)
 
 
 @register_model
 def cifar_vgg13(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds VGG-13 with batch normalisation (configuration B)."""
+    """Build VGG-13 with batch normalisation (configuration B)."""
     return _create('cifar_vgg13', pretrained, depths=(2, 2, 2, 2, 2), **kwargs)
 
 
 @register_model
 def cifar_vgg16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds VGG-16 with batch normalisation (configuration D)."""
+    """Build VGG-16 with batch normalisation (configuration D)."""
     return _create('cifar_vgg16', pretrained, depths=(2, 2, 3, 3, 3), **kwargs)
 
 
 @register_model
 def cifar_vgg19(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds VGG-19 with batch normalisation (configuration E)."""
+    """Build VGG-19 with batch normalisation (configuration E)."""
     return _create('cifar_vgg19', pretrained, depths=(2, 2, 4, 4, 4), **kwargs)

@@ -22,12 +22,12 @@ __all__ = ['CifarWideResNet']
 class CifarWideResNet(StagedNet):
     """Three-stage pre-activation ResNet of depth 6n+4, out of timm's pre-activation blocks.
 
-    timm's `ResNetV2` class itself does not fit: its stem halves the image twice and it counts on four stages.
+    timm's `ResNetV2` class itself does not fit: its stem halves the image twice and it expects four stages.
     `drop_rate` is timm's dropout before the classifier, not the dropout inside the blocks that the paper also tries
     (the KD literature sets that to 0).
 
     Args:
-        depth: Number of weighted layers, 6n + 4 for n blocks a stage.
+        depth: Number of weighted layers, 6n + 4 for n blocks per stage.
         width: Channels of the three stages relative to 16, 32, 64.
         num_classes: Number of logits; 0 for pooled features.
         in_chans: Image channels.
@@ -106,23 +106,23 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 @register_model
 def cifar_wrn_16_1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds WRN-16-1 (16-32-64 channels)."""
+    """Build WRN-16-1 (16-32-64 channels)."""
     return _create('cifar_wrn_16_1', pretrained, depth=16, width=1, **kwargs)
 
 
 @register_model
 def cifar_wrn_16_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds WRN-16-2 (32-64-128 channels)."""
+    """Build WRN-16-2 (32-64-128 channels)."""
     return _create('cifar_wrn_16_2', pretrained, depth=16, width=2, **kwargs)
 
 
 @register_model
 def cifar_wrn_40_1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds WRN-40-1 (16-32-64 channels)."""
+    """Build WRN-40-1 (16-32-64 channels)."""
     return _create('cifar_wrn_40_1', pretrained, depth=40, width=1, **kwargs)
 
 
 @register_model
 def cifar_wrn_40_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds WRN-40-2 (32-64-128 channels)."""
+    """Build WRN-40-2 (32-64-128 channels)."""
     return _create('cifar_wrn_40_2', pretrained, depth=40, width=2, **kwargs)

@@ -1,4 +1,4 @@
-"""Renames the weights of the KD community's CIFAR checkpoints to those of the networks here.
+"""Rename the weights of the KD community's CIFAR checkpoints to those of the networks here.
 
 RepDistiller and MDistiller define the same networks with the same parameter names; this maps those names to ours.
 """
@@ -93,7 +93,7 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
 
 
 def convert_state_dict(state_dict: Mapping[str, Any], model_name: str) -> dict[str, Tensor]:
-    """Renames a RepDistiller or MDistiller state dict to the parameters of the same network here.
+    """Rename a RepDistiller or MDistiller state dict to the parameters of the same network here.
 
     Both projects save a dict with the weights under 'model'; names may carry the 'module.' prefix of data parallelism.
     The result is checked against the network: same names, same shapes (any number of classes).
