@@ -55,7 +55,7 @@ def replace_head(model: nn.Module, names: Sequence[str], num_classes: int, init_
 def add_head(
     model: nn.Module, num_classes: int, init_scale: float = 1.0, x: torch.Tensor | None = None
 ) -> tuple[str, ...]:
-    """Give a model without a classifier one.
+    """Add a classifier to a model without one.
 
     It goes where timm's `reset_classifier(num_classes)` puts it, which in all families of timm keeps every layer that
     has weights; in a few (LeViT, RepViT, SHViT, EfficientViT of MSRA, iFormer; CAFormer and ConvFormer) it brings new
@@ -132,7 +132,7 @@ def pool_features(model: nn.Module, output: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def watch_inputs(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Context in which what enters a module is kept, such as the features before a classifier, call by call."""
+    """Context that keeps what enters a module, such as the features before a classifier, call by call."""
     seen: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:

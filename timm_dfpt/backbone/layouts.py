@@ -131,7 +131,7 @@ def _grids_of_reduction(image_size: tuple[int, int], reduction: int) -> Iterable
 
 
 class TokenOrder(nn.Module):
-    """Puts tokens that stand in an order of their own into raster order, and back.
+    """Module that puts tokens with an order of their own into raster order, and back.
 
     Args:
         to_raster: For each spatial position, row by row, the index of its token `[L]`.

@@ -25,7 +25,7 @@ _WRAPPERS = {
 def look_through(model: Any) -> Any:
     """Return the model inside wrappers of `torch.compile`, data parallelism and moving averages.
 
-    Not by the name of the attribute alone, as `timm.utils.unwrap_model` does: a model of one's own may well have a part
+    Not by the name of the attribute alone, as `timm.utils.unwrap_model` does: a user's model may well have a part
     that is called `module`.
     """
     while isinstance(model, nn.Module):
@@ -85,7 +85,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def keep_frozen(modules: Iterable[nn.Module]) -> None:
-    """Freeze again what somebody has switched to training: costs little where nobody has."""
+    """Freeze again what was switched to training; costs little where nothing was."""
     compiling = torch.compiler.is_compiling()
     for module in modules:
         if module.training:

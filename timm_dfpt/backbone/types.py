@@ -64,7 +64,7 @@ class Tap:
         module: Name of the module.
         channels: Number of channels, where `feature_info` says it.
         reduction: Input pixels per feature pixel along a side, where `feature_info` says it.
-        leaves: Which tensors of the output are features; `None` for all that look like it.
+        leaves: Which tensors of the output are features; `None` for all that could be.
     """
 
     module: str

@@ -8,7 +8,7 @@ __all__ = ['clip', 'shorten', 'without_traceback']
 
 _SHOWN = 80
 _MAX_MESSAGE = 2000
-# Values of others may be large, deep or contain themselves: only so much of them is looked at.
+# Values of others may be large, deep or contain themselves: only so much of them is read.
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 3
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 30
