@@ -23,7 +23,7 @@ def check_model(model: Any) -> None:
     """Refuse what cannot be wrapped, and clear what forwards and a former teacher have left on what can.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
         ValueError: If it is wrapped already, or cannot be opened whatever its stages are.
     """
     if not isinstance(model, nn.Module):

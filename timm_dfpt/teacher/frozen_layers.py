@@ -31,7 +31,7 @@ def save_fewer_activations(model: nn.Module) -> None:
     Results and gradients stay the same to the last bit. Layers whose weights are trained are not affected.
     """
     for module in model.modules():
-        # What has a forward of its own is somebody else's already.
+        # A forward of its own means that other code has replaced it already.
         if isinstance(module, (nn.Conv2d, _BatchNorm)) and 'forward' not in vars(module):
             module.forward = _FrozenForward(module)  # type: ignore[method-assign]
 
@@ -55,7 +55,7 @@ class _FrozenForward:
 
 
 class _Exchange(TorchFunctionMode):
-    """Takes the place of `conv2d` and `batch_norm` where their weights are frozen.
+    """Mode that replaces `conv2d` and `batch_norm` where their weights are frozen.
 
     On functions and not on layers, since layers of timm differ in what else they do: padding, standardisation,
     activation.
@@ -133,7 +133,7 @@ class _Conv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        # Only its shape and layout are looked at.
+        # Only its shape and layout are used.
         like = torch.empty_strided(ctx.shape, ctx.strides, dtype=grad.dtype, device=grad.device)
         mask = (True, False, False)
         dx, _, _ = torch.ops.aten.convolution_backward(grad, like, weight, None, *ctx.settings, mask)

@@ -324,7 +324,7 @@ class PromptPath(nn.Module):
         return logits
 
     def _keep_statistics(self) -> None:
-        # Only where it is needed: hooks have their price, and compilers look at them.
+        # Only where it is needed: hooks cost time, and compilers trace them.
         self._keeps_statistics = True
         for module in self.modules():
             if has_statistics(module):
@@ -341,7 +341,7 @@ class PromptPath(nn.Module):
 
 
 class _NoBlock(nn.Module):
-    """Stands for a prompt block that adds nothing (ablation)."""
+    """Prompt block that adds nothing (ablation)."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return zeros `[B, C, H, W]`."""

@@ -57,7 +57,7 @@ def fit_ridge(
     right.
 
     Args:
-        features: `[N, D]`, one row an image, of any floating-point type.
+        features: `[N, D]`, one row per image, of any floating-point type.
         target: Class indices `[N]`.
         num_classes: Number of classes `K`.
         balanced: Give the images of each class together the same weight. A class without images has none.
@@ -128,7 +128,7 @@ def _statistics(
     if not bool(torch.isfinite(variance).all()):
         raise ValueError('The features are not finite (NaN or Inf): no head can be fitted to them.')
     std = variance.sqrt()
-    # Rounding of a constant is no variation: float32 and the order of its sums leave a few 1e-7 of it.
+    # Rounding of a constant is not variation: float32 and the order of its sums leave a few 1e-7 of it.
     return mean, torch.where(std > 1e-6 * mean.abs() + 1e-30, std, torch.zeros_like(std))
 
 

@@ -123,15 +123,15 @@ def estimate_statistics(
     """Do `adapt_statistics` in place.
 
     Args:
-        model: The model, in evaluation but for the layers.
+        model: The model, in evaluation mode except for the layers.
         layers: Its BatchNorm layers, see `own_layers`.
         forward: Runs it on images `[B, C, H, W]` of the loader.
         loader: As in `adapt_statistics`.
         device: Where to put the batches.
 
     Raises:
-        TypeError: As in `adapt_statistics`.
-        ValueError: As in `adapt_statistics`.
+        TypeError: If `adapt_statistics` would raise it.
+        ValueError: If `adapt_statistics` would raise it.
     """
     if not layers:
         named = model.model if isinstance(model, PromptPath) else model
