@@ -14,7 +14,7 @@ from torch import Tensor
 def check_logits(reference: Tensor, **others: Tensor) -> None:
     """Refuse logits that are not floating-point tensors of one shape `[B, K]` on one device.
 
-    Looks at metadata only, so that no check waits for the device.
+    Reads metadata only, so that no check waits for the device.
 
     Args:
         reference: Student logits `[B, K]`, which the others are held against.
@@ -85,7 +85,7 @@ def check_target(target: Tensor, logits: Tensor, hard_only: str | None = None) -
 def check_temperature(temperature: float | Tensor) -> None:
     """Refuse a temperature that is not a positive finite number.
 
-    The value of a tensor (a learned temperature) is not looked at: that would wait for the device.
+    The value of a tensor (a learned temperature) is not checked: that would wait for the device.
 
     Args:
         temperature: Softmax temperature, a number or a tensor without dimensions.

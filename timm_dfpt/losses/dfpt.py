@@ -87,7 +87,7 @@ def dfpt_losses(
     Args:
         student_logits: Logits of the student z_s `[B, K]`.
         prompt_logits: Logits of the prompt path z_p `[B, K]`.
-        teacher_logits: Logits of the original path z_t `[B, K]`; no gradient flows into them. `None` where nobody
+        teacher_logits: Logits of the original path z_t `[B, K]`; no gradient flows into them. `None` where nothing
             learns from it (a = c = 0): its terms are then not computed.
         target: Class indices `[B]` (int64) or class probabilities `[B, K]`, whatever `criterion` understands.
         temperature: Softmax temperature T > 0.

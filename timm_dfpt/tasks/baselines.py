@@ -102,7 +102,7 @@ class LogitLossTask(StudentTask, LogitDistillationTask):
 
     def teacher_logits(self, input: torch.Tensor) -> torch.Tensor:
         """Return the teacher's logits `[B, K]`, without gradient; see `StudentTask.teacher_logits`."""
-        # Somebody may have called .train() on the teacher itself.
+        # .train() may have been called on the teacher itself.
         keep_frozen(self._frozen_modules)
         with torch.no_grad():
             return self.teacher(match_dtype(self.adapter(input), self.teacher.model))
@@ -240,7 +240,7 @@ class CTKDTask(LogitLossTask):
         return getattr(unwrap_model(found), 'student', found) if found is not None else None
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return the temperature, which is no part of the student's `state_dict`."""
+        """Return the temperature, which is not part of the student's `state_dict`."""
         return {} if ema else {'temperature': unwrap_model(self.trainable_module).temperature.state_dict()}
 
     def load_task_state(

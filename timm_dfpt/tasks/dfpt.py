@@ -29,8 +29,8 @@ _logger = logging.getLogger(__name__)
 class DFPTTrainableModule(StudentModule):
     """Everything DFPT-KD trains, in one module with one forward: the student and the prompt path.
 
-    The frozen teacher takes part in the forward but is no submodule, so DistributedDataParallel neither broadcasts it
-    nor waits for gradients of it.
+    The frozen teacher takes part in the forward but is not a submodule, so DistributedDataParallel neither broadcasts
+    it nor waits for gradients of it.
 
     Args:
         student_model: The student.
@@ -198,7 +198,7 @@ class DFPTDistillationTask(StudentTask):
         return getattr(self, 'eval_model', self._trainable().student)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return the prompt path's weights, which are no part of the student's `state_dict`."""
+        """Return the prompt path's weights, which are not part of the student's `state_dict`."""
         return {} if ema else {'prompt_path': self._trainable().prompt_path.state_dict()}
 
     def load_task_state(
@@ -217,7 +217,7 @@ class DFPTDistillationTask(StudentTask):
         return self.teacher.model
 
     def freeze_prompt_path(self) -> None:
-        """Train the prompt path no more: evaluation, no gradient, and none of its terms in the loss.
+        """Stop training the prompt path: evaluation mode, no gradient, and none of its terms in the loss.
 
         Optimizers must leave its parameters out from then on, and DistributedDataParallel must be wrapped around anew.
         """
@@ -293,7 +293,7 @@ class DFPTDistillationTask(StudentTask):
         teacher_logits: torch.Tensor | None = None,
         prompt_logits: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Run student and both paths, the original one where somebody learns from it, and compute the loss terms.
+        """Run student and both paths, the original one where something learns from it, and compute the loss terms.
 
         Args:
             input: Images `[B, C, H, W]` as the student takes them.
@@ -304,12 +304,12 @@ class DFPTDistillationTask(StudentTask):
         Returns:
             `loss` (train on this), `output` (student logits), `prompt_output`, `teacher_output`, the unweighted terms
             of `dfpt_losses`, and `agree_student_prompt`, `agree_student_teacher`, `agree_prompt_teacher`: the share of
-            the batch on which two of them name the same class. Those of the original path are missing where nobody
+            the batch on which two of them name the same class. Those of the original path are missing where nothing
             learns from it, and those that the prompt path learns from where it is frozen.
         """
         original, frozen = self.needs_teacher_logits, self._trainable().frozen
         if not original:
-            # Whether somebody else knows them must not decide what is shown.
+            # What is shown must not depend on whether they are in a cache.
             teacher_logits = None
         if not frozen:
             prompt_logits = None
@@ -342,7 +342,7 @@ class DFPTDistillationTask(StudentTask):
 
 
 def _count_original(weights: DFPTWeights) -> bool:
-    """Say whether somebody learns from the original path at some time."""
+    """Say whether student or prompt path learn from the original path at any time."""
     return bool(weights.prompt_teacher or weights.student_teacher)
 
 

@@ -151,7 +151,7 @@ def measure_features(outputs: Outputs, target: torch.Tensor) -> dict[str, dict[s
 
     Args:
         outputs: Features by model name.
-        target: Of no use.
+        target: Not used.
 
     Returns:
         For each model but the teacher `similarity`, the cosine in percent, and `loss`, the mean squared error.

@@ -1,4 +1,4 @@
-"""Feature distillation: the student learns the teacher's pooled features, so that nobody's classes matter."""
+"""Feature distillation: the student learns the teacher's pooled features, so that classes do not matter."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -46,8 +46,8 @@ class _StudentWithProjection(StudentModule):
 class FeatureTask(StudentTask, FeatureDistillationTask):
     """timm's `FeatureDistillationTask`: the pooled features of student and teacher, compared by their squared error.
 
-    Where the numbers of features differ, a linear layer that is trained along projects the student's; it is no part of
-    the student that is saved. The teacher's classes are of no use, and it need not have any. It computes what timm's
+    Where the numbers of features differ, a linear layer that is trained along projects the student's; it is not part of
+    the student that is saved. The teacher's classes are not used, and it need not have any. It computes what timm's
     task does, to the last bit in full precision.
 
     Args:
@@ -147,7 +147,7 @@ class FeatureTask(StudentTask, FeatureDistillationTask):
     def forward(
         self, input: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Run student and teacher; see `StudentTask.forward`. Logits of the teacher are of no use here.
+        """Run student and teacher; see `StudentTask.forward`. Logits of the teacher are not used.
 
         Returns:
             `loss`, its parts `task_loss` and `kd_loss` without their weights, and `output`.

@@ -35,17 +35,17 @@ def input_config_of(model: nn.Module) -> dict[str, Any]:
 
 
 class InputAdapter(nn.Module):
-    """Turns a batch normalised and sized for one model into a batch for another.
+    """Module that turns a batch normalised and sized for one model into a batch for another.
 
     Re-normalises in one multiply-add, resizes (bicubic, antialiased) where the sizes differ, and repeats a grey channel
     for a model of three. Does nothing where both models agree.
 
     Args:
-        source: What the loader used: `input_size` `(C, H, W)`, `mean` and `std` a channel.
+        source: What the loader used: `input_size` `(C, H, W)`, `mean` and `std` per channel.
         target: What the model behind the adapter was trained with.
 
     Raises:
-        ValueError: The channels cannot be converted.
+        ValueError: If the channels cannot be converted.
     """
 
     scale: torch.Tensor

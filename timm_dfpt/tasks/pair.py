@@ -1,4 +1,4 @@
-"""What student and teacher must be to each other: checked when a task is built."""
+"""What student and teacher must have in common, checked when a task is built."""
 from __future__ import annotations
 
 import itertools
@@ -62,7 +62,7 @@ def check_classes(student: nn.Module, teacher: nn.Module, original: bool = True)
     Args:
         student: The student.
         teacher: The teacher.
-        original: Whether somebody learns from the original path of a teacher with two of them.
+        original: Whether anything learns from the original path of a teacher with two of them.
 
     Raises:
         ValueError: If they differ.
