@@ -1,4 +1,4 @@
-"""Names of classes: which are no names but numbers, and which class of one list is which of another."""
+"""Names of classes: which are numbers rather than names, and which class of one list is which of another."""
 from __future__ import annotations
 
 import unicodedata

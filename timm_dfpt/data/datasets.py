@@ -82,7 +82,7 @@ def load_splits(
     being a function of `seed`. The test split is never taken for it. Classes are matched between splits by name
     (unicode NFC).
 
-    Up to 10,000 images are read before training (some 5,000 a second and core of 32 x 32 pixels, 500 (PNG) to 2,000
+    Up to 10,000 images are read before training (some 5,000 per second and core of 32 x 32 pixels, 500 (PNG) to 2,000
     (JPEG) of 224 x 224), and images of equal content on both sides of a split are counted. Of a larger folder only the
     names are read; what is to be said of its images is noted when they are first read (`ImageSplit.findings`).
 
@@ -102,7 +102,7 @@ def load_splits(
         check_images: `'on'`: read all images before training, `'off'`: none, `'auto'`: up to 10,000; to skip bad images
             all are read.
         background: Colour behind transparent images, see `parse_color`; by default transparency is dropped.
-        teacher_classes: Train without labels, and take these names of classes: there need be no labels, those of the
+        teacher_classes: Train without labels, and take these names of classes: labels are not needed, those of the
             training split are dropped, and those of others are kept where all of their classes are among these.
         once: Does what one process of several is to do for all, and returns the result in each.
 

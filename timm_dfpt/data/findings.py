@@ -16,7 +16,7 @@ _READ, _TRANSPARENT, _PEAK = 1, 2, 4
 
 
 class Findings:
-    """A note on each image of a split, in memory that processes of a loader share: 16 bytes an image.
+    """A note on each image of a split, in memory that processes of a loader share: 16 bytes per image.
 
     Args:
         rows: Number of images.
@@ -27,7 +27,7 @@ class Findings:
         self.notes = torch.zeros(rows, 2, dtype=torch.int64).share_memory_()
 
     def unread(self, rows: Sequence[int]) -> list[bool]:
-        """Say for each row whether nobody has read it yet."""
+        """Say for each row whether it has not been read yet."""
         seen: list[int] = self.notes[torch.tensor(rows), 1].tolist()
         return [each == 0 for each in seen]
 

@@ -1,4 +1,4 @@
-"""Hashes that tell one dataset from another, wherever its files lie."""
+"""Hashes that distinguish datasets, wherever their files are."""
 from __future__ import annotations
 
 import hashlib
@@ -22,8 +22,8 @@ _SIZES = 16
 def dataset_fingerprint(split: ImageSplit) -> str:
     """Compute a hash of labels and images in their order, for what is kept of them beyond a run.
 
-    Of up to 10,000 images, and in tables of `datasets` of any number, the content counts: the hash is the same on every
-    machine, wherever the files lie. Of more files, names, sizes and times of change do: reading a million would take
+    Of up to 10,000 images, and in tables of `datasets` of any number, the content is hashed: the hash is the same on
+    every machine, wherever the files lie. Of more files it is names, sizes and times of change: reading a million takes
     minutes. Files that are copied without their times then have another hash.
 
     Args:

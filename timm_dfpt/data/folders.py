@@ -32,7 +32,7 @@ def open_folder(
 ) -> Mapping[str, Dataset | FileTable]:
     """Open a folder of images.
 
-    A file that is there twice because of links counts once.
+    A file that is there twice because of links is taken once.
 
     Args:
         listed: A folder of class folders; of split folders above them, or in each of them; or with a `metadata.csv` (or
@@ -231,7 +231,7 @@ def _in_order(folders: Iterable[Folder]) -> list[Folder]:
 def _without_copies(
     folders: list[tuple[Folder, int]], classes: list[str]
 ) -> tuple[list[tuple[Folder, int, list[str]]], int]:
-    """Return folders and class numbers with the images that are no links to earlier ones, and how many links there are.
+    """Return folders and class numbers with the images that are not links to earlier ones, and the number of links.
 
     Raises:
         ValueError: If a file is in two classes.

@@ -70,7 +70,7 @@ class ImageSplit:
         images: The images as they are stored.
         labels: Class number of each row, int64 `[N]`; -1 for none.
         background: Colour behind transparent images, see `decode_image`.
-        findings: Where to note what is seen in images that nobody has looked at before training.
+        findings: Where to note what is seen in images that were not checked before training.
     """
 
     name: str

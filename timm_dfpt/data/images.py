@@ -118,7 +118,7 @@ def decode_image(
     Grey, palette, bilevel and CMYK images are converted. Transparency is dropped, as torchvision, timm and transformers
     do, so that a model sees the same here and when it is used, or laid over a background. 16-bit images are scaled to
     8 bits by their upper byte (Pillow alone clips grey ones at 255, and white is all that is left). The EXIF
-    orientation is applied, as `datasets` does. Of an animation the first frame counts.
+    orientation is applied, as `datasets` does. Of an animation the first frame is used.
 
     Args:
         source: The bytes of the file, or its path.
@@ -157,7 +157,7 @@ def decode_and_inspect(
         reduction: As for `decode_image`.
 
     Raises:
-        BadImageError: As `decode_image` does.
+        BadImageError: If `decode_image` raises it.
     """
     color = None if background is None else parse_color(background)
 

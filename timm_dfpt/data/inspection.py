@@ -1,4 +1,4 @@
-"""What is looked for in the images of a dataset: damage, what would mislead, and copies.
+"""Checks of the images of a dataset: damage, misleading content, and copies.
 
 In a small dataset before training, in a large one when its images are first read.
 """

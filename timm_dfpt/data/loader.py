@@ -88,7 +88,7 @@ def create_loader(
         dataset: A split of `load_splits`.
         data_config: `input_size` `(C, H, W)`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, as timm's
             `resolve_data_config` returns them. `C` is 1 (grey) or 3 (RGB).
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         is_training: Shuffle, augment, and leave out a last batch that is too short.
         seed: Seed of order and augmentation, not negative.
         workers: Processes that prepare batches, 0 for none.

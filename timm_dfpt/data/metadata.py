@@ -29,7 +29,7 @@ def find_metadata(
 
     Args:
         names: Names of the files in the folder.
-        folder: The folder; `None` to look at names only.
+        folder: The folder; `None` to use names only.
         target_key: Column of the labels, if the user named one.
         has_classes: Whether there are folders that could be classes, too: then the file must have a column of labels.
     """

@@ -55,7 +55,7 @@ def uniforms(key: int, rows: Sequence[int], count: int) -> np.ndarray:
     Args:
         key: Start of the sequence, from `derive_seed`.
         rows: The rows, none negative.
-        count: Numbers a row.
+        count: Numbers per row.
 
     Returns:
         float64 `[len(rows), count]` in [0, 1), 53 bits each.

@@ -20,7 +20,7 @@ _ROLES = {
 _EVALUATION = ('eval', 'evaluation')
 # What names may have besides, as in `Train_Images` and `val2017`.
 _FILLERS = ('set', 'split', 'data', 'dataset', 'images', 'image', 'imgs', 'img')
-# The name that counts where several are of one role.
+# The name that applies where several are of one role.
 _PLAIN = {'train': ('train',), 'val': ('validation', 'val'), 'test': ('test',)}
 
 
