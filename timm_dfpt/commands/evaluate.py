@@ -111,7 +111,7 @@ def evaluate_classifier(
     Args:
         classifier: The model.
         split: The images, with labels among the classes of the model.
-        batch_size: Images a batch over all processes.
+        batch_size: Images per batch over all processes.
         workers: Loader processes.
         cpu: Whether to stay on the CPU.
 

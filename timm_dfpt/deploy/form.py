@@ -21,7 +21,7 @@ def deployed_form(model: nn.Module) -> nn.Module:
     the same up to rounding. Any other model is only copied.
 
     Args:
-        model: Classifier made by `timm.create_model`; `torch.compile`, DDP and EMA wrappers are looked through.
+        model: Classifier made by `timm.create_model`; wrappers of `torch.compile`, DDP and EMA are removed.
     """
     plain: nn.Module = copy.deepcopy(unwrap_model(model)).to('cpu', torch.float32).eval()
     with torch.no_grad():

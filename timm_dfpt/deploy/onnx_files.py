@@ -256,8 +256,8 @@ def write_onnx(model: Any, path: Path) -> None:
     """Write a model to one file, whole or not at all.
 
     Raises:
-        OSError: It cannot be written.
-        ValueError: It is not valid, or larger than the 2 GB that a file can have.
+        OSError: If it cannot be written.
+        ValueError: If it is not valid, or larger than the 2 GB that a file can have.
     """
     import onnx  # of the extra `onnx`
 

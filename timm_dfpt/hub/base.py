@@ -137,7 +137,7 @@ def check_base(config: PromptPathRecord, found: Fingerprint, shapes_only: bool =
 
 
 class RecordedBase:
-    """The base model that a prompt path names, looked up once: built without memory first, and then with its weights.
+    """The base model that a prompt path names, resolved once: built without memory first, and then with its weights.
 
     Args:
         record: Names it.

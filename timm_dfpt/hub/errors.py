@@ -40,7 +40,7 @@ def hub_errors(doing: str) -> Iterator[None]:
         doing: What is being done, to begin the message with, e.g. `'Loading user/name'`.
 
     Raises:
-        HubError: In place of the error below, which becomes its cause.
+        HubError: If the block raises an error of the Hub or network, which becomes the cause.
     """
     try:
         yield

@@ -33,7 +33,7 @@ def without_head(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 def head_of_record(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> FittedHead:
-    """Return the head that a record tells of.
+    """Return the head that a record describes.
 
     Raises:
         ValueError: If the record is not of a head, or there are no tensors of it.

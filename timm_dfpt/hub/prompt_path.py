@@ -78,15 +78,15 @@ def save_prompt_path(
 
 
 def check_prompt_path(teacher: DualForwardPathTeacher, **options: Unpack[PromptPathOptions]) -> None:
-    """Refuse what `save_prompt_path` would, but for weights that are not finite, and write nothing.
+    """Refuse what `save_prompt_path` would, except weights that are not finite, and write nothing.
 
     Args:
         teacher: As in `save_prompt_path`.
         **options: As in `save_prompt_path`.
 
     Raises:
-        TypeError: As in `save_prompt_path`.
-        ValueError: As in `save_prompt_path`.
+        TypeError: If `save_prompt_path` would raise it.
+        ValueError: If `save_prompt_path` would raise it.
     """
     _record_of(teacher, options)
 

@@ -257,7 +257,7 @@ def empty_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def push_folder(folder: Path, repo_id: str, space: bool = False, **options: Unpack[PushOptions]) -> str:
-    """Upload the files of a folder in one commit, and not over somebody's other content.
+    """Upload the files of a folder in one commit, but not over other content.
 
     Args:
         folder: The folder; its files are the whole content of the repository.
@@ -270,8 +270,8 @@ def push_folder(folder: Path, repo_id: str, space: bool = False, **options: Unpa
 
     Raises:
         FileExistsError: If the repository holds other content, and `force` was not given.
-        HubError: If the upload failed, or somebody else pushed at the same time. The folder is untouched, and a second
-            try finishes the job.
+        HubError: If the upload failed, or another commit was pushed at the same time. The folder is untouched, and a
+            second try finishes the job.
         TypeError: If there is no such option.
     """
     check_options(options, PushOptions)
@@ -300,7 +300,7 @@ def push_folder(folder: Path, repo_id: str, space: bool = False, **options: Unpa
                 '(--force) to replace files of the same name, or create_pr=True to propose it as a pull request.'
             )
         # The Hub commits all or nothing, so what was uploaded by a try that failed is not seen by anyone; nor does
-        # it commit on top of what others have pushed since we looked.
+        # it commit on top of what others have pushed since the check.
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

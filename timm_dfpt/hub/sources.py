@@ -1,4 +1,4 @@
-"""Names of models, data sets and repositories: parsed once, as timm does, and written one way from then on."""
+"""Names of models, datasets and repositories: parsed once, as timm does, and written one way from then on."""
 from __future__ import annotations
 
 import os
@@ -82,7 +82,7 @@ def parse_place(source: str) -> SourceName:
     """Parse the name of a folder or a repository, for which no prefix is needed.
 
     Raises:
-        ValueError: As by `parse_source`.
+        ValueError: If `parse_source` raises it.
     """
     return parse_source(source) if _PREFIX.match(source) else SourceName('', source.strip())
 
@@ -132,7 +132,7 @@ def resolve_path(source: str, folder: Path, bare: bool = True, missing: bool = F
 
     Args:
         source: The path, or `local-dir:` with one.
-        folder: Where it counts from.
+        folder: What it is relative to.
         bare: Whether it may be a path without a prefix.
         missing: Whether it may be shortened where nothing is there yet.
     """
@@ -147,7 +147,7 @@ def resolve_path(source: str, folder: Path, bare: bool = True, missing: bool = F
     if not found.exists() and not missing:
         # It keeps its full name: without the dots it could be the name of something on the Hub.
         return f'{prefix}{full}'
-    # Relative where that is shorter: the record of a run should not reveal where somebody's home is.
+    # Relative where that is shorter: the record of a run should not reveal a home folder.
     return prefix + str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
 
 

@@ -57,7 +57,7 @@ def save_student(
     the model is built once more from its config without memory, and the shapes are compared.
 
     Args:
-        model: Any classifier made by `timm.create_model`; `torch.compile`, DDP and EMA wrappers are looked through.
+        model: Any classifier made by `timm.create_model`; wrappers of `torch.compile`, DDP and EMA are removed.
         save_directory: Folder, created if it does not exist.
         **options: `label_names`, `data_config`, `model_args`, `license`, `license_name`, `license_link`,
             `distillation`; see `timm_dfpt.hub.StudentOptions`.
@@ -85,15 +85,15 @@ def save_student(
 
 
 def check_student(model: nn.Module, **options: Unpack[StudentOptions]) -> None:
-    """Refuse what `save_student` would, but for weights that are not finite, and write nothing.
+    """Refuse what `save_student` would, except weights that are not finite, and write nothing.
 
     Args:
         model: As in `save_student`.
         **options: As in `save_student`.
 
     Raises:
-        TypeError: As in `save_student`.
-        ValueError: As in `save_student`.
+        TypeError: If `save_student` would raise it.
+        ValueError: If `save_student` would raise it.
     """
     _prepared(model, options)
 

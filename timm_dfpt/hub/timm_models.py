@@ -111,7 +111,7 @@ class ModelSource:
         return model
 
     def create_student(self, pretrained: bool, head_init_scale: float | None = None, **kwargs: Any) -> nn.Module:
-        """Create the model; what of pretrained weights is not used but for the classifier is warned about.
+        """Create the model; warn about pretrained weights that are not used, except those of the classifier.
 
         A new head behind pretrained weights is 0: in some families timm draws it so large that the student starts
         confidently wrong.
