@@ -85,9 +85,9 @@ def on_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
     """Let the main process do something, and give every process its result, or its error.
 
     Raises:
-        OSError: As the main process did.
-        TypeError: As the main process did.
-        ValueError: As the main process did.
+        OSError: If the main process raised it.
+        TypeError: If the main process raised it.
+        ValueError: If the main process raised it.
     """
     done: list[Any] = [None]
     if accelerator.is_main_process:
@@ -126,7 +126,7 @@ def is_sharding(accelerator: Accelerator) -> bool:
 
 
 def launched() -> dict[str, tuple[str, Any]]:
-    """Return what accelerate's launcher, its configuration file or its variables ask for, but for what it always sets.
+    """Return what accelerate's launcher, its configuration file or its variables ask for, except what it always sets.
 
     Returns:
         By option where that was asked for, and its value.

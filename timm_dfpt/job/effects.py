@@ -1,4 +1,4 @@
-"""Which options have an effect on a run: those that cannot have any are refused where somebody gives them."""
+"""Which options have an effect on a run: those that cannot have any are refused where they are given."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""One job a folder: a lock that is held as long as the process lives, and frees itself when it dies."""
+"""One job per folder: a lock that is held as long as the process lives, and frees itself when it dies."""
 from __future__ import annotations
 
 import contextlib
@@ -37,8 +37,8 @@ class FolderLock:
         folder: The folder; it is created where it does not exist, and removed again if it is empty at the release.
 
     Raises:
-        InUseError: Another process has it; the message says which, and on which host.
-        OSError: It cannot be created.
+        InUseError: If another process has it; the message says which, and on which host.
+        OSError: If it cannot be created.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -29,7 +29,7 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     'rsqrt': ('decay_epochs', 'min_lr'),
     'none': (),
 }
-"""The options of a decay that each schedule looks at. All of timm's but plateau: the learning rate must follow from the
+"""The options of a decay that each schedule uses. All of timm's but plateau: the learning rate must follow from the
 number of the update alone."""
 
 SCHEDULE_OPTIONS = (
@@ -117,7 +117,7 @@ def _has_momentum(name: str) -> bool:
 
 
 def check_used(name: str, value: Any, opt: str, sched: str, warmup_epochs: int) -> None:
-    """Refuse an option that neither the optimizer nor the schedule looks at.
+    """Refuse an option that neither the optimizer nor the schedule uses.
 
     Args:
         name: The option.

@@ -24,13 +24,13 @@ from .option_table import Options
 
 __all__ = ['PATH_OPTIONS', 'TrainConfig', 'public_options', 'resolve_paths']
 
-# What the student of a method with a prompt path learns from; of no use to others, as is all that is called prompt_*.
+# What the student of a method with a prompt path learns from; not used by others, as is all that is called prompt_*.
 _DUAL_STUDENT_WEIGHTS = ('student_task_weight', 'student_teacher_weight', 'student_prompt_weight')
-# How images are changed in training, but for mixup and cutmix, which are of batches.
+# How images are changed in training, except mixup and cutmix, which work on batches.
 _AUGMENTATIONS = (
     'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob'
 )  # fmt: skip
-# What counts of a prompt path that is not tuned.
+# What applies to a prompt path that is not tuned.
 _NOT_TUNED = ('prompt_path', 'prompt_epochs', 'prompt_norms', 'prompt_stages')
 PATH_OPTIONS = ('dataset', 'teacher', 'teacher_checkpoint', 'student', 'prompt_path', 'output')
 
@@ -81,7 +81,7 @@ class TrainConfig(Options):
             own_classes: Whether the teacher's classes are those of the data, and its head was made for them.
 
         Raises:
-            ValueError: If it is no number, or out of range.
+            ValueError: If it is not a number, or out of range.
         """
         if self.freeze_prompt_path:
             return 0
@@ -92,7 +92,7 @@ class TrainConfig(Options):
         if text == 'all':
             return self.epochs
         found = re.fullmatch(r'([0-9]+)|([0-9]+(?:\.[0-9]+)?)%', text)
-        # Exact: 7% of 100 epochs are 7 of them. A part of an epoch counts as a whole one.
+        # Exact: 7% of 100 epochs are 7 of them. A part of an epoch is rounded up.
         count = math.ceil(Fraction(found[1] or Fraction(found[2]) * self.epochs / 100)) if found else -1
         if not 0 <= count <= self.epochs:
             raise ValueError(

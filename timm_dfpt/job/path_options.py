@@ -25,7 +25,7 @@ class PathOptions:
 def path_options(config: Any) -> PathOptions:
     """Return what is given of these options, and for the rest what they are by default.
 
-    Without labels nothing but statistics is learned: they are the path's own, and blocks would be of no use.
+    Without labels nothing but statistics is learned: they are the path's own, and blocks would learn nothing.
 
     Args:
         config: The options of a run (`TrainConfig`).

@@ -30,7 +30,7 @@ _FROM_PEOPLE = ('SIGTERM', 'SIGINT', 'SIGHUP')
 _SAME = 0.3
 # Seconds that what is under way outside of training, such as a download in a thread, has to end.
 _PATIENCE = 10.0
-# Steps between two looks of several processes at whether one of them was asked to stop; each look waits for all.
+# Steps between two checks of several processes whether one of them was asked to stop; each check waits for all.
 _INTERVAL = 8
 
 # What collectives of gloo and NCCL say when a process is gone.
