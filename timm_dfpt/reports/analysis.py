@@ -109,7 +109,7 @@ def agreement(split: SplitPredictions, model: str, other: str) -> dict[str, int]
 
 
 def groups(split: SplitPredictions, model: str, other: str | None, most: int) -> list[Group]:
-    """Choose images to be looked at.
+    """Choose images to be shown.
 
     Args:
         split: Predictions.

@@ -20,7 +20,7 @@ def shown(name: object, most: int = 60) -> str:
         name: The name.
         most: The largest number of characters.
     """
-    # No more of a long name is looked at than could be shown.
+    # No more of a long name is processed than could be shown.
     text = str(name)
     text = text if len(text) <= 4 * most else text[: 2 * most] + text[-2 * most :]
     text = ' '.join(_DIRECTIONS.sub('\ufffd', text).split())

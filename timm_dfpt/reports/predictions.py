@@ -58,7 +58,7 @@ class SplitPredictions:
 
 
 class PredictionRecorder:
-    """Notes what models say in an evaluation.
+    """Recorder of what models predict in an evaluation.
 
     Only what is small stays: class and confidence of every image, and a bounded number of logits.
 

@@ -19,7 +19,7 @@ def check_choice(config: TrainConfig, measured: bool, sharded: bool) -> None:
 
     Args:
         config: The options.
-        measured: Whether the validation data can tell which epoch is better.
+        measured: Whether the validation data can decide which epoch is better.
         sharded: Whether weights are spread over processes.
 
     Raises:
@@ -61,7 +61,7 @@ class _Copy(nn.Module):
 
 
 class BestEpochs:
-    """Takes note of which epoch of each learner is the best on the validation data, and keeps its weights.
+    """Record of which epoch of each learner is the best on the validation data, with its weights.
 
     The notes are part of `Progress` and the weights of every checkpoint, so that a run that is resumed makes the same
     choice. Of equal epochs the first is the best.

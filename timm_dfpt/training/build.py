@@ -157,7 +157,7 @@ def create_loaders(
 def evaluation_loaders(
     config: TrainConfig, data: DataSplits, input_config: Mapping[str, Any], accelerator: Accelerator, passes: int = 1
 ) -> dict[str, Any]:
-    """Create the loaders of `create_loaders` but for `train`, whose images are evaluated `passes` times on `val`."""
+    """Create the loaders of `create_loaders` except `train`, whose images are evaluated `passes` times on `val`."""
     options = {
         'batch_size': config.validation_batch_size or config.batch_size,
         'is_training': False,

@@ -70,7 +70,7 @@ def save_checkpoint(
         The folder of the checkpoint.
 
     Raises:
-        OSError: The checkpoint cannot be written; nothing is left of it, and the one before is untouched.
+        OSError: If the checkpoint cannot be written; nothing is left of it, and the one before is untouched.
     """
     final = folder / f'step-{step:08d}'
     temporary = final.with_name(final.name + _INCOMPLETE)
@@ -143,14 +143,14 @@ def restore_checkpoint(
         accelerator: What was prepared as in the run that saved.
         folder: Where the checkpoints of the run are.
         modules: As given to `save_checkpoint`.
-        origin: What the run is made from, to be held against `progress['origin']` where that was saved; it counts in
+        origin: What the run is made from, to be compared with `progress['origin']` where that was saved; it applies in
             the main process. See `describe_data` and `describe_teachers`.
 
     Returns:
         The progress that was saved, or `None` if there is no checkpoint.
 
     Raises:
-        ValueError: All checkpoints are damaged, or the newest is of other data, teachers, models or optimizers.
+        ValueError: If all checkpoints are damaged, or the newest is of other data, teachers, models or optimizers.
     """
     found: list[Any] = [_find(folder, origin or {}) if accelerator.is_main_process else None]
     # Checksums cost time on large models, and all processes must mean the same checkpoint.

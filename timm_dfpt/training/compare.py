@@ -75,7 +75,7 @@ def parse_arm(text: str) -> Arm:
     """Read an arm from the command line: `dkd`, or `kd-T4=kd,temperature=4,distill_loss_weight=1`.
 
     Raises:
-        ValueError: It is of another form, or changes what is common to all arms.
+        ValueError: If it is of another form, or changes what is common to all arms.
     """
     name, separator, rest = text.partition('=')
     method, *pairs = (rest if separator else name).split(',')
@@ -142,7 +142,7 @@ def compare(
         What `compare.json` holds.
 
     Raises:
-        ValueError: An argument does not fit another, or the folder holds another comparison.
+        ValueError: If an argument does not fit another, or the folder holds another comparison.
     """
     names = [arm.name for arm in arms]
     if not arms or len(set(names)) < len(names):
@@ -243,7 +243,7 @@ def _run_seed(config: TrainConfig, folder: RunFolder, arms: Sequence[Arm], comma
 
 
 def _step_costs(setup: Setup, learners: Sequence[Learner]) -> dict[str, dict[str, float]]:
-    """Measure a training step of each learner alone, teacher included; their weights are of no use afterwards.
+    """Measure a training step of each learner alone, teacher included; their weights are useless afterwards.
 
     Returns:
         By learner `flops` (counted by torch: two a multiply-accumulate of convolutions and matrix products, forward and

@@ -1,4 +1,4 @@
-"""Images that nobody looked at before training: what is wrong with them is found as the first epoch reads them."""
+"""Images that were not checked before training: what is wrong with them is found as the first epoch reads them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping

@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 
 class KeptLogits:
-    """Logits of the frozen models that learners hear, each model's in a file of its own.
+    """Logits of the frozen models that learners are trained on, each model's in a file of its own.
 
     Args:
         learners: The learners. The teacher of the first is kept if one of them hears it, and its path once it is

@@ -121,7 +121,7 @@ class Learner:
 
     @property
     def frozen_models(self) -> list[nn.Module]:
-        """What is heard in a step and not trained: the teacher, and a prompt path that is frozen."""
+        """What is used in a step and not trained: the teacher, and a prompt path that is frozen."""
         teacher = self.teacher if self.task.needs_teacher_logits else None
         return [model for model in (teacher, self.task.get_frozen_path()) if model is not None]
 
@@ -188,7 +188,7 @@ class Learner:
         self.accelerator.backward(result['loss'] if weight == 1 else weight * result['loss'])
         terms = {key: value.detach().reshape(()) for key, value in result.items() if key not in _OUTPUTS}
         if self.config.compile_mode == 'reduce-overhead':
-            # What a CUDA graph returns is overwritten when it is replayed, and these are looked at much later.
+            # What a CUDA graph returns is overwritten when it is replayed, and these are read much later.
             terms = dict(zip(terms, torch.stack([value.float() for value in terms.values()]).unbind(), strict=True))
         if not self.accelerator.sync_gradients:
             return terms
@@ -222,7 +222,7 @@ class Learner:
             norms[name] = nn.utils.get_total_norm([p.grad for p in parameters])
             if self.config.clip_grad:
                 nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norms[name])
-        # A gradient scaler looks for the largest scale by overflowing now and then, and deals with it itself.
+        # A gradient scaler searches for the largest scale by overflowing now and then, and deals with it itself.
         return norms if scaler is None else {}
 
     def _update(self) -> None:

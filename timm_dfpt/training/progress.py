@@ -31,7 +31,7 @@ class Progress:
 
 @dataclasses.dataclass(eq=False)
 class Note:
-    """What a step of a learner computed, to be looked at later: a device need not wait for us every step."""
+    """What a step of a learner computed, to be read later, so that the device need not be waited for in every step."""
 
     step: int
     learner: str

@@ -46,8 +46,8 @@ def measure_cost(
         files: The files it is kept in.
 
     Returns:
-        `params`, `macs` (multiply-accumulates an image, counted by torch), `size_bytes` on disk, `images_per_s` on this
-        machine (median of up to five batches, as many as 0.05 s have begun); `None` for what cannot be measured.
+        `params`, `macs` (multiply-accumulates per image, counted by torch), `size_bytes` on disk, `images_per_s` on
+        this machine (median of up to five batches, as many as 0.05 s have begun); `None` for what cannot be measured.
     """
     def flops() -> int:
         # torch's counter fails on parameters that are passed to a module without being differentiated.
@@ -169,7 +169,7 @@ def _is_fitted(model: Mapping[str, Any]) -> bool:
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """Say of each baseline in words how the student compares with it, and what one run can tell."""
+    """Say of each baseline in words how the student compares with it, and what one run can show."""
     lines = []
     split, measured = summary['eval_split'], summary['models']['student']['metrics']
     count = summary['dataset_sizes'][split]

@@ -176,7 +176,7 @@ def run(config: TrainConfig, command: str = '') -> dict[str, Any]:
         What `summary.json` holds.
 
     Raises:
-        InUseError: Another job works in the folder.
+        InUseError: If another job works in the folder.
         ValueError: If an option does not fit the data or the models; nothing has been trained then.
     """
     check_targets(config.push_to_hub, config.push_prompt_path)
@@ -243,7 +243,7 @@ def export_and_measure(
         learners: The learners.
         folder: The folder of their run.
         command: How the run was started, for the record.
-        needed: Whether a run without this evaluation is of no use; otherwise the metrics of the last epoch will do.
+        needed: Whether a run without this evaluation is worthless; otherwise the metrics of the last epoch will do.
 
     Returns:
         For each learner its metrics.

@@ -41,12 +41,12 @@ def read_run(folder: RunFolder, prompt_path_repo: str | None = None) -> tuple[Ru
             )
     summary = read_json(folder.summary)
     record_file = folder.student / DISTILLATION
-    # The record names local data and models without their folders; only the run itself could tell them from Hub ids.
+    # The record names local data and models without their folders; only the run could distinguish them from Hub ids.
     record = read_json(record_file) if record_file.is_file() else {}
     options = parse_yaml(folder.config.read_text(encoding='utf-8'))
     recipe = record.get('recipe') or public(options)
     paths = {key: options[key] for key in PATH_OPTIONS if options.get(key)}
-    # What has no public name is no id on the Hub.
+    # What has no public name is not an id on the Hub.
     renamed = {path: recipe.get(key) or public(f'./{path}') for key, path in paths.items()}
     models = dict(summary.get('models', {}))
     models |= {f'{name} baseline': model for name, model in summary.get('baselines', {}).items()}

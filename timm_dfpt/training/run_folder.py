@@ -121,7 +121,7 @@ class RunFolder:
         if now['batch_size'] is None:
             # It was chosen for the number of images, see `resumed`.
             now['batch_size'] = before.get('batch_size')
-        # What was no option then was as it is by default now.
+        # What was not an option then was as it is by default now.
         before = {**{field.name: default_of(field) for field in dataclasses.fields(config)}, **before}
         changed = [key for key in now if key not in _MAY_DIFFER and before[key] != now[key]]
         if changed:
@@ -177,9 +177,9 @@ def claimed(config: TrainConfig, accelerator: Accelerator) -> Iterator[RunFolder
         accelerator: Its main process chooses and keeps it; the others learn of it.
 
     Raises:
-        InUseError: Another job works in it.
-        PermissionError: As in `RunFolder.claim`.
-        ValueError: As in `RunFolder.claim`.
+        InUseError: If another job works in it.
+        PermissionError: If `RunFolder.claim` raises it.
+        ValueError: If `RunFolder.claim` raises it.
     """
     locks = contextlib.ExitStack()
 
@@ -278,7 +278,7 @@ class ComparisonFolder:
             accelerator: Its main process writes.
 
         Raises:
-            InUseError: Another job works in it.
+            InUseError: If another job works in it.
             ValueError: If it holds something else.
         """
         locks = contextlib.ExitStack()

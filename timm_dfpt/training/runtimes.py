@@ -58,7 +58,7 @@ def export_job(
         folder: Where the files go.
         data: Training images to calibrate int8 with, and validation images to measure the files on.
         input_config: timm's data config of the student.
-        batch_size: Images a batch in measuring.
+        batch_size: Images per batch in measuring.
         include_preprocessing: Whether the files take pixels.
     """
     rows = torch.linspace(0, len(data.train) - 1, min(CALIBRATION_IMAGES, len(data.train))).long().tolist()

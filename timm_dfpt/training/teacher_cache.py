@@ -214,7 +214,7 @@ class TeacherCache:
 def _reserve(file: BinaryIO, count: int) -> None:
     """Append zeros to a file that has just been written, and take the room for them on the disk.
 
-    Without it a disk that is full later on would be no error: writing to mapped memory then kills the process (SIGBUS).
+    Without it a disk that is full later would raise no error: writing to mapped memory then kills the process (SIGBUS).
     """
     file.flush()
     if hasattr(os, 'posix_fallocate'):

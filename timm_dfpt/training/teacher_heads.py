@@ -29,7 +29,7 @@ Choice = Literal['own', 'reordered', 'fit', 'new']
 
 @dataclasses.dataclass
 class TeacherHeads:
-    """Gives the teachers of a run heads for the classes of its data.
+    """Provider of heads for the classes of the data to the teachers of a run.
 
     Args:
         class_names: The classes.

@@ -47,7 +47,7 @@ _MAX_OVERFLOWS = 20
 
 
 class Trainer:
-    """Trains one or several learners and writes `metrics.jsonl` and checkpoints.
+    """Loop that trains one or several learners and writes `metrics.jsonl` and checkpoints.
 
     Order and augmentation are functions of seed, epoch and row, and what a step draws of seed, step and process: with
     the weights and the state of the optimizers, a number of steps says all about where a run is.
@@ -65,7 +65,7 @@ class Trainer:
         kept: Logits of what the first learner hears that are kept for later epochs and runs.
         origin: What the run is made from besides its options, in the main process; see `describe_data` and
             `describe_teachers`. A checkpoint of another origin is refused.
-        unchecked: Whether nobody looked at the images before.
+        unchecked: Whether the images were not checked before.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class Trainer:
             Seconds spent, those before a resumption counted in up to the checkpoint.
 
         Raises:
-            BadImageError: An image cannot be read; a checkpoint was saved.
-            NonFiniteLossError: A loss or gradient is NaN or infinite.
-            OSError: A checkpoint cannot be written.
+            BadImageError: If an image cannot be read; a checkpoint was saved.
+            NonFiniteLossError: If a loss or gradient is NaN or infinite.
+            OSError: If a checkpoint cannot be written.
             Preempted: A signal asked to stop, see `on_stop`; a checkpoint was saved.
-            ValueError: The checkpoint is of another run, of other data or another teacher, or all are damaged.
+            ValueError: If the checkpoint is of another run, of other data or another teacher, or all are damaged.
         """
         self._restore()
         progress = self.progress
@@ -207,7 +207,7 @@ class Trainer:
             seed = self._derive_seed(_MIXUP_STREAM, progress.step_in_epoch)
             random.seed(seed)
             np.random.seed(seed % 2**32)
-            # Without labels all are -1, of which no class can be made; what becomes of them is of no use then.
+            # Without labels all are -1, of which no class can be made; what becomes of them does not matter then.
             input, target = self.mixup(input, target.clamp(min=0))
         if self.config.compile_mode == 'reduce-overhead' and progress.step_in_epoch % self.config.grad_accum_steps == 0:
             # Gradients that add up, and logits that learners share, are of CUDA graphs that must not be replayed yet.
@@ -236,7 +236,7 @@ class Trainer:
         in_a_row = self.progress.overflows_in_a_row
         in_a_row[learner.name] = in_a_row.get(learner.name, 0) + 1 if learner.overflowed else 0
         if in_a_row[learner.name] >= _MAX_OVERFLOWS:
-            # A scaler that looks for the largest scale overflows once, and then not for thousands of updates.
+            # A scaler that searches for the largest scale overflows once, and then not for thousands of updates.
             raise NonFiniteLossError(
                 f'{learner.name}: the gradients of {_MAX_OVERFLOWS} updates in a row were not finite, the last at step '
                 f'{step + 1}, though the gradient scaler went down to {self.accelerator.scaler.get_scale():.0e}: no '
@@ -245,7 +245,7 @@ class Trainer:
             )
 
     def _look(self) -> dict[str, str]:
-        """Add what was noted since the last look to the sums of the epoch, and make sure that all is finite."""
+        """Add what was noted since the last call to the sums of the epoch, and make sure that all is finite."""
         shown: dict[str, str] = {}
         for note in self._notes:
             values = note.values()
