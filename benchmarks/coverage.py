@@ -3,8 +3,8 @@
     python -m benchmarks.coverage                  # every name that has no result yet, then the table
     python -m benchmarks.coverage 'resnet*' --redo # some of them again
 
-Results are kept one a line in `benchmarks/coverage.jsonl`, so the sweep resumes where it stopped and several processes
-can share the work (`--shard 0/2`, `--shard 1/2`). Architectures of up to 100 M parameters really run, with random but
+Results are kept one per line in `benchmarks/coverage.jsonl`, so the sweep resumes where it stopped and processes can
+share the work (`--shard 0/2`, `--shard 1/2`). Architectures of up to 100 M parameters really run, with random but
 non-trivial weights, at the smallest input they take; larger ones are checked for shapes on the `meta` device.
 """
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SIDES = (32, 48, 56, 64, 84, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)
 
 
 class _FastInit(TorchFunctionMode):
-    """Leaves parameters unset where an initialiser would draw random numbers: `randomize` sets them all."""
+    """Mode that leaves parameters unset where an initialiser would draw random numbers: `randomize` sets them all."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, '__name__', '') in ('uniform_', 'normal_', 'erfinv_', 'trunc_normal_') and isinstance(

@@ -49,7 +49,7 @@ does not see what worker processes do. 'Loader alone': samples/s where nothing i
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A run to look at.
+    """A run to be profiled.
 
     Args:
         key: For the command line.

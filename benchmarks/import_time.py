@@ -15,7 +15,7 @@ import timm_dfpt
 from .measure import spread
 
 _HEAVY = ('accelerate', 'datasets', 'matplotlib', 'transformers')
-# One after the other in the same process: two processes differ by more than what is looked for.
+# One after the other in the same process: two processes differ by more than what is to be found.
 _PROGRAM = """
 import time
 start = time.process_time()
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--rounds', type=int, default=7)
     rounds = parser.parse_args().rounds
-    # As pip does when it installs, and as Python does at the first import, but for where it is told not to.
+    # As pip does when it installs, and as Python does at the first import, except where that is switched off.
     compileall.compile_dir(Path(timm_dfpt.__file__).parent, quiet=1)
     measure()  # warms the disk's cache
     seconds = [measure() for _ in range(rounds)]

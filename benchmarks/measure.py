@@ -40,7 +40,7 @@ def _convolution_backward(
 
 
 class PeakMemory(TorchDispatchMode):
-    """Follows the bytes of all tensors made inside the context, and the most that were alive at once.
+    """Counter of the bytes of all tensors made inside the context, and the most that were alive at once.
 
     Counted by storage, so views cost nothing. Scratch memory within an operator is not seen.
     """

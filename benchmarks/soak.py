@@ -4,7 +4,7 @@
     python -m benchmarks.soak --minutes 5 -- --epochs 1 --batch-size 1000
 
 Each run goes to a folder that is removed after it. What is left of a run in the process is measured: resident memory,
-open files, child processes, threads, and what lies in the folder for temporary files. Prints a line a run, and at the
+open files, child processes, threads, and what lies in the folder for temporary files. Prints a line per run, and at the
 end the slope of the memory over the runs after the first two, by least squares.
 """
 from __future__ import annotations
@@ -55,7 +55,7 @@ def soak(minutes: float, runs: int, arguments: list[str]) -> list[dict[str, floa
         What was left behind after each run.
 
     Raises:
-        RuntimeError: A run failed.
+        RuntimeError: If a run failed.
     """
     measured: list[dict[str, float]] = []
     end = time.monotonic() + 60 * minutes

@@ -33,7 +33,7 @@ from .measure import interleaved, spread
 from .ways import RESULTS, USUAL, WAYS, Pair, Steps, all_pairs, cifar_pair, count_floor
 
 _FREEZE = ('quickstart', 'resnet50-resnet18', 'convnext_tiny-mobilenetv3_small_100', 'vit_small-mobilenetv3_small_100')
-# Of the profile: kinds of operators by what is found in the names of an operator and of its callers, the first counts.
+# Of the profile: kinds of operators by what is found in the names of an operator and of its callers; the first applies.
 _STEP, _BLOCK, _BACKWARD = 'one step', 'a block', 'autograd::engine'
 _KINDS = {
     'blocks, forward': '^$',

@@ -1,4 +1,4 @@
-"""Make the data sets of the study of foreign teachers from packages that need not be installed.
+"""Make the datasets of the study of foreign teachers from packages that need not be installed.
 
     apt-get download texlive-fonts-extra dataset-fashion-mnist tuxpaint-stamps-default
     dpkg -x texlive-fonts-extra_*.deb fonts; dpkg -x dataset-fashion-mnist_*.deb fashion
@@ -38,7 +38,7 @@ def make_data(fonts: Path, fashion: Path, foods: Path, stamps: Path, output: Pat
         fashion: Folder of the idx.gz files, at any depth.
         foods: Folder of the photographs, at any depth.
         stamps: Folder of the stamps, at any depth.
-        output: Folder of the data sets.
+        output: Folder of the datasets.
     """
     idx = next(fashion.rglob(_IDX)).parent
     sets: dict[str, Callable[[Path], None]] = {
@@ -64,10 +64,10 @@ def make_data(fonts: Path, fashion: Path, foods: Path, stamps: Path, output: Pat
 
 
 def only_characters(source: Path, output: Path, wanted: Callable[[str], bool]) -> None:
-    """Write the images of some characters, as a data set of fewer classes.
+    """Write the images of some characters, as a dataset of fewer classes.
 
     Args:
-        source: A data set of `make_glyphs`.
+        source: A dataset of `make_glyphs`.
         output: Folder to write.
         wanted: Says whether a character is to be kept.
     """
@@ -85,7 +85,7 @@ def only_characters(source: Path, output: Path, wanted: Callable[[str], bool]) -
 
 
 def training_only(source: Path, output: Path) -> None:
-    """Write the training images of a data set, and the first of each class again as validation images."""
+    """Write the training images of a dataset, and the first of each class again as validation images."""
     shutil.rmtree(output, ignore_errors=True)
     if (source / 'train').is_dir():
         shutil.copytree(source / 'train', output / 'train')
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ('fonts', 'fashion', 'foods', 'stamps'):
         parser.add_argument(f'--{name}', type=Path, required=True, help='folder of the unpacked package')
-    parser.add_argument('--output', type=Path, required=True, help='folder of the data sets')
+    parser.add_argument('--output', type=Path, required=True, help='folder of the datasets')
     args = parser.parse_args(argv)
     make_data(args.fonts, args.fashion, args.foods, args.stamps, args.output)
 

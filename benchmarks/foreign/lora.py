@@ -36,7 +36,7 @@ def tune(config: TrainConfig, options: Mapping[str, Any], meter: Meter) -> Path:
         The folder of the model.
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: If peft is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model

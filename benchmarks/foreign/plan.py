@@ -220,7 +220,7 @@ class Plan:
             **options,
             'seed': cell.seed,
             'output': str(output),
-            # What is validated is of no use to anybody, see `data.py`.
+            # What is validated is not used, see `data.py`.
             'val_interval': options['epochs'],
         })
 

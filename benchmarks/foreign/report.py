@@ -117,7 +117,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(study: Study, path: Path) -> None:
-    """Draw test accuracy against total cost, a line a way and a panel a regime."""
+    """Draw test accuracy against total cost, one line per way and one panel per regime."""
     import matplotlib  # costs 0.3 s
 
     matplotlib.use('agg')

@@ -5,7 +5,7 @@
 
 `DIR/data` and `DIR/weights` hold what `benchmarks.foreign.data` and `benchmarks.foreign.weights` make. A student that
 was interrupted is trained from its start when the command is given again; what is recorded is not trained again.
-Several processes may work in one folder. Records are lines of JSON, one file a regime, to which lines are only added.
+Several processes may work in one folder. Records are lines of JSON, one file per regime, to which lines are only added.
 """
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run_cell(plan: Plan, cell: Cell) -> dict[str, Any]:
     start, load = time.monotonic(), os.getloadavg()[0]
     outcome = go(plan, cell, folder)
     shutil.rmtree(folder)
-    # None where only the time counts.
+    # None where only the time matters.
     last: dict[str, Any] = outcome['metrics'].get('test') or outcome['metrics'].get('val') or {}
     return {
         **dataclasses.asdict(cell),

@@ -31,7 +31,7 @@ __all__ = ['go', 'train']
 
 
 def train(config: TrainConfig, meter: Meter) -> tuple[Setup, Learner]:
-    """Do what `timm_dfpt.training.run.run` does, but for its closing table, and measure the training alone."""
+    """Do what `timm_dfpt.training.run.run` does, except its closing table, and measure the training alone."""
     accelerator = create_accelerator(config)
     with claimed(config, accelerator) as folder:
         setup = set_up(config, accelerator)

@@ -50,7 +50,7 @@ def rows_of(part: int) -> list[Row]:
 
 
 class Budget:
-    """Says whether a row still fits, by the longest of its kind so far.
+    """Estimate of whether a row still fits, by the longest of its kind so far.
 
     Args:
         seconds: How long all rows together may take.

@@ -3,7 +3,7 @@
     python clock.py NOTES PEER SCRIPT ...
 
 `NOTES` is written at every step, since a script may end without a word. Nothing heavy is imported before the script
-does it, but for what a peer needs of this project (the CIFAR networks), whose cost is noted as `apart`.
+does it, except what a peer needs of this project (the CIFAR networks), whose cost is noted as `apart`.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any
 
 
 class _After(importlib.abc.MetaPathFinder):
-    """Does something to a module when the script has imported it, whenever that is."""
+    """Import hook that changes a module when the script has imported it, whenever that is."""
 
     def __init__(self, module: str, act: Callable[[ModuleType], None]) -> None:
         self.module, self.act = module, act

@@ -27,10 +27,10 @@ class Study:
 
     Args:
         plan: What was asked; it gives the order and what regimes have in common, no numbers.
-        records: What was measured, a mapping a run.
+        records: What was measured, one mapping per run.
 
     Raises:
-        ValueError: A run is recorded twice.
+        ValueError: If a run is recorded twice.
     """
 
     def __init__(self, plan: Plan, records: Sequence[Record]) -> None:

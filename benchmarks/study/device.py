@@ -31,7 +31,7 @@ _ORDER, _AUGMENTATION = 0, 1
 
 
 def pack_data(source: Path, output: Path) -> None:
-    """Pack a data set of `benchmarks.study.data.glyphs`, whose names of classes and splits it keeps.
+    """Pack a dataset of `benchmarks.study.data.glyphs`, whose names of classes and splits it keeps.
 
     Args:
         source: Its folder; images have an even width.
@@ -170,7 +170,7 @@ def create_device_loader(images: DeviceImages, batch_size: int, is_training: boo
 
     Args:
         images: The images.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         is_training: Shuffle, and leave out a last batch that is too short.
     """
     sampler: Any = _Batches(images, batch_size, is_training)

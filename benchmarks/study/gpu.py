@@ -4,7 +4,7 @@
     python -m benchmarks.study.gpu --work DIR --out gpu.jsonl --report     # the contrasts
     python -m benchmarks.study.gpu --work DIR --out gpu.jsonl --device cpu --limit 1024     # a dry run
 
-`DIR/data` holds the data set as `benchmarks.study.device` packs it (34 MiB: carry it along; fonts are not needed).
+`DIR/data` holds the dataset as `benchmarks.study.device` packs it (34 MiB: carry it along; fonts are not needed).
 Images are kept on the device and augmented there. The arms of a seed train side by side in one process, on the same
 batches, each by the package's own `Trainer`, `Learner` and task; the teacher's logits are computed once for all of
 them.
@@ -84,7 +84,7 @@ class Bench:
         return dataclasses.replace(config, epochs=epochs, val_interval=epochs, warmup_epochs=warmup, **cpu)
 
     def images(self, config: TrainConfig, split: str, augment: bool = False) -> DeviceImages:
-        """Return a split of the data set that the options name, on the device."""
+        """Return a split of the dataset that the options name, on the device."""
         key = (str(config.dataset), split)
         if key not in self._splits:
             self._splits[key] = load_split(Path(key[0]), split, self.device)

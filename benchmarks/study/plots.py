@@ -16,7 +16,7 @@ from timm_dfpt.reports.intervals import summarise
 
 __all__ = ['Figure', 'figures']
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which the colour-blind can distinguish.
 _BLUE, _ORANGE, _GREEN, _BLACK = '#0072B2', '#D55E00', '#009E73', '#000000'
 _COLOURS = {'kd': _BLACK, 'dfpt': _BLUE, 'dfpt+': _ORANGE}
 

@@ -4,7 +4,7 @@
     python -m benchmarks.study.report --check    # write nothing; exit 1 if a block is not what the records give
 
 A block is what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. Prose around it stays as it is; a block
-that the document lacks is added at its end. Also told is which final arms have other options than tuning chose, and
+that the document lacks is added at its end. Also reported is which final arms have other options than tuning chose, and
 which records the plan does not ask for.
 """
 from __future__ import annotations
@@ -45,7 +45,7 @@ def rewrite(document: str, texts: Mapping[str, str]) -> str:
     """Put texts into the blocks of a document, and add the blocks that it lacks.
 
     Raises:
-        ValueError: The document has a block of another name, or one twice.
+        ValueError: If the document has a block of another name, or one twice.
     """
     names = [match['name'] for match in _BLOCK.finditer(document)]
     for name in names:
@@ -217,7 +217,7 @@ def _inside(study: Study) -> str:
         rows = []
         for arm, records in study.arms(regime).items():
             if arm == 'kd' or records[0]['config']['method'] in DUAL:
-                # Of variants, which are many, what tells them apart.
+                # Of variants, which are many, what distinguishes them.
                 splits = ('train', 'val') if ' ' in arm else ('train', 'val', 'test')
                 rows += [_inside_row(arm, split, records) for split in splits]
         if rows:

@@ -3,7 +3,7 @@
     python -m benchmarks.study.run --work DIR                       # teachers, then all that is missing
     python -m benchmarks.study.run --work DIR --regime glyphs-l-s --arm dfpt --seed 100
 
-`DIR/data` holds the data sets that `benchmarks.study.data` makes. Several workers may share a folder: each takes what
+`DIR/data` holds the datasets that `benchmarks.study.data` makes. Several workers may share a folder: each takes what
 no other has taken. Students of a regime and a seed train side by side, up to eight, on the same batches and from the
 same weights; alone each would become the same, bit for bit. A single one is trained alone and held against its record.
 What was interrupted goes on from its last checkpoint when it is started again, and ends in the same bits.
@@ -113,7 +113,7 @@ def _make_records(
                    for split, key in (('val', 'val_metrics'), ('test', 'metrics'))}
         metrics['train'] = _on_training_images(config, run_folder.arm(arm.name))
         if cell.phase == 'tune':
-            # What is not there cannot be looked at.
+            # What is missing cannot be inspected.
             del metrics['test']
         seconds, flops = result['step']['ms'] / 1000, result['step']['flops']
         for assistant in plan.assistants(cell):

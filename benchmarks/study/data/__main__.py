@@ -1,4 +1,4 @@
-"""Make all data sets that `study.yaml` names from two of Debian's packages, which need not be installed.
+"""Make all datasets that `study.yaml` names from two of Debian's packages, which need not be installed.
 
     apt-get download texlive-fonts-extra dataset-fashion-mnist
     dpkg -x texlive-fonts-extra_*.deb fonts && dpkg -x dataset-fashion-mnist_*.deb fashion
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--fonts', type=Path, required=True, help='folder of OTF and TTF files, at any depth')
     parser.add_argument('--fashion', type=Path, required=True, help='folder of the idx.gz files, at any depth')
-    parser.add_argument('--output', type=Path, required=True, help='folder of the data sets')
+    parser.add_argument('--output', type=Path, required=True, help='folder of the datasets')
     args = parser.parse_args(argv)
     found = next(args.fashion.rglob(_IDX), None)
     if found is None:

@@ -1,6 +1,6 @@
 """Which fonts of a folder can be used as image data, and which of them are one family.
 
-A folder of fonts is not a data set yet: there are symbol fonts in which 'A' is an arrow, small capitals in which 'a' is
+A folder of fonts is not a dataset yet: there are symbol fonts in which 'A' is an arrow, small capitals in which 'a' is
 an 'A', and the same design under several names, which would put training images into the test split. All three are
 found from rasters alone, by rules that need no list of names:
 

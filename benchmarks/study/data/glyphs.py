@@ -1,4 +1,4 @@
-"""Make the study's many-class data set: characters drawn from fonts, split by font family.
+"""Make the study's many-class dataset: characters drawn from fonts, split by font family.
 
 The fonts are any folder of OTF and TTF files, for instance Debian's package, which need not be installed:
 
@@ -84,7 +84,7 @@ from all families equally often.
 {families}
 
 ## Licences
-The fonts have different licences (many the SIL Open Font License or the GUST Font License; some others), which stand in
+The fonts have different licenses (many the SIL Open Font License or the GUST Font License; some others), which stand in
 the packages that they came from. The images are meant for the machine that made them and are not redistributed: make
 them again where they are needed.
 """
@@ -100,7 +100,7 @@ def render(
     """Draw a character as a distorted grey image.
 
     The line height of the font, not the character, is fitted to the image, and the character keeps its place on the
-    line: size and position are what tells 'o' from 'O'.
+    line: size and position are what distinguishes 'o' from 'O'.
 
     Args:
         font: The opened font.
@@ -255,9 +255,9 @@ def main() -> None:
     parser.add_argument('--output', type=Path, required=True, help='folder for the parquet files and the card')
     parser.add_argument('--classes', type=int, default=62, choices=sorted(CHARACTERS),
                         help='62: letters and digits; 94: all of ASCII (%(default)s)')  # fmt: skip
-    parser.add_argument('--train-per-class', type=int, default=200, help='training images a class (%(default)s)')
+    parser.add_argument('--train-per-class', type=int, default=200, help='training images per class (%(default)s)')
     parser.add_argument('--eval-per-class', type=int, default=100,
-                        help='validation images a class, and test images (%(default)s)')  # fmt: skip
+                        help='validation images per class, and test images (%(default)s)')  # fmt: skip
     parser.add_argument('--size', type=int, default=32, help='side of the images in pixels (%(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='seed of fonts and distortions (%(default)s)')
     parser.add_argument('--plain', action='store_true', help='upright and without noise')
