@@ -1,4 +1,4 @@
-"""Shows the loop of distill_minimal.py with accelerate: several processes or GPUs, mixed precision, one script.
+"""Show the loop of distill_minimal.py with accelerate: several processes or GPUs, mixed precision, one script.
 Run it with `accelerate launch --config_file train/accelerate/multi_cpu.yaml examples/distill_accelerate.py`: offline.
 Prints the number of processes, the loss of each epoch, and the test accuracy of student, prompt path and teacher.
 """

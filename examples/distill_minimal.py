@@ -1,4 +1,4 @@
-"""Shows DFPT-KD in a plain PyTorch loop: wrap a teacher, make a task, train, save, and load with timm alone.
+"""Show DFPT-KD in a plain PyTorch loop: wrap a teacher, make a task, train, save, and load with timm alone.
 Run it with `python examples/distill_minimal.py`: offline, on images and a teacher that are part of the repository.
 Prints the terms of the loss after each epoch, then the test accuracy of student, prompt path and teacher.
 """

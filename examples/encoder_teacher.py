@@ -1,4 +1,4 @@
-"""Shows an encoder without a classifier as the teacher: a head for new classes is fitted to it, then it teaches them.
+"""Show an encoder without a classifier as the teacher: a head for new classes is fitted to it, then it teaches them.
 Run it with `python examples/encoder_teacher.py`: offline, on embedded small letters, new to the encoder.
 Prints the test accuracy of student, prompt path and teacher, which is the encoder with the fitted head.
 """

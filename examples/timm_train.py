@@ -1,4 +1,4 @@
-"""Shows DFPT-KD in timm's own train.py: the lines that timm_train.patch adds to it, in a script that runs alone.
+"""Show DFPT-KD in timm's own train.py: the lines that timm_train.patch adds to it, in a script that runs alone.
 Run it with `python examples/timm_train.py`, offline; or with timm's script: `patch train.py examples/timm_train.patch`.
 Prints timm's summary of each epoch: the loss, and the test accuracy of the student.
 """

@@ -1,4 +1,4 @@
-"""Shows a teacher that is not timm's: a torchvision ResNet, or any module whose stages and classifier you name.
+"""Show a teacher that is not timm's: a torchvision ResNet, or any module whose stages and classifier you name.
 Run it with `python examples/torchvision_model.py`: offline, on embedded small letters; the teacher is trained first.
 Prints the stages that `wrap` opened, then the test accuracy of student, prompt path and teacher.
 """
