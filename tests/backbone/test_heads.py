@@ -131,7 +131,7 @@ def test_encoders_that_are_not_timms() -> None:
     assert teacher(torch.randn(2, 3, 64, 64)).original.shape == (2, 8)
     assert teacher.prompt(torch.randn(2, 3, 64, 64)).shape == (2, 4)
     # A linear layer at the end may be a classifier: who wraps must say.
-    with pytest.raises(ValueError, match=r'name it, e.g. classifier="last".*classifier=\(\)'):
+    with pytest.raises(ValueError, match=r'name the module, e.g. classifier="last".*classifier=\(\)'):
         timm_dfpt.wrap(_Encoder(nn.Linear(8, 6)), stages=stages, num_classes=4)
     for classifier, width in (((), 6), ('last', 8)):
         teacher = timm_dfpt.wrap(_Encoder(nn.Linear(8, 6)), stages=stages, num_classes=4, classifier=classifier)

@@ -228,14 +228,14 @@ def test_two_sizes_tell_which_axis_has_the_channels(lie: str, channels: int) -> 
         if fixed and lie in ('NCL', 'LNC', 'HWNC'):
             continue  # a single size tells nothing there
         if fixed and channels == 4 and lie in ('NCHW', 'NHWC'):
-            with pytest.raises(ValueError, match=r'stage1.*\(2, 4, 4, 4\), leaves open which axis .*output_fmt'):
+            with pytest.raises(ValueError, match=r'stage1.*\(2, 4, 4, 4\), does not show which axis .*output_fmt'):
                 find_stages(model, ['stage1', 'stage2'])
             model.output_fmt = lie  # type: ignore[assignment]
         if expected in ('NCHW', 'NHWC', 'NLC'):
             features = [stage.features for stage in find_stages(model, ['stage1', 'stage2'])]
             assert features == [(Feature(0, channels, expected),)] * 2  # type: ignore[arg-type]
         else:
-            with pytest.raises(ValueError, match='holds no features'):
+            with pytest.raises(ValueError, match='does not hold features'):
                 find_stages(model, ['stage1', 'stage2'])
 
 

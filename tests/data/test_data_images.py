@@ -230,7 +230,7 @@ def test_half_transparent_images_are_mixed_and_others_left_alone() -> None:
 
 @pytest.mark.parametrize('text', ['', 'whitish', '1,2', '256', '-1', '1,2,300', '#12345'])
 def test_what_is_not_a_colour_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match='background=.* must be a colour such as white'):
+    with pytest.raises(ValueError, match='background=.* must be a color such as white'):
         decode_image(SAME_AS_PILLOW['rgb'], 3, text)
 
 
@@ -302,7 +302,7 @@ def test_small_sets_are_read_through_and_large_ones_on_demand(tmp_path, monkeypa
     left = load_splits(str(tmp_path), on_bad_image='skip')
     assert left.checked
     assert len(left.train) + len(left.val) == 5
-    with pytest.raises(ValueError, match='leave --check-images off out'):
+    with pytest.raises(ValueError, match="cannot be used with check_images='off'"):
         load_splits(str(tmp_path), on_bad_image='skip', check_images='off')
 
 

@@ -68,10 +68,11 @@ def test_few_transparent_images(tiny, tmp_path, capsys, caplog) -> None:
     argv += ['--method', 'kd', '--epochs', '1']
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert 'few images: batch size 16 instead of 128, as no --batch-size was given; the learning rate stays 0.05' in out
+    said = 'small dataset: batch size 16 instead of 128, as --batch-size was not given; the learning rate stays 0.05'
+    assert said in out
     assert '3 classes, 216 images to train on, 43 to validate on' in out
-    assert 'an epoch: 13 steps of 16 images; 8 images are left out of each epoch' in out
-    assert '3 of 259 images are transparent in places' in caplog.text
+    assert '13 steps of 16 images per epoch; 8 images are left out of each epoch' in out
+    assert '3 of 259 images have transparent pixels' in caplog.text
     options = parse_config([*argv, '--resume'])
     for size in (16, 64):
         folder = RunFolder.claim(options)

@@ -295,7 +295,7 @@ def test_what_images_are_like_is_noted_as_they_are_read(tmp_path, monkeypatch, c
         assert split.findings.read()[:, 0].tolist() == list(range(len(split)))
     report_findings(parts, {role: split.findings.read() for role, split in parts.items()})
     assert '2 of 12 images are transparent' in caplog.text
-    assert "2 of 4 images of split 'val' are trained on, too" in caplog.text
+    assert "2 of 4 images of split 'val' are also in the training split" in caplog.text
     assert f'{tmp_path}/val/a/0.png' in caplog.text
     assert f'{tmp_path}/train/a/0.png' in caplog.text
 
@@ -417,7 +417,7 @@ def test_image_damaged_after_the_check_is_named(tmp_path, folder) -> None:
 
 
 BAD = {
-    'batch larger than the data': ({'batch_size': 34}, 'has 33 images, fewer than batch_size=34'),
+    'batch larger than the data': ({'batch_size': 34}, 'has 33 images, fewer than one batch of batch_size=34'),
     'batch of none': ({'batch_size': 0}, 'batch_size=0'),
     'negative seed': ({'seed': -1}, 'seed=-1'),
     'negative workers': ({'workers': -1}, 'workers=-1'),

@@ -349,7 +349,7 @@ BAD = {
     'stream of shards': (lambda root: 'wds/shards', {}, r"'wds/shards': .* a folder of images or parquet"),
     'stream of the Hub': (lambda root: 'hfids/user/name', {}, r'the id of the dataset on the Hub'),
     'path missing': (lambda root: root, {}, r'no such file or folder'),
-    'folder without classes': (no_classes, {}, 'one sub folder of images per class'),
+    'folder without classes': (no_classes, {}, 'one subfolder of images per class'),
     'empty class folder': (empty_class, {}, r'empty.* holds no image .*remove it'),
     'single class': (lambda root: make_folder(root, {'a': 3}), {}, r"only the class \['a'\]"),
     'class with a single image': (lambda root: make_folder(root, {'a': 3, 'b': 1}), {}, "class 'b' has a single image"),
@@ -426,5 +426,5 @@ def test_file_that_is_no_parquet_is_refused(tmp_path) -> None:
 def test_unknown_on_the_hub_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
-    with pytest.raises(FileNotFoundError, match='nobody/nothing.* no local file or folder'):
+    with pytest.raises(FileNotFoundError, match='nobody/nothing.* is not a local file or folder'):
         load_splits('nobody/nothing')

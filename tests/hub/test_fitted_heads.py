@@ -45,5 +45,5 @@ def test_fitted_heads_come_back_on_the_published_model(tmp_path: Path, variant: 
         timm_dfpt.load_teacher(tmp_path, published)
     config = {**record, 'fitted_head': {**record['fitted_head'], 'how': 'guessed'}}
     (tmp_path / 'prompt_config.json').write_text(json.dumps(config))
-    with pytest.raises(ValueError, match='fitted_head does not say'):
+    with pytest.raises(ValueError, match='fitted_head must have the keys'):
         timm_dfpt.load_teacher(tmp_path, published)

@@ -128,7 +128,7 @@ def test_wrong_base_is_refused_with_both_fingerprints(hub: Hub, client: Client, 
     expected = client.run(_push_unpublished, 'alice/prompt', base, base_model='')
     nothing = reader.fail(clients.load_any, 'alice/prompt')
     assert nothing.causes[0] == 'ValueError'
-    assert "Pass it: load_teacher('alice/prompt', model=...)" in nothing.error
+    assert "pass that model, load_teacher('alice/prompt', model=...)" in nothing.error
     assert reader.run(_load_on_changed, 'alice/prompt', base) == expected
 
     weights = reader.fail(_load_on, 'alice/prompt', 'test_resnet', 5)

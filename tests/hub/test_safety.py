@@ -40,7 +40,7 @@ PROMPT_CONFIGS: dict[str, tuple[Change, str]] = {
     'channels': (_set('stages', 0, 'features', 0, 'channels', to=HUGE), 'channels must be'),
     'stages': (lambda c: c.update(stages=c['stages'] * 10**4), 'stages must be'),
     'a million stages': (lambda c: c.update(stages=c['stages'] * 333_334), 'are not read'),
-    'inner channels': (_set('prompt', 'rd_ratio', to=1e-9), 'cannot be opened as the prompt path asks'),
+    'inner channels': (_set('prompt', 'rd_ratio', to=1e-9), 'does not fit the prompt path'),
     'some inner channels': (_set('prompt', 'rd_ratio', to=1e-3), 'many more values than its weights have'),
     'kernels': (_set('prompt', 'kernel_sizes', to=[1] * 10**6), 'kernel_sizes'),
     'kernel': (_set('prompt', 'kernel_sizes', to=[HUGE + 1]), 'kernel_sizes'),
@@ -72,20 +72,20 @@ PROMPT_CONFIGS: dict[str, tuple[Change, str]] = {
     'standard deviation': (_set('data_config', 'std', to=[0]), 'data_config.std'),
 }
 STUDENT_CONFIGS: dict[str, tuple[Change, str]] = {
-    'widths': (_set('model_args', 'channels', to=[10**6] * 4), 'The files are not of one model'),
+    'widths': (_set('model_args', 'channels', to=[10**6] * 4), 'The files do not belong to the same model'),
     'too wide': (_set('model_args', 'channels', to=[HUGE] * 4), 'a number up to'),
     'depth': (_set('model_args', 'layers', to=[4096] * 5), 'at most 16,384 in all'),
     'image side': (_set('model_args', 'img_size', to=10**5), 'integers up to 4,096'),
-    'classes': (lambda c: c.update(num_classes=10**6, label_names=None), 'The files are not of one model'),
+    'classes': (lambda c: c.update(num_classes=10**6, label_names=None), 'The files do not belong to the same model'),
     'no class': (_set('num_classes', to=-1), 'not of a timm model'),
     'names': (_set('label_names', to=['a']), 'label_names has 1 names'),
     'reads a file': (_set('model_args', 'pretrained_cfg', to={'file': '/etc/passwd'}), 'pretrained_cfg is not'),
     'other class': (_set('model_args', 'features_only', to=True), 'features_only is not'),
-    'unknown argument': (_set('model_args', 'nonsense', to=1), 'No model can be built'),
+    'unknown argument': (_set('model_args', 'nonsense', to=1), 'The config cannot be built into a model'),
     'unknown model': (_set('architecture', to='no_such_net'), 'does not have'),
     'source': (_set('architecture', to='local-dir:/etc'), 'does not have'),
     'image size': (_set('pretrained_cfg', 'input_size', to=[3, HUGE, HUGE]), 'input_size must be'),
-    'custom code': (_set('pretrained_cfg', 'nonsense', to='x'), 'No model can be built'),
+    'custom code': (_set('pretrained_cfg', 'nonsense', to='x'), 'The config cannot be built into a model'),
 }
 
 
@@ -297,9 +297,9 @@ SLOW: dict[str, tuple[dict[str, Any], str]] = {
     'wide': ({'n': 4000}, 'many more values than its weights have'),
     'many': ({'n': 4000}, 'many more tensors than its weights have'),
     'deep': ({'n': 200}, 'many more modules than its weights have'),
-    'tiny_vit_5m_224': ({'window_sizes': [7, 7, 400, 7]}, 'The files are not of one model'),
-    'swin_tiny_patch4_window7_224': ({'window_size': 4096}, 'The files are not of one model'),
-    'vit_tiny_patch16_224': ({'img_size': 4096, 'patch_size': 1}, 'The files are not of one model'),
+    'tiny_vit_5m_224': ({'window_sizes': [7, 7, 400, 7]}, 'The files do not belong to the same model'),
+    'swin_tiny_patch4_window7_224': ({'window_size': 4096}, 'The files do not belong to the same model'),
+    'vit_tiny_patch16_224': ({'img_size': 4096, 'patch_size': 1}, 'The files do not belong to the same model'),
 }
 
 

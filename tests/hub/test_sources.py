@@ -236,7 +236,7 @@ def test_configs_of_teachers_are_checked(hub: Hub, client: Client, student_folde
         hub.add_repo(f'bob/{name}', {**files, 'config.json': json.dumps(config).encode()})
         names.append(f'hf-hub:bob/{name}')
     said = client.run(_jobs_of, names, 'teacher')
-    assert 'model_args: pretrained_filter_fn is not an argument' in said[names[0]]
+    assert 'model_args: pretrained_filter_fn is not an allowed argument' in said[names[0]]
     assert 'many more values than its weights have' in said[names[1]]
 
 

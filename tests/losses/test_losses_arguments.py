@@ -67,7 +67,7 @@ def test_dfpt_names_the_logits_that_do_not_fit(name: str) -> None:
     ('change', 'error', 'message'),
     [
         ({'target': torch.zeros(4, 6)}, ValueError, r'soft target.*\[4, 5\].*\[4, 6\].*mixup'),
-        ({'temperature': torch.tensor(4.0)}, TypeError, 'temperature must be a number: a learned one'),
+        ({'temperature': torch.tensor(4.0)}, TypeError, 'temperature must be a number, not a tensor: a learned'),
         ({'criterion': torch.nn.CrossEntropyLoss(reduction='none')}, ValueError, r'criterion must return a scalar'),
         ({'kd_fn': lambda s, t, y, temperature: s - t}, ValueError, r'kd_fn must return a scalar.*\[4, 5\]'),
     ],

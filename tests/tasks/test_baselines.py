@@ -179,7 +179,7 @@ def test_a_task_without_a_teacher_says_so(batch):
     task = SupervisedTask(model(1), nn.CrossEntropyLoss(), verbose=False)
     assert task.get_teacher() is None
     assert list(task.eval_outputs(batch[0])) == ['student']
-    with pytest.raises(RuntimeError, match='SupervisedTask has no teacher'):
+    with pytest.raises(RuntimeError, match='SupervisedTask trains without a teacher'):
         task.teacher_logits(batch[0])
 
 

@@ -102,9 +102,9 @@ class WithoutFeatures(nn.Sequential):
 @pytest.mark.parametrize(
     ('student', 'teacher', 'message'),
     [
-        (lambda: model(1), WithoutFeatures, 'teacher WithoutFeatures gives no pooled features .*forward_head'),
+        (lambda: model(1), WithoutFeatures, 'teacher WithoutFeatures does not return pooled features .*forward_head'),
         (WithoutFeatures, lambda: model(1), 'student WithoutFeatures'),
-        (lambda: model(1), lambda: model(2, global_pool=''), r'a tensor \[1, .* and not pooled features \[B, D\]'),
+        (lambda: model(1), lambda: model(2, global_pool=''), r'a tensor \[1, .* not pooled features \[B, D\]'),
         (lambda: model(1), lambda: timm_dfpt.wrap(model(2)), 'takes a plain model'),
     ],
 )

@@ -60,7 +60,7 @@ def test_channels_that_cannot_be_converted_are_refused(target_channels):
 
 
 def test_a_mean_of_the_wrong_length_is_refused():
-    with pytest.raises(ValueError, match=r'mean=\(0.5, 0.5\) of the images must have one value or 3.*input_config'):
+    with pytest.raises(ValueError, match=r'mean=\(0.5, 0.5\) of the images must have one value, or 3.*input_config'):
         InputAdapter({**IMAGENET, 'mean': (0.5, 0.5)}, IMAGENET)
 
 
@@ -79,8 +79,8 @@ THREE, FOUR = {'mean': (0.1, 0.2, 0.3)}, {'mean': (0.1, 0.2, 0.3, 0.4), 'std': (
     [
         ((4, {}), (4, {}), None),  # nothing to convert: both see the images as they are
         ((4, FOUR), (4, {'mean': (0.5,), 'std': (0.5,)}), None),
-        ((4, THREE), (4, {}), r'mean=\(0.1, 0.2, 0.3\) of the images must have one value or 4'),
-        ((4, FOUR), (4, THREE), r'of the teacher must have one value or 4.*teacher_input_config'),
+        ((4, THREE), (4, {}), r'mean=\(0.1, 0.2, 0.3\) of the images must have one value, or 4'),
+        ((4, FOUR), (4, THREE), r'of the teacher must have one value, or 4.*teacher_input_config'),
         ((1, {}), (1, THREE), None),
         ((1, {}), (3, THREE), None),
         ((3, {}), (1, {}), 'loaded with 3 channels, but the teacher takes 1'),

@@ -83,7 +83,7 @@ def test_a_student_that_shares_weights_with_the_prompt_path_is_refused():
 @pytest.mark.parametrize('task', [*TASKS, SupervisedTask])
 def test_a_student_with_nothing_to_train_is_refused(task):
     teacher = () if task is SupervisedTask else (make_model(1),)
-    with pytest.raises(ValueError, match=r'no parameter that is trained.*requires_grad_\(True\)'):
+    with pytest.raises(ValueError, match=r'no trainable parameter.*requires_grad_\(True\)'):
         task(make_model().requires_grad_(False), *teacher, verbose=False)
     partly = make_model().requires_grad_(False)
     partly.fc.requires_grad_(True)

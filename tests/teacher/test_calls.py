@@ -239,7 +239,7 @@ def test_copies_run_calls_of_their_own() -> None:
 
 def test_tokens_outside_a_call_are_an_error() -> None:
     teacher = make_teacher('test_vit')
-    with pytest.raises(RuntimeError, match=r'outside a call.*teacher\.prompt'):
+    with pytest.raises(RuntimeError, match=r'outside of the prompt path.*teacher\.prompt'):
         teacher.prompt_path.model(image(160, 160))
 
 

@@ -80,7 +80,7 @@ def test_calibrated_where_every_image_is_right() -> None:
 
 
 def test_without_anything_to_tell_classes_apart() -> None:
-    with pytest.raises(ValueError, match='two classes at least, got 4 images of 1'):
+    with pytest.raises(ValueError, match='at least two classes, got 4 images of 1'):
         fit_ridge(torch.randn(4, 3), torch.ones(4, dtype=torch.long), 3)
     with pytest.raises(ValueError, match='not finite'):
         fit_ridge(torch.full((4, 3), torch.inf), torch.tensor([0, 1, 0, 1]), 2)

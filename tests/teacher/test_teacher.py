@@ -543,13 +543,13 @@ def test_torchvision_models() -> None:
         ),
         ({'classifier': 'nowhere'}, "no module 'nowhere'"),
         ({'stages': ['layer1', 'nowhere']}, "'nowhere', which is not a module"),
-        ({'stages': []}, 'names no module'),
+        ({'stages': []}, 'is empty: name at least one module'),
         ({'stages': 0}, 'stages must be'),
-        ({'stages': 9}, 'more stages than the 5'),
+        ({'stages': 9}, 'more than the 5 stages'),
         ({'stages': 1}, 'single stage'),
         ({'stages': ['layer1', 'layer1']}, 'twice'),
         ({'stages': ['layer2', 'layer1']}, 'in this order'),
-        ({'stages': ['fc', 'layer1']}, 'holds no features'),
+        ({'stages': ['fc', 'layer1']}, 'does not hold features'),
         ({'input_size': (3, 64)}, 'input_size must be'),
     ],
 )
@@ -567,7 +567,7 @@ def test_bad_models_are_refused_in_words() -> None:
         timm_dfpt.wrap(make_teacher())
     with pytest.raises(ValueError, match='num_classes=0'):
         timm_dfpt.wrap(make_model(num_classes=0))
-    with pytest.raises(ValueError, match='which module is its classifier'):
+    with pytest.raises(ValueError, match='does not name its classifier'):
         timm_dfpt.wrap(_Toy(''), stages=['stage1', 'stage2'])
     with pytest.raises(ValueError, match='no feature_info'):
         timm_dfpt.wrap(_Toy(''), classifier='head')

@@ -223,7 +223,7 @@ def test_arms_cannot_change_what_makes_them_comparable(option):
         (['--methods', 'kd', '--seeds', '1', '--reference', 'dkd'], "reference='dkd'"),
         (['--methods', 'kd', 'dkd', '--seeds', '1', '--mixup', '0.2'], 'dkd needs class indices'),
         (['--methods', 'kd', 'dist', '--seeds', '1', '--mixed-precision', 'fp16'], 'bf16'),
-        (['--methods', 'kd', '--seeds', '1', '--resume'], 'has no comparison'),
+        (['--methods', 'kd', '--seeds', '1', '--resume'], 'does not hold a comparison'),
         (['--methods', 'kdd', '--seeds', '1'], "Did you mean 'kd'"),
         (['--methods', 'kd', '--seeds', '1', '--prompt-norm', 'layer'], 'has no effect with method=kd'),
     ],

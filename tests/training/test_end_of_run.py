@@ -112,7 +112,7 @@ def test_publishing_that_fails_says_how_to_try_again(trained, tmp_path, monkeypa
     assert resume(trained, tmp_path, '--push-to-hub', 'user/name', '--license', 'mit') == 1
     shown = capsys.readouterr().err.splitlines()[-1]
     command = f'timm-dfpt publish {tmp_path}/run --push-to-hub user/name --license mit'
-    assert shown == f'error: Publishing failed: the Hub is away The run folder is whole; to try again: {command}'
+    assert shown == f'error: Publishing failed: the Hub is away The run folder is complete; to try again: {command}'
     assert (tmp_path / 'run' / 'summary.json').is_file()
 
 
@@ -124,7 +124,7 @@ def test_a_comparison_without_costs_and_tracker(tiny, tmp_path, monkeypatch, cap
     argv = tiny.argv(tmp_path / 'out', '--epochs', '1', '--mixup', '0')
     assert compare([*argv, '--methods', 'kd', 'scratch', '--seeds', '1']) == 0
     assert 'logging an epoch failed' in caplog.text
-    assert 'measuring what a step costs failed' in caplog.text
+    assert 'measuring the cost of a step failed' in caplog.text
     assert 'drawing the comparison failed' in caplog.text
     result = json.loads((tmp_path / 'out' / 'compare.json').read_text())
     assert result['arms']['kd']['step'] == {'flops': None, 'ms': None}

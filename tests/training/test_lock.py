@@ -64,7 +64,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog, numb
 
     monkeypatch.setattr(lock.fcntl, 'flock', refuse)
     FolderLock(tmp_path / 'run').release()
-    assert 'has no locks' in caplog.text
+    assert 'does not support locks' in caplog.text
 
 
 @pytest.mark.parametrize('compared', [False, True], ids=['run', 'comparison and its seeds'])

@@ -43,7 +43,7 @@ def test_a_function_and_a_row_are_a_method(toy, tiny, tmp_path):
     assert line['loss'] == pytest.approx(line['task_loss'] + 2 * line['kd_loss'], rel=1e-5)
     config = json.loads((tmp_path / 'toy' / 'student' / 'config.json').read_text())
     card = student_card('user/toy', config, params=1, run=RunFacts(method=toy, teacher='user/teacher'))
-    assert 'taught by `user/teacher` with Toy KD' in card.text
+    assert 'distilled from `user/teacher` with Toy KD' in card.text
 
 
 def test_it_is_compared_and_is_a_loss_of_the_prompt_path(toy, tiny, tmp_path, capsys):

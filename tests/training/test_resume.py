@@ -299,7 +299,7 @@ def test_another_number_of_processes_is_said(runs, half_done, tmp_path):
     shutil.copytree(half_done, run)
     job = Job([*runs.argv(run, 2), '--resume'], tmp_path / 'log', 1)
     assert job.wait() == [0], job.output()
-    assert 'saved by 2 processes and goes on with 1' in job.output()
+    assert 'saved by 2 processes and continues with 1' in job.output()
     one, two = (load_file(path / 'student' / 'model.safetensors') for path in (run, runs.undisturbed(2)))
     assert one.keys() == two.keys()
     assert all(torch.isfinite(tensor.float()).all() for tensor in one.values())

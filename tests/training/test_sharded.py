@@ -43,7 +43,7 @@ def pair(tiny, tmp_path_factory):
         argv = tiny.vit_argv(root / name, '--baselines', 'kd', '--clip-grad', '1', '--model-ema')
         job = Job(argv, root / f'{name}.log', processes, environment=environment)
         finished(job)
-    assert 'spread over 2 processes' in job.output()
+    assert 'sharded over 2 processes' in job.output()
     return root / 'one', root / 'sharded'
 
 
@@ -217,5 +217,5 @@ def test_launcher_and_configuration_file(tiny, tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'spread over 2 processes' in done.stdout
+    assert 'sharded over 2 processes' in done.stdout
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['processes'] == 2

@@ -140,7 +140,7 @@ def test_features_first_and_then_labels(runs, tiny, tmp_path):
     assert model(torch.zeros(2, 3, 16, 16)).shape == (2, model.num_features)
     config = json.loads((backbone / 'config.json').read_text())
     card = student_card('user/backbone', config, params=1, run=RunFacts(method='feature', teacher='user/teacher'))
-    assert 'a backbone without classes, taught by `user/teacher` with feature distillation' in card.text
+    assert 'a backbone without classes, distilled from `user/teacher` with feature distillation' in card.text
     assert 'softmax' not in card.text
     more = ['--method', 'supervised', '--student', f'local-dir:{backbone}', '--student-pretrained', '--epochs', '1']
     assert main([*tiny.common(tmp_path / 'run'), '--dataset', str(tiny.data), *more, '--lr', '1e-12']) == 0
@@ -219,7 +219,7 @@ def test_a_folder_of_images_is_enough(val, tiny, tmp_path, capsys):
 def test_a_teacher_without_batch_norm_teaches_as_it_is(tiny, tmp_path, capsys):
     more = ['--method', 'kd', '--teacher', f'local-dir:{tiny.vit_teacher}', '--epochs', '1']
     assert main(argv(tiny, tiny.data, tmp_path / 'out', *more)) == 0
-    assert 'has no BatchNorm to adapt, and the student learns what it says as it is' in capsys.readouterr().out
+    assert 'has no BatchNorm to adapt, and is used as it is' in capsys.readouterr().out
     assert not (tmp_path / 'out' / 'teacher_statistics.safetensors').exists()
 
 
@@ -247,10 +247,10 @@ def test_two_processes_have_one_teacher_and_end_as_one(tiny, tmp_path):
         (['--method', 'kd', '--baselines', 'supervised'], 'supervised learns from labels'),
         (['--method', 'dkd'], 'dkd learns from labels'),
         (['--method', 'dfpt', '--kd-loss', 'dkd'], 'dkd learns from labels'),
-        (['--method', 'kd', '--distill-loss-weight', '0'], 'unlabelled: the student learns from the teacher alone'),
+        (['--method', 'kd', '--distill-loss-weight', '0'], 'unlabelled: the student learns from the teacher only'),
         (['--method', 'kd', '--smoothing', '0.1'], 'smoothing=0.1 has no effect with --unlabelled'),
         (['--method', 'kd', '--no-unlabelled', '--no-adapt-statistics'], 'no effect without --unlabelled'),
-        (['--method', 'dfpt', '--no-adapt-statistics'], 'a new prompt path learns nothing but statistics'),
+        (['--method', 'dfpt', '--no-adapt-statistics'], 'a new prompt path learns only BatchNorm statistics'),
         (['--method', 'dfpt', '--prompt-norms', 'teacher'], 'prompt_norms=teacher: without labels'),
         (['--method', 'dfpt', '--teacher-dtype', 'bfloat16'], 'teacher_dtype=bfloat16: without labels'),
         (['--method', 'dfpt', '--prompt-block'], 'prompt_block=True has no effect with --unlabelled'),
@@ -286,7 +286,7 @@ def test_an_encoder_teaches_features_only(tiny, tmp_path, capsys):
     save_file({k: v for k, v in weights.items() if not k.startswith('fc.')}, encoder / 'model.safetensors')
     teacher = ['--teacher', f'local-dir:{encoder}', '--epochs', '1']
     assert main(argv(tiny, tiny.data, tmp_path / 'kd', '--method', 'kd', *teacher)) == 1
-    assert 'knows no classes, and without labels there is nothing to fit a head to' in capsys.readouterr().err
+    assert 'has no classes, and without labels a head cannot be fitted' in capsys.readouterr().err
     labelled = [arg for arg in argv(tiny, tiny.data, tmp_path / 'feature', *teacher) if arg != '--unlabelled']
     assert main([*labelled, '--method', 'feature']) == 0
     assert 'top1' in summary(tmp_path / 'feature')['models']['student']['metrics']

@@ -131,8 +131,8 @@ def _run(
         output = model(leaf.clone())
     except (AssertionError, IndexError, RuntimeError) as error:
         raise ValueError(
-            f'{name_of(model)} does not run on a calibration input {tuple(x.shape)}: {error}. '
-            'Say which size it takes: input_size=(channels, height, width).'
+            f'{name_of(model)} does not run on a calibration input {tuple(x.shape)}: {error}. Give the size that it '
+            'takes: input_size=(channels, height, width).'
         ) from error
     finally:
         for handle in handles:
@@ -180,8 +180,8 @@ def _compare_sizes(model: nn.Module, x: torch.Tensor, doubtful: dict[tuple[str, 
     # timm's models say how features lie, or it is NCHW.
     if unclear and not (hasattr(model, 'output_fmt') or hasattr(model, 'pretrained_cfg')):
         raise ValueError(
-            f'The output of stage {unclear[0][0]!r} of {name_of(model)}, {tuple(doubtful[unclear[0]])}, leaves open '
-            "which axis has the channels, and the model takes images of one size only. Say how its features lie: "
+            f'The output of stage {unclear[0][0]!r} of {name_of(model)}, {tuple(doubtful[unclear[0]])}, does not show '
+            'which axis holds the channels, and the model takes images of one size only. Set its layout: '
             "model.output_fmt = 'NCHW' or 'NHWC'."
         )
     return {key: layout for key, layout in guesses.items() if layout is not None}
@@ -244,9 +244,9 @@ def _find_features(
     if not features:
         shapes = [tuple(t.shape) for t in leaves if isinstance(t, torch.Tensor)]
         raise ValueError(
-            f'The output of stage {tap.module!r} of {name_of(model)} holds no features [B, C, H, W], [B, H, W, C] or '
-            f'[B, L, C] of {tap.channels or "any number of"} channels, but tensors of shape {shapes}. '
-            'Name another module: stages=[...].'
+            f'The output of stage {tap.module!r} of {name_of(model)} does not hold features [B, C, H, W], [B, H, W, '
+            f'C] or [B, L, C] of {tap.channels or "any number of"} channels, but tensors of shape {shapes}. Name '
+            'another module: stages=[...].'
         )
     return tap.reduction or min(reductions), tuple(features)
 
@@ -282,7 +282,7 @@ def calibration_input(model: nn.Module, input_size: tuple[int, int, int] | None 
         return x
     raise ValueError(
         f'{name_of(model)} does not take a calibration input of {" or ".join(str(size) for size in sizes)}: {error}. '
-        'Say which it takes: input_size=(channels, height, width).'
+        'Give the one that it takes: input_size=(channels, height, width).'
     ) from error
 
 

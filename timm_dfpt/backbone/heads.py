@@ -85,7 +85,10 @@ def add_head(
         place.reset_classifier(num_classes)
         names = _classifiers(model)
         if not names:
-            raise ValueError(f'reset_classifier({num_classes}) of {name_of(model)} makes no linear classifier.')
+            raise ValueError(
+                f'reset_classifier({num_classes}) of {name_of(model)} does not make a linear classifier: give '
+                'num_classes=None and a model that has its own.'
+            )
     else:
         names = (ENCODER_HEAD,)
         model.add_module(ENCODER_HEAD, nn.Linear(features.shape[1], num_classes))

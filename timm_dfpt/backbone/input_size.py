@@ -81,7 +81,7 @@ def set_input_size(model: nn.Module, size: tuple[int, int]) -> None:
         if any(rest):
             fits = ' x '.join(str(max(part, side - left)) for side, left, part in zip(size, rest, patch, strict=True))
             raise ValueError(
-                f'{kind} cuts images into patches of {patch[0]} x {patch[1]} and would not see all of {shown}: give a '
+                f'{kind} takes images in patches of {patch[0]} x {patch[1]} and would not see all of {shown}: give a '
                 f'multiple, such as {fits}.'
             )
     state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)

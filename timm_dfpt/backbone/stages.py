@@ -49,8 +49,8 @@ def find_taps(model: nn.Module, stages: int | Sequence[str] | None) -> list[Tap]
     taps = _own_taps(model)
     if not taps:
         raise ValueError(
-            f'{name_of(model)} has no feature_info that says where its stages are; '
-            'name the modules that end a stage, e.g. stages=["layer1", "layer2", "layer3"].'
+            f'{name_of(model)} has no feature_info to find its stages by. Name the modules that end a stage, e.g. '
+            'stages=["layer1", "layer2", "layer3"].'
         )
     # More than that, and all alike: the blocks of a plain transformer, not stages.
     if len(taps) > _DEFAULT_NUM_STAGES and len({(t.channels, t.reduction) for t in taps}) == 1:
@@ -59,7 +59,7 @@ def find_taps(model: nn.Module, stages: int | Sequence[str] | None) -> list[Tap]
             return [taps[math.ceil(len(taps) * (i + 1) / count) - 1] for i in range(count)]
     count = stages or min(_DEFAULT_NUM_STAGES, len(taps))
     if count > len(taps):
-        raise ValueError(f'stages={stages} asks for more stages than the {len(taps)} that {name_of(model)} has.')
+        raise ValueError(f'stages={stages} is more than the {len(taps)} stages that {name_of(model)} has.')
     return taps[-count:]
 
 
@@ -91,7 +91,7 @@ def _tap_of(entry: dict[str, Any], modules: dict[str, nn.Module], rule: StageRul
 def _named_taps(model: nn.Module, names: Sequence[Any]) -> list[Tap]:
     modules = dict(model.named_modules())
     if not names:
-        raise ValueError('stages=[] names no module; name at least one, or leave stages=None.')
+        raise ValueError('stages=[] is empty: name at least one module, or leave stages=None.')
     for name in names:
         if not isinstance(name, str) or name not in modules or not name:
             raise ValueError(
@@ -100,7 +100,7 @@ def _named_taps(model: nn.Module, names: Sequence[Any]) -> list[Tap]:
             )
     found = [_last_child(modules, name) for name in names]
     if len(set(found)) != len(found):
-        raise ValueError(f'stages={list(names)!r} names a module twice.')
+        raise ValueError(f'stages={list(names)!r} names a module twice: name each once.')
     known = {tap.module: tap for tap in _own_taps(model)}
     return [known.get(name) or Tap(name, leaves=rule_for(model).leaves) for name in found]
 

@@ -65,21 +65,23 @@ class AugmentConfig:
         for name in ('scale', 'ratio'):
             bounds = getattr(self, name)
             if bounds is not None and not (len(bounds) == 2 and 0 < bounds[0] <= bounds[1]):
-                raise ValueError(f'{name}={bounds} must be a lower and an upper bound, both positive')
+                raise ValueError(f'{name}={bounds} must be a lower and an upper bound, both positive, such as 0.08 1.')
         if self.scale is not None and self.scale[1] > 1 and self.train_crop_mode in (None, 'rrc'):
-            raise ValueError(f'scale={self.scale} must be shares of the area, up to 1, for random resized crops')
+            raise ValueError(f'scale={self.scale} must be shares of the image area, at most 1.')
         jitter = self.color_jitter
         if any(value < 0 for value in (jitter if isinstance(jitter, Sequence) else [jitter or 0])):
-            raise ValueError(f'color_jitter={jitter} must not be negative')
+            raise ValueError(f'color_jitter={jitter} must be at least 0.')
         if self.crop_padding:
             clash = [name for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio') if getattr(self, name)]
             if clash:
-                raise ValueError(f'crop_padding={self.crop_padding} and {clash[0]} exclude each other; drop one')
+                raise ValueError(
+                    f'crop_padding={self.crop_padding} and {clash[0]} contradict each other: give one of them.'
+                )
 
         if self.jpeg_draft and not self.plain_crops():
             raise ValueError(
-                'jpeg_draft is for random resized crops and flips alone: leave no_aug, train_crop_mode, crop_padding, '
-                'aa, color_jitter and reprob out, or jpeg_draft'
+                'jpeg_draft works with random resized crops and flips only: leave it out, or all of no_aug, '
+                'train_crop_mode, crop_padding, aa, color_jitter and reprob.'
             )
 
     def plain_crops(self) -> bool:
@@ -269,4 +271,4 @@ def _try(transform: Callable[[Image.Image], torch.Tensor], size: Sequence[int], 
             for _ in range(_TRIALS):
                 transform(image)
         except (ArithmeticError, OSError, TypeError, ValueError) as error:
-            raise ValueError(f'aa={policy!r} fails on some images ({error}): choose another policy') from error
+            raise ValueError(f'aa={policy!r} fails on some images ({error}): choose another policy.') from error

@@ -38,15 +38,15 @@ def find_image_column(dataset: Dataset | FileTable, named: str | None) -> str:
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image) or _is_raw(feature)]
     if len(columns) != 1:
         problem = f'several image columns, {columns}' if columns else f'no image column among {dataset.column_names}'
-        raise ValueError(f'{problem}; name one with --input-key')
+        raise ValueError(f'{problem}; name one with --input-key.')
     return columns[0]
 
 
 def _check_named(dataset: Dataset | FileTable, named: str, option: str) -> str:
     if named not in dataset.column_names:
         raise ValueError(
-            f'{option}={named!r} is unknown; the dataset has the columns {dataset.column_names}: name one of '
-            f'them with --{option.replace("_", "-")}'
+            f'{option}={named!r} is unknown; the dataset has the columns {dataset.column_names}: name one of them '
+            f'with --{option.replace("_", "-")}.'
         )
     return named
 
@@ -70,7 +70,7 @@ def find_label_column(dataset: Dataset | FileTable, named: str | None, image_col
         return _check_named(dataset, named, 'target_key')
     if isinstance(dataset, FileTable):
         if dataset.labels is None:
-            raise ValueError('no label column: the images lie in no class folders')
+            raise ValueError('there is no label column, and the images are not in class folders')
         return 'label'
     from datasets import ClassLabel, Value  # costs 0.5 s
 
@@ -81,7 +81,7 @@ def find_label_column(dataset: Dataset | FileTable, named: str | None, image_col
         columns = [name for name in LABEL_COLUMNS if name in usable][:1] or usable
     if len(columns) != 1:
         problem = f'several label columns, {columns}' if columns else f'no label column among {dataset.column_names}'
-        raise ValueError(f'{problem}; name one with --target-key')
+        raise ValueError(f'{problem}; name one with --target-key.')
     return columns[0]
 
 
@@ -94,7 +94,7 @@ def images_of(dataset: Dataset | FileTable, image_column: str) -> ImageFiles | T
     problem = f'input_key={image_column!r} does not hold images'
     if isinstance(dataset, FileTable):
         if image_column != 'image':
-            raise ValueError(f'{problem}; leave --input-key out')
+            raise ValueError(f'{problem}; leave --input-key out.')
         return dataset.files
     from datasets import Image  # costs 0.5 s
 
@@ -104,7 +104,7 @@ def images_of(dataset: Dataset | FileTable, image_column: str) -> ImageFiles | T
     try:
         return TableImages(dataset.cast_column(image_column, Image(decode=False)), image_column)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f'{problem}: {error}; name another column with --input-key') from error
+        raise ValueError(f'{problem}: {error}; name another column with --input-key.') from error
 
 
 def _values(dataset: Dataset, column: str) -> list[Any]:
@@ -133,7 +133,7 @@ def local_classes(dataset: Dataset | FileTable, column: str, where: str) -> tupl
         if len(dataset) == 0:
             raise ValueError(f'{where} is empty')
         if column != 'label' or dataset.labels is None:
-            raise ValueError(f'{where} holds images; name another column with --target-key')
+            raise ValueError(f'{where} holds images; name another column with --target-key.')
         return _checked_names(dataset.classes or [], where), dataset.labels
     from datasets import ClassLabel  # costs 0.5 s
 
@@ -142,7 +142,9 @@ def local_classes(dataset: Dataset | FileTable, column: str, where: str) -> tupl
         raise ValueError(f'{where} is empty')
     missing = [row for row, value in enumerate(values) if value is None]
     if missing:
-        raise ValueError(f'{where} has no label in {len(missing)} rows, the first is row {missing[0]}; remove them')
+        raise ValueError(
+            f'{where} has no label in {len(missing)} rows, the first is row {missing[0]}; remove these rows.'
+        )
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         names, local = list(feature.names), np.array(values, dtype=np.int64)
@@ -150,20 +152,22 @@ def local_classes(dataset: Dataset | FileTable, column: str, where: str) -> tupl
         if outside.size:
             row = int(outside[0])
             raise ValueError(
-                f'{where} has {outside.size} labels out of range: row {row} has {local[row]}, '
-                f'the {len(names)} classes are 0 to {len(names) - 1}'
+                f'{where} has {outside.size} labels out of range: row {row} has {local[row]}, the {len(names)} '
+                f'classes are 0 to {len(names) - 1}; correct or remove these rows.'
             )
     elif isinstance(values[0], (str, int)):
         # Integers sort by value: as text, class 10 would come before class 2.
         unique = sorted(set(values))
         if unique[0] == -1:
-            raise ValueError(f'{where} has rows without a label (-1), the first is row {values.index(-1)}; remove them')
+            raise ValueError(
+                f'{where} has rows without a label (-1), the first is row {values.index(-1)}; remove these rows.'
+            )
         index = {value: i for i, value in enumerate(unique)}
         names, local = [str(value) for value in unique], np.array([index[value] for value in values], dtype=np.int64)
     else:
         raise ValueError(
-            f'{where} holds {type(values[0]).__name__}; labels are class labels, strings or integers; name '
-            'another column with --target-key'
+            f'{where} holds {type(values[0]).__name__}; labels must be class labels, strings or integers: name '
+            'another column with --target-key.'
         )
     return _checked_names(names, where), local
 
@@ -174,10 +178,10 @@ def _checked_names(names: list[str], where: str) -> list[str]:
     if wrong:
         what = f'a class whose name has {len(wrong[0])} characters' if wrong[0] else 'a class without a name (\'\')'
         raise ValueError(
-            f'{where} has {what}, which no student can be published with: rename it, or name another column with '
-            '--target-key'
+            f'{where} has {what}, which cannot be published with a student: rename it, or name another column with '
+            '--target-key.'
         )
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f'{where} has several classes named {twice[0]!r} (in unicode NFC); rename or join them')
+        raise ValueError(f'{where} has several classes named {twice[0]!r} (in Unicode NFC); rename or merge them.')
     return names

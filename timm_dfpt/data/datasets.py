@@ -114,15 +114,18 @@ def load_splits(
         ValueError: If it is not fit for training, or an argument does not fit it; the message names the remedy.
     """
     if not 0 < val_fraction < 1:
-        raise ValueError(f'val_fraction={val_fraction} must be between 0 and 1, both excluded')
+        raise ValueError(f'val_fraction={val_fraction} must be between 0 and 1, both excluded.')
     if seed < 0:
-        raise ValueError(f'seed={seed} must not be negative')
+        raise ValueError(f'seed={seed} must be at least 0.')
     if on_bad_image not in ('stop', 'skip'):
-        raise ValueError(f"on_bad_image={on_bad_image!r} must be 'stop' or 'skip'")
+        raise ValueError(f"on_bad_image={on_bad_image!r} must be 'stop' or 'skip'.")
     if check_images not in ('auto', 'on', 'off'):
-        raise ValueError(f"check_images={check_images!r} must be 'auto', 'on' or 'off'")
+        raise ValueError(f"check_images={check_images!r} must be 'auto', 'on' or 'off'.")
     if check_images == 'off' and on_bad_image == 'skip':
-        raise ValueError("on_bad_image='skip' reads all images before training: leave --check-images off out")
+        raise ValueError(
+            "on_bad_image='skip' reads all images before training and cannot be used with check_images='off': leave "
+            'one of them out.'
+        )
     if background is not None:
         parse_color(background)
     named = {'train': train_split, 'val': val_split, 'test': test_split}
@@ -144,7 +147,7 @@ def load_splits(
             if column is not None and column not in split.column_names:
                 raise ValueError(
                     f'split {roles[role]!r} has no column {column!r}, it has {split.column_names}; name one that all '
-                    f'splits have with {option}'
+                    f'splits have with {option}.'
                 )
 
     if teacher_classes is not None:
@@ -257,8 +260,8 @@ def _number_classes(
         numbers[role] = np.array([number.get(name, -1) for name in local_names], dtype=np.int64)[local]
     if len(names) < 2:
         raise ValueError(
-            f'column {column!r} has only the class {names}; a classifier needs two at least: add images of others, or '
-            'name another column of labels with --target-key'
+            f'column {column!r} has only the class {names}, and a classifier needs at least two: add images of '
+            'others, or name another label column with --target-key.'
         )
     return names, numbers
 
@@ -289,8 +292,8 @@ def _random_split(split: ImageSplit, fraction: float, seed: int) -> tuple[np.nda
     """Split off `fraction` of the rows, one at least; returns the rows left and the rows split off."""
     if len(split) < 2:
         raise ValueError(
-            f'split {split.name!r} has a single image, which cannot be both learnt from and validated on; add images '
-            'or give a validation split (--val-split)'
+            f'split {split.name!r} has a single image, which cannot be both trained and validated on; add images, or '
+            'give a validation split with --val-split.'
         )
     count = min(max(1, round(len(split) * fraction)), len(split) - 1)
     order = np.random.Generator(np.random.PCG64([seed])).permutation(len(split))
@@ -304,7 +307,7 @@ def _check_classes(splits: dict[str, ImageSplit], class_names: list[str]) -> Non
         if unlearnt:
             raise ValueError(
                 f'split {split.name!r} has images of class {unlearnt[0]!r}, of which split {splits["train"].name!r} '
-                f'has none ({len(unlearnt)} such classes); add or remove some'
+                f'has none ({len(unlearnt)} such classes): add training images of them, or remove these.'
             )
     if len(learnt) < len(class_names):
         unused = [name for label, name in enumerate(class_names) if label not in learnt]
@@ -321,8 +324,8 @@ def _stratified_split(
         rows = np.flatnonzero(labels == label)
         if len(rows) == 1:
             raise ValueError(
-                f'class {class_names[label]!r} has a single image in split {split.name!r}, which cannot be both learnt '
-                'from and validated on; add images of it or give a validation split (--val-split)'
+                f'class {class_names[label]!r} has a single image in split {split.name!r}, which cannot be both '
+                'trained and validated on; add images of it, or give a validation split with --val-split.'
             )
         count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
         # A generator per class: adding images to one class leaves the choice in all others as it was.

@@ -61,8 +61,8 @@ def open_folder(
     classes = sorted({name for split in splits.values() for name in split})
     if not classes:
         raise ValueError(
-            f'dataset={printable(listed.path)!r}: expected one sub folder of images per class (with or without split '
-            'folders above them), or a metadata.csv with the columns file_name and label, found neither'
+            f'dataset={printable(listed.path)!r}: expected one subfolder of images per class (with or without split '
+            'folders above them), or a metadata.csv with the columns file_name and label, and found neither.'
         )
     return {name: _read(name, split, classes) for name, split in splits.items()}
 
@@ -76,7 +76,9 @@ def _open_unlabelled(root: Folder, named: Mapping[str, str | None]) -> dict[str,
     folders = {name: folders[name] for name in assign_roles(list(folders), named).values()}
     empty = [folder.path for folder in folders.values() if not folder.filled]
     if empty:
-        raise ValueError(f'{printable(empty[0])!r} holds no image ({", ".join(IMG_EXTENSIONS)}); add some or remove it')
+        raise ValueError(
+            f'{printable(empty[0])!r} holds no images ({", ".join(IMG_EXTENSIONS)}): add some, or remove it.'
+        )
     classes = sorted({name for folder in folders.values() if not folder.images for name in folder.parts})
     return {
         name: _read_flat(folder)
@@ -161,7 +163,7 @@ def _splits(root: Folder, named: Mapping[str, str | None]) -> dict[str, _Classes
         if len(alike) > 1:
             raise ValueError(_unclear(where, f'{alike} hold folders of the same names, as splits do'))
     if root.images:
-        _logger.warning('%d images of %r lie in no class folder and are left out', len(root.images), where)
+        _logger.warning('%d images of %r are not in a class folder and are ignored', len(root.images), where)
     return {'train': {name: [folder] for name, folder in root.folders.items()}}
 
 
@@ -189,7 +191,7 @@ def _chosen(folders: Mapping[str, Folder], named: Mapping[str, str | None]) -> d
         # A test split without labels is usual.
         if not folder.folders and role_of(name) != 'test':
             where = printable(folder.path)
-            raise ValueError(f'split {name!r}: {where!r} holds no class folders; add some or remove it')
+            raise ValueError(f'split {name!r}: {where!r} holds no class folders: add some, or remove it.')
     return {
         name: {label: [each] for label, each in folder.folders.items() if each not in used.values()}
         for name, folder in used.items()
@@ -200,24 +202,28 @@ def _read(split: str, folders: _Classes, classes: list[str]) -> FileTable:
     empty = [folder.path for each in folders.values() for folder in each if not folder.filled]
     if empty:
         raise ValueError(
-            f'class folder {printable(empty[0])!r} holds no image ({len(empty)} such folders); '
-            f'add images ({", ".join(IMG_EXTENSIONS)}) or remove it'
+            f'class folder {printable(empty[0])!r} holds no image ({len(empty)} such folders): '
+            f'add images ({", ".join(IMG_EXTENSIONS)}), or remove it.'
         )
     numbers = {name: number for number, name in enumerate(classes)}
     ordered = [(each, numbers[label]) for label in sorted(folders) for each in _in_order(folders[label])]
     kept, linked = _without_copies(ordered, classes)
     if linked:
-        _logger.warning('%d links of split %r lead to files that are there already and count once', linked, split)
+        _logger.warning(
+            '%d links of split %r point to files that are in it already; each file is used once', linked, split
+        )
     others = [os.path.join(folder.path, name) for folder, _ in ordered for name in folder.others]
     if others:
         _logger.warning(
-            '%d files in the class folders of split %r are left out, the first is %r: convert them if they are images '
-            '(%s)', len(others), split, printable(min(others)), ', '.join(IMG_EXTENSIONS),
+            '%d files in the class folders of split %r are not of a known type and are ignored, such as %r: convert '
+            'them if they are images (%s)', len(others), split, printable(min(others)), ', '.join(IMG_EXTENSIONS),
         )  # fmt: skip
     names = [printable(name) for name in classes]
     if names != classes:
         wrong = next(name for name, known in zip(names, classes, strict=True) if name != known)
-        _logger.warning('The name of class folder %r is not UTF-8, and the class is called so: better rename it', wrong)
+        _logger.warning(
+            'The name of class folder %r is not valid UTF-8 and becomes the name of its class: better rename it', wrong
+        )
     counts = np.array([len(images) for _, _, images in kept], np.int64)
     labels = np.repeat(np.array([label for _, label, _ in kept], np.int64), counts)
     return FileTable(ImageFiles((folder.path, images) for folder, _, images in kept), names, labels)
@@ -250,8 +256,8 @@ def _without_copies(
             first, before = seen.setdefault(real, (path, label))
             if before != label:
                 raise ValueError(
-                    f'{printable(path)!r} and {printable(first)!r} are one file by way of links, in two classes; '
-                    'remove one'
+                    f'{printable(path)!r} and {printable(first)!r} are the same file through links, in two classes: '
+                    'remove one.'
                 )
             if first == path:
                 images.append(name)

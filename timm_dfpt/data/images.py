@@ -69,7 +69,7 @@ def parse_color(text: str) -> tuple[int, int, int]:
     try:
         color = ImageColor.getrgb(text.strip())
     except ValueError as error:
-        raise ValueError(f'background={text!r} must be a colour such as white, 255,255,255 or #ffffff') from error
+        raise ValueError(f'background={text!r} must be a color such as white, 255,255,255 or #ffffff') from error
     return color[0], color[1], color[2]
 
 
@@ -134,7 +134,7 @@ def decode_image(
         BadImageError: If the image is missing, unreadable, truncated, or of a kind that has no defined 8-bit range.
     """
     if channels not in _MODES:
-        raise ValueError(f'channels={channels}: images are decoded to 1 (grey) or 3 (RGB) channels')
+        raise ValueError(f'channels={channels}: images have 1 (gray) or 3 (RGB) channels here.')
     color = None if background is None else parse_color(background)
 
     def use(image: Image.Image) -> Image.Image:
@@ -211,11 +211,11 @@ def _convert(image: Image.Image, mode: str, background: tuple[int, int, int] | N
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == 'F':
-        raise BadImageError('pixels are floating point, whose range is not defined: convert it to 8 or 16 bits')
+        raise BadImageError('its pixels are floating point, whose range is not defined: convert it to 8 or 16 bits')
     if image.mode.startswith('I'):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise BadImageError('pixels are 32-bit, whose range is not defined: convert it to 8 or 16 bits')
+            raise BadImageError('its pixels have 32 bits, whose range is not defined: convert it to 8 or 16 bits')
         # Pillow itself takes the upper byte of 16-bit RGB, so grey images are treated alike.
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if background is not None and image.has_transparency_data:

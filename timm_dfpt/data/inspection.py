@@ -52,15 +52,15 @@ def find_bad_images(splits: Mapping[str, ImageSplit], on_bad_image: str) -> dict
 def _warn_of_kinds(transparent: int, count: int, peaks: Sequence[int], background: str | None) -> None:
     if transparent and background is None:
         _logger.warning(
-            '%d of %d images are transparent in places, and what is behind is not defined: alpha is dropped, as timm '
-            'and transformers do; to lay them over a colour instead, give --background white (or another)',
+            '%d of %d images have transparent pixels; their alpha channel is dropped, as timm and transformers do. To '
+            'put a color behind them instead, give --background white (or another)',
             transparent, count,
         )  # fmt: skip
     if peaks and max(peaks).bit_length() <= _DIM_BITS:
         bits = max(1, max(peaks).bit_length())
         _logger.warning(
-            '%d images of 16 bits have no value above %d, and are nearly black, since the upper 8 bits of 16 are used: '
-            'multiply their pixels by %d and save them again', len(peaks), max(peaks), 2 ** (16 - bits),
+            '%d images of 16 bits have no value above %d and are nearly black, since only the upper 8 of the 16 bits '
+            'are used: multiply their pixels by %d and save them again', len(peaks), max(peaks), 2 ** (16 - bits),
         )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def _bad_rows(split: ImageSplit, reports: list[ImageReport], on_bad_image: str) 
         shown = '; '.join(lines[:5] + [f'and {len(lines) - 5} more'] * (len(lines) > 5))
         raise ValueError(
             f'{len(bad)} images of split {split.name!r} cannot be read: {shown}. Repair or remove them, or leave them '
-            'out with --on-bad-image skip'
+            'out with --on-bad-image skip.'
         )
     _logger.warning('%d unreadable images of split %r are left out:\n%s', len(bad), split.name, '\n'.join(lines))
     return list(bad)
@@ -136,8 +136,8 @@ def warn_of_copies(splits: Mapping[str, ImageSplit]) -> None:
 def _warn_of_copies(splits: Mapping[str, ImageSplit], role: str, count: int, row: int, original: int) -> None:
     split = splits[role]
     _logger.warning(
-        '%d of %d images of split %r are trained on, too: files of equal content, such as %s and %s; what is '
-        'measured on them says nothing, remove them from one side', count, len(split), split.name,
+        '%d of %d images of split %r are also in the training split (files of equal content, such as %s and %s), and '
+        'accuracy on them is not meaningful: remove them from one split', count, len(split), split.name,
         split.describe(row), splits['train'].describe(original),
     )  # fmt: skip
 

@@ -108,24 +108,26 @@ def create_loader(
     """
     _check_data_config(data_config)
     if batch_size < 1:
-        raise ValueError(f'batch_size={batch_size} must be 1 at least')
+        raise ValueError(f'batch_size={batch_size} must be at least 1.')
     if seed < 0 or workers < 0 or aug_cycle < 0:
-        raise ValueError(f'seed={seed}, workers={workers} and aug_cycle={aug_cycle} must not be negative')
+        raise ValueError(f'seed={seed}, workers={workers} and aug_cycle={aug_cycle} must be at least 0.')
     if is_training and len(dataset) < batch_size:
         raise ValueError(
-            f'split {dataset.name!r} has {len(dataset)} images, fewer than batch_size={batch_size}: '
-            'there would be no batch; give a smaller --batch-size'
+            f'split {dataset.name!r} has {len(dataset)} images, fewer than one batch of batch_size={batch_size}: give '
+            'a smaller --batch-size.'
         )
     if cache_images not in ('auto', 'on', 'off'):
-        raise ValueError(f"cache_images={cache_images!r} must be 'auto', 'on' or 'off'")
+        raise ValueError(f"cache_images={cache_images!r} must be 'auto', 'on' or 'off'.")
     augment = (augmentation or AugmentConfig()) if is_training else None
     side = min(data_config['input_size'][1:])
     if augment is not None and augment.crop_padding > side:
-        raise ValueError(f'crop_padding={augment.crop_padding} must be at most {side}, the shorter side of input_size')
+        raise ValueError(f'crop_padding={augment.crop_padding} must be at most {side}, the shorter side of input_size.')
     obstacle = augment.per_image() if augment is not None else None
     num_bytes = len(dataset) * int(torch.Size(data_config['input_size']).numel())
     if cache_images == 'on' and obstacle is not None:
-        raise ValueError(f"cache_images='on' is not possible with {obstacle}, which works image by image; use 'auto'")
+        raise ValueError(
+            f"cache_images='on' does not work with {obstacle}, which needs every image decoded anew: use 'auto'."
+        )
     if obstacle is None and num_bytes > _CACHE_BYTES:
         obstacle = f'they would take {num_bytes / 2**20:.0f} MiB'
     if obstacle is None and passes is not None and passes < 2:
@@ -175,10 +177,10 @@ def _check_data_config(data_config: Mapping[str, Any]) -> None:
         raise ValueError(f'data_config lacks {missing}')
     size = tuple(data_config['input_size'])
     if len(size) != 3 or size[0] not in (1, 3) or min(size) < 1 or max(size) > _MAX_SIDE:
-        raise ValueError(f'input_size={size} must be (1 or 3 channels, height, width), sides up to {_MAX_SIDE}')
+        raise ValueError(f'input_size={size} must be (1 or 3 channels, height, width), sides up to {_MAX_SIDE}.')
     for name in ('mean', 'std'):
         values = data_config[name]
         if len(values) != size[0]:
-            raise ValueError(f'{name}={values} must have one value per channel, and input_size is {size}')
+            raise ValueError(f'{name}={values} must have one value per channel of input_size={size}.')
         if not all(_RANGES[name][0] <= value <= _RANGES[name][1] for value in values):
             raise ValueError(f'{name}={values} must be from {_RANGES[name][0]:g} to {_RANGES[name][1]:g}')

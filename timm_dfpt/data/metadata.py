@@ -39,7 +39,8 @@ def find_metadata(
     columns = _read(os.path.join(folder, name)).column_names
     labels = {target_key} if target_key else set(LABEL_COLUMNS)
     if has_classes and not labels & set(columns):
-        _logger.warning('%s has no labels among %s: class folders count', printable(f'{folder}/{name}'), columns)
+        message = '%s has no label column (it has %s): the class folders are used as labels'
+        _logger.warning(message, printable(f'{folder}/{name}'), columns)
         return None
     return name
 
@@ -72,11 +73,12 @@ def open_metadata(folder: str, images: Collection[str], split_by_folder: bool = 
     where = printable(os.path.join(folder, str(name)))
     if missing:
         raise ValueError(
-            f'{where!r} names {missing[0][0]!r}, which is not in its folder ({len(missing)} such rows); repair it'
+            f'{where!r} names {missing[0][0]!r}, which is not in its folder ({len(missing)} such rows): correct these '
+            'rows, or add the images.'
         )
     unnamed = len(set(images) - set(files))
     if unnamed:
-        _logger.warning('%d images of %r are not named in %s and are left out', unnamed, printable(folder), name)
+        _logger.warning('%d images of %r are not listed in %s and are ignored', unnamed, printable(folder), name)
     table = table.drop_columns(_FILE_COLUMN)
     features = Features({'image': Image(decode=False), **Features.from_arrow_schema(table.schema)})
     cells = [{'bytes': None, 'path': pack_path(path)} for path in paths]
@@ -102,7 +104,7 @@ def _read(path: str) -> Any:
         raise ValueError(f'{printable(path)!r} could not be read: {error}') from error
     if _FILE_COLUMN not in table.column_names:
         raise ValueError(
-            f'{printable(path)!r} has no column {_FILE_COLUMN!r}, it has {table.column_names}; rename the one with the '
-            'names of the images'
+            f'{printable(path)!r} has no column {_FILE_COLUMN!r}, it has {table.column_names}; rename the one with '
+            'the names of the images.'
         )
     return table

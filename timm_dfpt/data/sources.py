@@ -64,40 +64,42 @@ def open_dataset(
         reader, _, rest = dataset.partition('/')
         if reader in _STREAMS and rest:
             raise ValueError(
-                f"dataset={printable(dataset)!r}: timm's readers of streams are not for here, since they give no image "
-                'by its number, which exact resume and an augmentation of its own for each image ask for: give '
+                f"dataset={printable(dataset)!r}: timm's streaming readers are not supported, since exact resumption "
+                'needs images by their index: give '
                 f'{"the id of the dataset on the Hub" if reader in _HUB_STREAMS else "a folder of images or parquet"}, '
-                'as docs/DATA.md says under "Data larger than a disk"'
+                'see "Data larger than a disk" in docs/DATA.md.'
             )
         if dataset.startswith(('.', '/', '~', '\\')) or dataset.count('/') > 1 or dataset.endswith('.parquet'):
-            raise FileNotFoundError(f'dataset={printable(dataset)!r}: no such file or folder')
+            raise FileNotFoundError(
+                f'dataset={printable(dataset)!r}: there is no such file or folder. Check the path, or give the id of '
+                'a dataset on the Hub.'
+            )
         return _load(dataset, dataset_config, revision=dataset_revision)
     if printable(str(path)) != str(path):
         raise ValueError(
-            f'dataset={printable(str(path))!r}: the path is not UTF-8 and cannot be written down; rename the folder, '
-            'or give a link to it'
+            f'dataset={printable(str(path))!r}: the path is not valid UTF-8: rename the folder, or give a link to it.'
         )
     if dataset_revision is not None:
         raise ValueError(
-            f'dataset_revision={dataset_revision!r} is for a dataset on the Hub, and {dataset!r} is a local one: '
-            'leave --dataset-revision out'
+            f'dataset_revision={dataset_revision!r} is for datasets on the Hub, and {dataset!r} is a local one: leave '
+            '--dataset-revision out.'
         )
     if path.is_file():
         if path.suffix != '.parquet':
-            raise ValueError(f'dataset={dataset!r}: a single file must be parquet (*.parquet)')
+            raise ValueError(f'dataset={dataset!r}: a single file must be parquet (*.parquet).')
         return {'train': _read_parquet(path)}
     listed = list_folder(str(path))
     files = list(_parquet_files(path)) if _has_parquet(listed) else []
     if files:
         if glob.escape(str(path)) != str(path):
-            raise ValueError(f'dataset={dataset!r}: `datasets` takes [, ] and * for wildcards; rename the folder')
+            raise ValueError(f'dataset={dataset!r}: `datasets` treats [, ] and * as wildcards: rename the folder.')
         _check_same_classes(files)
         data_files = None if dataset_config or _has_configs(path) else _files_by_split(path, files)
         return _load(str(path), dataset_config, cache_dir=_cache_of(path), data_files=data_files)
     if dataset_config is not None:
         raise ValueError(
             f'dataset_config={dataset_config!r}: {dataset!r} is a local folder without configurations: leave '
-            '--dataset-config out'
+            '--dataset-config out.'
         )
     saved = _open_saved(listed)
     return saved if saved else open_folder(listed, named_splits, target_key, unlabelled)
@@ -117,7 +119,7 @@ def _load(path: str, config_name: str | None, **kwargs: Any) -> dict[str, Datase
     except (DatasetNotFoundError, ConnectionError) as error:
         _check_cache()
         raise FileNotFoundError(
-            f'{asked} is no local file or folder and could not be loaded from the Hub: {_one_line(error)}'
+            f'{asked} is not a local file or folder and could not be loaded from the Hub: {_one_line(error)}'
         ) from error
     except (DatasetsError, OSError, ValueError) as error:
         _check_cache()
@@ -143,8 +145,8 @@ def _check_cache() -> None:
         writable = False
     if not writable:
         raise PermissionError(
-            f'{str(cache)!r}, where `datasets` keeps what it has read, cannot be written to: set the environment '
-            'variable HF_HOME to a folder that can'
+            f'{str(cache)!r}, the cache of `datasets`, is not writable: set the environment variable HF_HOME to a '
+            'folder that is.'
         )
 
 
@@ -205,7 +207,7 @@ def _open_saved(listed: Folder) -> dict[str, Dataset] | None:
         else:
             splits = {name: Dataset.load_from_disk(path) for name, path in parts.items()}
     except (DatasetsError, OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f'dataset={listed.path!r} could not be read: {_one_line(error)}; save it again') from error
+        raise ValueError(f'dataset={listed.path!r} could not be read: {_one_line(error)}: save it again.') from error
     return {str(name): split.with_format(None) for name, split in splits.items()}
 
 
@@ -251,4 +253,7 @@ def _check_same_classes(files: list[Path]) -> None:
                 names, first = seen.setdefault(column, (feature.names, file))
                 # `datasets` takes the names of one file for all, and would give the others wrong ones in silence.
                 if names != feature.names:
-                    raise ValueError(f'the classes of {column!r} differ between {str(first)!r} and {str(file)!r}')
+                    raise ValueError(
+                        f'the classes of {column!r} differ between {str(first)!r} and {str(file)!r}: give all files '
+                        'the same classes.'
+                    )

@@ -64,7 +64,7 @@ def assign_roles(available: Sequence[str], named: Mapping[str, str | None], leav
         if name is not None and name not in available:
             raise ValueError(
                 f'{role}_split={name!r} is unknown; the dataset has the splits {list(available)}: name one of them '
-                f'with --{role}-split'
+                f'with --{role}-split.'
             )
     roles = {role: name for role, name in named.items() if name is not None}
     free = [name for name in available if name not in roles.values()]
@@ -78,20 +78,20 @@ def assign_roles(available: Sequence[str], named: Mapping[str, str | None], leav
             continue
         best = [name for name in names if name in _PLAIN[role]] or names
         if len(best) > 1:
-            raise ValueError(f'the splits {best} could both be the {role} split: name one with --{role}-split')
+            raise ValueError(f'the splits {best} could both be the {role} split: name one with --{role}-split.')
         roles[role] = best[0]
     if 'train' not in roles and len(available) == 1:
         roles = {'train': available[0]}
     if 'train' not in roles:
-        raise ValueError(f'no training split among {list(available)}; name one with --train-split')
+        raise ValueError(f'there is no training split among {list(available)}: name one with --train-split.')
     if len(set(roles.values())) < len(roles):
         raise ValueError(
             f'train, val and test splits must differ, got {roles}: name others with --train-split, --val-split and '
-            '--test-split'
+            '--test-split.'
         )
     unused = [name for name in available if name not in roles.values()]
     if unused and not leave:
         _logger.warning(
-            'The splits %s are not used; to use one, name it with --train-split, --val-split or --test-split', unused
+            'The splits %s are not used: to use one, name it with --train-split, --val-split or --test-split', unused
         )
     return roles

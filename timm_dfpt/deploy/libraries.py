@@ -76,7 +76,7 @@ def copy_libraries(folder: Path, source: str | os.PathLike[str] | None = None) -
                 content = path.read_bytes()
                 if hashlib.sha256(content).hexdigest() != digest:
                     raise ValueError(
-                        f'js_libraries: {name}/{file} is not that of version {library.version}: {_install_command()}'
+                        f'js_libraries: {name}/{file} is not from version {library.version}: {_install_command()}'
                     )
                 if file != 'LICENSE':
                     (folder / Path(file).name).write_bytes(content)

@@ -122,7 +122,7 @@ def export_student_files(job: ExportJob, formats: Sequence[str]) -> list[dict[st
             rows.append(_row(name, path, measured, _note(name, path, measured, rows[0])))
         except Exception as error:  # noqa: BLE001
             reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-            _logger.warning(f'exporting {name} failed ({reason}); all else of the run is whole.')
+            _logger.warning(f'exporting {name} failed ({reason}); everything else in the run folder is complete.')
             path.unlink(missing_ok=True)
             rows.append({'format': name, 'file': None, 'note': f'failed: {reason}'})
     return rows

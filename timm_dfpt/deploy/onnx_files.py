@@ -74,7 +74,7 @@ def export_onnx(
     if precision not in ('float32', 'float16', 'int8'):
         raise ValueError(f"precision must be 'float32', 'float16' or 'int8', got {precision!r}.")
     if precision == 'int8' and (calibration is None or not len(calibration)):
-        raise ValueError('precision=int8 needs calibration=: some hundred training images [N, C, H, W], normalised.')
+        raise ValueError('precision=int8 needs calibration=: a few hundred training images [N, C, H, W], normalized.')
     missing = missing_packages()
     if missing:
         raise ImportError(f'Exporting to ONNX needs {", ".join(missing)}: {EXTRA}')
@@ -262,7 +262,10 @@ def write_onnx(model: Any, path: Path) -> None:
     import onnx  # of the extra `onnx`
 
     if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise ValueError(f'{path.name} would have {model.ByteSize():,} bytes, and one ONNX file has at most 2 GB.')
+        raise ValueError(
+            f'{path.name} would have {model.ByteSize():,} bytes, and one ONNX file can have at most 2 GB: choose a '
+            'smaller student, or export to pt2.'
+        )
     onnx.checker.check_model(model)
     with atomic(path) as temporary:
         temporary.write_bytes(model.SerializeToString())

@@ -61,8 +61,8 @@ def preprocessor_config(data_config: Mapping[str, Any], normalize: bool = True) 
         own = {'image_processor_type': 'CLIPImageProcessor', 'size': size, **cropped}
     else:
         raise ValueError(
-            f'crop_mode={mode} at {height} x {width} pixels is nothing that transformers.js can do: it crops the '
-            'center of square images. Use the ONNX files with preprocessing of your own.'
+            f'crop_mode={mode} at {height} x {width} pixels is not supported by transformers.js, which crops the '
+            'center of square images: leave --push-onnx out, and use the ONNX files with your own preprocessing.'
         )
     return {**own, **config}
 
@@ -99,7 +99,7 @@ def write_onnx_repo(
     missing = [name for name in FILES if not (exported / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f'{str(exported)!r} has no {missing[0]}: run the same again with --resume --export onnx.'
+            f'{str(exported)!r} has no {missing[0]}: run the same command again with --resume --export onnx.'
         )
     import onnx  # of the extra `onnx`
 

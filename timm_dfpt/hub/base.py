@@ -152,7 +152,7 @@ class RecordedBase:
             architecture = record.base_architecture or 'a model that is not of timm'
             raise ValueError(
                 f'{source.name} was tuned on {architecture}, which its author did not publish '
-                f'({record.base_fingerprint}). Pass it: load_teacher({source.name!r}, model=...).'
+                f'({record.base_fingerprint}): pass that model, load_teacher({source.name!r}, model=...).'
             )
         self.name = record.base_model
         self.record = record
@@ -209,7 +209,10 @@ class RecordedBase:
         count = self.record.base_fingerprint.parameters
         if weights.stat().st_size < count * self.dtype.itemsize // 2:
             # Half, because weights may be stored in half precision. This bounds the memory that is taken below.
-            raise ValueError(f'{filename} of {self.source.name} is too small for a model of {count:,} parameters.')
+            raise ValueError(
+                f'{filename} of {self.source.name} is too small for a model of {count:,} parameters: it is damaged, '
+                'or belongs to another model.'
+            )
         overlay = {'file': str(weights), 'hf_hub_id': None, 'url': None, 'custom_load': False} if cfg else None
         args = self.record.base_model_args
         try:

@@ -70,7 +70,7 @@ def build_meta(
         with bounded(tensors, elements), torch.device('meta'):
             return create().to(dtype)
     except BUILD_ERRORS as error:
-        raise ValueError(f'No model can be built from this config: {type(error).__name__}: {error}') from error
+        raise ValueError(f'The config cannot be built into a model: {type(error).__name__}: {error}') from error
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def bounded(tensors: int | None = None, elements: int | None = None) -> Iterator
             stack.enter_context(_time_limit(min(_MAX_SECONDS, _SECONDS + _SECONDS_PER_TENSOR * tensors)))
             yield
     except _TooMuch as error:
-        raise ValueError(f'{error}. The files are not of one model.') from None
+        raise ValueError(f'{error}. The files do not belong to the same model.') from None
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ def student_card(
     run = (run or RunFacts()).public()
     classes, cfg = config['num_classes'], config['pretrained_cfg']
     purpose = f'for images of {classes} classes' if classes else 'a backbone without classes'
-    taught = f', taught by `{run.teacher}` with {_method_name(run.method)}' if run.teacher else ''
+    taught = f', distilled from `{run.teacher}` with {_method_name(run.method)}' if run.teacher else ''
     facts = {
         'Architecture': f'`{config["architecture"]}`' + args_text(config.get('model_args')),
         'Parameters': f'{params:,}' + (' as saved' if run.deployed else ''),
@@ -252,8 +252,8 @@ def prompt_path_card(
         run,
         terms=source_terms(licenses),
         repo_id=repo_id,
-        summary=f'A prompt path of {params:,} parameters for the frozen teacher `{base}`: with it the teacher says '
-        f'what a smaller student can learn, for {config.num_classes} classes.',
+        summary=f"A prompt path of {params:,} parameters for the frozen teacher `{base}`; it adapts the teacher's "
+                f'predictions to what a smaller student can learn, for {config.num_classes} classes.',
         facts=fact_cells(facts),
         base_model=config.base_model,
         base_link=hub_link(base_link) if base_link else f'`{base}`',

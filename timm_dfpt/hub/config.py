@@ -244,11 +244,11 @@ def _read(cls: type[_Record], data: Any, where: str) -> _Record:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(str(key)[:40] for key in data if key not in fields)
     if unknown:
-        _logger.warning(f'{where} has keys that this version does not know and ignores: {", ".join(unknown[:10])}')
+        _logger.warning(f'{where} has unknown keys, which are ignored: {", ".join(unknown[:10])}')
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in data:
-            raise ValueError(f'{where} lacks {name!r}; it is damaged or not of a prompt path.')
+            raise ValueError(f'{where} lacks {name!r}; it is damaged, or does not belong to a prompt path.')
     record = cls(**{key: value for key, value in data.items() if key in fields})
     check_fields(record, '' if where == _FILE else f'{where}.')
     return record
@@ -310,7 +310,7 @@ def check_arg_names(key: str, args: Mapping[str, Any]) -> None:
         if not isinstance(name, str) or not name.isidentifier() or _FORBIDDEN_ARG.fullmatch(name):
             remedy = _REMEDIES.get(name, 'leave it out')
             raise ValueError(
-                f'{key}: {shorten(name)[1:-1]} is not an argument that a model may be created with: {remedy}.'
+                f'{key}: {shorten(name)[1:-1]} is not an allowed argument of a model: {remedy}.'
             )
 
 
@@ -336,7 +336,10 @@ def check_label_names(label_names: Any, num_classes: int) -> None:
     """
     _require(isinstance(label_names, (list, tuple)), 'label_names', label_names, 'a list with a name for each class')
     if len(label_names) != num_classes:
-        raise ValueError(f'label_names has {len(label_names)} names, but the model has {num_classes} classes.')
+        raise ValueError(
+            f'label_names has {len(label_names)} names, but the model has {num_classes} classes: give one name per '
+            'class.'
+        )
     for name in label_names:
         _require(isinstance(name, str) and 0 < len(name) <= 1000, 'label_names', name, 'non-empty strings')
 

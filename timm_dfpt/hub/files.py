@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
-        raise ValueError(f'{path.name} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read.')
+        raise ValueError(f'{path.name} has {size:,} bytes, more than the limit of {MAX_JSON_BYTES:,}.')
     try:
         data = json.loads(path.read_text(encoding='utf-8'), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -95,7 +95,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: If the text is not such YAML.
     """
     if len(text) > _MAX_YAML_CHARS:
-        raise ValueError(f'it has {len(text):,} characters, more than the {_MAX_YAML_CHARS:,} that are read')
+        raise ValueError(f'it has {len(text):,} characters, more than the limit of {_MAX_YAML_CHARS:,}')
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -244,13 +244,13 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
             return specs
     except SafetensorError as error:
         raise ValueError(
-            f'{path.name} is not a safetensors file, or it is cut short ({error}). Nothing else is read.'
+            f'{path.name} is not a safetensors file, or it is incomplete ({error}); no other format is read.'
         ) from error
 
 
 def _dtype_of(path: Path, name: str, code: str) -> torch.dtype:
     if code not in _DTYPES:
-        raise ValueError(f'{path.name}: tensor {name!r} has dtype {code}, which timm models do not have.')
+        raise ValueError(f'{path.name}: tensor {name!r} has dtype {code}, which timm models do not use.')
     return _DTYPES[code]
 
 
@@ -263,7 +263,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f'{path.name} is not a safetensors file, or it is cut short ({error}).') from error
+        raise ValueError(f'{path.name} is not a safetensors file, or it is incomplete ({error}).') from error
     check_finite(path.name, tensors)
     return tensors
 
@@ -282,7 +282,7 @@ def check_finite(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(
                 f'{name}: tensor {key!r} holds values that are not finite (NaN or infinity). Such weights are neither '
-                'written nor loaded; take a checkpoint from before the training diverged.'
+                'saved nor loaded: take a checkpoint from before training diverged.'
             )
 
 
@@ -300,14 +300,14 @@ def check_tensors(name: str, found: Mapping[str, TensorSpec], expected: Mapping[
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         raise ValueError(
-            f'{name} does not fit its config: {_some("missing", missing)}{_some("unexpected", extra)}'
-            f'of {len(expected)} tensors. The files are not of one model.'
+            f'{name} does not match its config: {_some("missing", missing)}{_some("unexpected", extra)}of '
+            f'{len(expected)} tensors. The files do not belong to the same model.'
         )
     for key, spec in expected.items():
         if found[key] != spec:
             raise ValueError(
                 f'{name}: tensor {key!r} has shape {list(found[key][0])} and dtype {found[key][1]}, but its config '
-                f'asks for {list(spec[0])} and {spec[1]}. The files are not of one model.'
+                f'asks for {list(spec[0])} and {spec[1]}. The files do not belong to the same model.'
             )
 
 

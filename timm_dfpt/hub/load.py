@@ -135,7 +135,7 @@ def from_pretrained(
         return build_teacher(source, model)
     _check_student(source)
     if model is not None:
-        raise ValueError(f'{source.name} is a student, which has no base: leave model= out.')
+        raise ValueError(f'{source.name} is a student, which needs no base model: leave model= out.')
     return build_student(source)
 
 
@@ -151,7 +151,9 @@ def _check_student(source: Source) -> None:
             f'{", ".join(names[:5])}.'
         )
     if not names and source.folder is not None:
-        raise ValueError(f'{source.name} is an empty folder.')
+        raise ValueError(
+            f'{source.name} is an empty folder: name one that save_student or save_prompt_path has written.'
+        )
     config = read_json(source.get(CONFIG, MAX_JSON_BYTES))
     if 'architecture' not in config:
         model_type = config.get('model_type')

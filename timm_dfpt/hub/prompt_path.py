@@ -229,7 +229,7 @@ def _check_fits(twin: Any, record: PromptPathRecord, name: str, found: Mapping[s
             if path.classifier != record.classifier:
                 raise ValueError(f'its classifier is {path.classifier}, not {record.classifier}')
     except BUILD_ERRORS as error:
-        raise ValueError(f'The base model cannot be opened as the prompt path asks: {error}') from error
+        raise ValueError(f'The base model does not fit the prompt path: {error}') from error
     check_tensors(name, found, specs_of(path))
 
 
@@ -239,7 +239,8 @@ def _check_stages(found: Sequence[Stage], record: PromptPathRecord) -> None:
         features, known = ([(f.index, f.channels, f.layout) for f in s.features] for s in (stage, recorded))
         if features != known:
             raise ValueError(
-                f'{PROMPT_CONFIG} says that {recorded.module!r} has the features {known}, but it has {features}.'
+                f'{PROMPT_CONFIG} records the features {known} for {recorded.module!r}, but the base model has '
+                f'{features}.'
             )
 
 

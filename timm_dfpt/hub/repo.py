@@ -114,8 +114,8 @@ class Source:
     def _check_size(self, filename: str, size: int | None, max_bytes: int | None) -> None:
         if size is not None and max_bytes is not None and size > max_bytes:
             raise ValueError(
-                f'{filename} of {self.name} has {size:,} bytes, and more than {max_bytes:,} are not read. '
-                'This is not a file that timm_dfpt or timm has written.'
+                f'{filename} of {self.name} has {size:,} bytes, more than the limit of {max_bytes:,}: it was not '
+                'written by timm_dfpt or timm.'
             )
 
     def _download(self, filename: str) -> Path:
@@ -138,8 +138,8 @@ class Source:
         """Compare the content with the hash that the Hub gave; the client itself does not."""
         if self.commit and self.commit not in path.parts:
             raise HubError(
-                f'{self.repo_id} changed while it was being downloaded, so its files may not fit each other. '
-                'Run the same again, or pass revision= a commit.'
+                f'{self.repo_id} changed while it was being downloaded, so its files may not fit each other. Run the '
+                'same again, or pass a commit as revision=.'
             )
         expected = listed.digest or _digest_in_cache(path)
         if expected is not None and not _has_digest(path, expected):
@@ -177,12 +177,12 @@ def open_source(
         folder = place.folder / inner
         if not folder.is_dir():
             missing = f'{inner!r} in {text!r}' if place.folder.is_dir() else repr(text)
-            raise FileNotFoundError(f'There is no folder {missing}.')
+            raise FileNotFoundError(f'The folder {missing} does not exist.')
         return Source(text, folder=folder, options=options)
     repo_id, at = (place.name, place.revision) if place.kind else split_hub_id(place.name)
     revision = options.get('revision')
     if at and revision and at != revision:
-        raise ValueError(f'{text!r} names revision {at!r}, but revision={revision!r} was passed; drop one of them.')
+        raise ValueError(f'{text!r} names revision {at!r}, but revision={revision!r} was passed: give one of them.')
     revision = revision or at
     name = f'{repo_id}@{revision}' if revision else repo_id
     source = Source(name, repo_id=repo_id, options={**options, 'revision': revision, 'subfolder': inner})
@@ -292,7 +292,7 @@ def push_folder(folder: Path, repo_id: str, space: bool = False, **options: Unpa
         local = {path.relative_to(folder).as_posix(): path for path in folder.rglob('*') if path.is_file()}
         differing = sorted(n for n, digest in remote.items() if n not in local or not _has_digest(local[n], digest))
         if set(remote) == set(local) and not differing:
-            _logger.info(f'{repo_id} holds exactly this already; nothing to push.')
+            _logger.info(f'{repo_id} has exactly these files already; nothing to push.')
             return str(url)
         if differing and not (options.get('force') or create_pr):
             raise FileExistsError(

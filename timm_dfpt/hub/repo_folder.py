@@ -155,7 +155,10 @@ def _proven(
 ) -> tuple[PromptPathRecord, nn.Module | None]:
     """Build the base that a config names, hold it against the fingerprint, and note its commit."""
     if config.base_model is None:
-        _logger.warning('The teacher of this prompt path is not on the Hub: it can only be loaded with model=teacher.')
+        _logger.warning(
+            'The teacher of this prompt path is not on the Hub: others must have it, and load the path with '
+            'model=teacher.'
+        )
         return config, None
     try:
         base = RecordedBase(config, open_source(folder, token=token))
@@ -165,8 +168,7 @@ def _proven(
         raise ValueError(
             f'Nobody could load this prompt path, because {config.base_model!r} is not the teacher that it was tuned '
             'on. Publish that teacher with timm_dfpt.push_student(teacher.model, "user/teacher") and pass '
-            'base_model="hf-hub:user/teacher"; or pass base_model="" if others shall have to bring it themselves. '
-            f'({error})'
+            f'base_model="hf-hub:user/teacher"; or pass base_model="" if others are to bring it themselves. ({error})'
         ) from error
     return dataclasses.replace(config, base_revision=config.base_revision or base.commit), model
 

@@ -99,8 +99,8 @@ def parse_dataset(source: str) -> str:
     if found and found[1].lower() not in ('hf-hub', 'hf_hub', 'local-dir'):
         url = _HUB_URL.match(source.strip())
         raise ValueError(
-            f'{shorten(source)} has the prefix {found[1] + ":"!r}, which is not one of data sets. Write '
-            + (f'{url[2]!r}.' if url else 'user/name for a data set on the Hub, or the path of a folder.')
+            f'{shorten(source)} has the prefix {found[1] + ":"!r}, which is not a prefix of datasets. Give '
+            + (f'{url[2]!r}.' if url else 'user/name for a dataset on the Hub, or the path of a folder.')
         )
     place = parse_place(source)
     if place.revision:

@@ -213,13 +213,14 @@ def read_student_config(source: Source) -> dict[str, Any]:
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ValueError(
             f'{CONFIG} of {source.name} names the architecture {str(architecture)[:80]!r}, which this timm '
-            f'({timm.__version__}) does not have; a newer timm may.'
+            f'({timm.__version__}) does not have: try a newer timm.'
         )
     cfg = config.get('pretrained_cfg')
     classes = config.get('num_classes')
     if not isinstance(cfg, dict) or type(classes) is not int or not 0 <= classes <= 10**6:
         raise ValueError(
-            f'{CONFIG} of {source.name} is not of a timm model: it lacks pretrained_cfg, or num_classes up to 10**6.'
+            f'{CONFIG} of {source.name} is not the config of a timm model: it needs pretrained_cfg, and num_classes '
+            'up to 10**6.'
         )
     check_model_args('model_args', config.get('model_args', {}))
     check_data_config(cfg)

@@ -104,9 +104,9 @@ class ModelSource:
             lost = f'{_some(missing)} would be random' if missing else f'{_some(unexpected)} would be thrown away'
             given = f'{self._option}_kwargs ({_shown(kwargs)})' if kwargs else 'its config.json'
             raise ValueError(
-                f'{self._label}: with {given} it is not the model that its weights are of, and {lost}: leave out what '
-                'changes the architecture, or fine-tune it first (--method supervised --student TEACHER '
-                '--student-pretrained).'
+                f'{self._label}: with {given} it is not the model that its weights belong to, and {lost}: leave out '
+                'the arguments that change the architecture, or fine-tune it first (--method supervised --student '
+                'TEACHER --student-pretrained).'
             )
         return model
 
@@ -140,8 +140,8 @@ class ModelSource:
         is_new = not pretrained or any(name.startswith(heads) for name in missing)
         if head_init_scale is not None and not is_new:
             raise ValueError(
-                f'head_init_scale={head_init_scale:g}: {self._label} has a head of as many classes among its weights, '
-                'and keeps it. Leave it out.'
+                f'head_init_scale={head_init_scale:g}: {self._label} keeps the head of its weights, which has the '
+                'same number of classes: leave --head-init-scale out.'
             )
         scale = head_init_scale if head_init_scale is not None else 0 if pretrained and is_new else 1
         for name, param in model.named_parameters():
@@ -202,7 +202,7 @@ class ModelSource:
             return open_source(str(self.name))
         if not self._timm_cfg.get('hf_hub_id'):
             has = 'them as a pickle only' if self._timm_cfg.get('url') else 'none of this name'
-            raise ValueError(f'its weights are wanted, and timm has {has}.')
+            raise ValueError(f'it needs pretrained weights, and timm has {has}.')
         return open_source(f'{HUB}{self._timm_cfg["hf_hub_id"]}')
 
     @functools.cached_property

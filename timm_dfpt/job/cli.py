@@ -81,7 +81,7 @@ def _load_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f'config: {str(path)!r} is its own base: {" -> ".join(p.name for p in (*seen, full))}.')
     if not path.is_file():
         named = f', named as base by {str(seen[-1])!r}' if seen else ''
-        raise ValueError(f'config: there is no file {str(path)!r}{named}.')
+        raise ValueError(f'config: the file {str(path)!r}{named} does not exist.')
     try:
         values = parse_yaml(path.read_text(encoding='utf-8'))
     except ValueError as error:
@@ -155,7 +155,7 @@ def _key_value(text: str) -> tuple[str, Any]:
     """
     key, separator, value = text.partition('=')
     if not separator or not key:
-        raise argparse.ArgumentTypeError(f'{shorten(text)} is not of the form key=value')
+        raise argparse.ArgumentTypeError(f'{shorten(text)} must have the form key=value')
     try:
         return key, parse_yaml(value)
     except ValueError as error:

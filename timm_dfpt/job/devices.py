@@ -173,8 +173,8 @@ def _refuse_engines() -> None:
     # Before accelerate asks for them to be installed.
     if _variable('USE_DEEPSPEED') in _TRUE:
         raise ValueError(
-            'DeepSpeed is not supported: its engine has a single optimizer, and student and prompt path have one each. '
-            'Use train/accelerate/fsdp2.yaml, which shards more than ZeRO-2, or train/accelerate/multi_gpu.yaml.'
+            'DeepSpeed is not supported: its engine has a single optimizer, and student and prompt path need one '
+            'each. Use train/accelerate/fsdp2.yaml, which shards more than ZeRO-2, or train/accelerate/multi_gpu.yaml.'
         )
     for name in ('USE_MEGATRON_LM', 'USE_PARALLELISM_CONFIG'):
         if _variable(name) in _TRUE:
@@ -255,7 +255,7 @@ def set_up_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     for option, given in refused.items():
         if given:
             raise ValueError(f'{option} does not work with FSDP2: leave it out or use train/accelerate/multi_gpu.yaml.')
-    accelerator.print(f'FSDP2: what is trained is spread over {accelerator.num_processes} processes')
+    accelerator.print(f'FSDP2: trained weights are sharded over {accelerator.num_processes} processes')
     # Autocast as without sharding: the gathered weights, of which averages are made, stay in float32.
     plugin.mixed_precision_policy = None
 

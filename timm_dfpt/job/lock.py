@@ -81,8 +81,8 @@ class FolderLock:
             ) from None
         except OSError as error:
             _logger.warning(
-                f'The file system of {str(self.path.parent)!r} has no locks ({error}): nothing will stop a second job '
-                'with the same --output from spoiling this one.'
+                f'The file system of {str(self.path.parent)!r} does not support locks ({error}): make sure that no '
+                'second job uses the same --output, which would corrupt this run.'
             )
 
     def _sign(self, descriptor: int) -> None:

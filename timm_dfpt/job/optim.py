@@ -80,7 +80,9 @@ def check_optimizer(option: str, name: str, fused: bool, cpu: bool, **settings: 
         raise ValueError(f'{option} must be an optimizer of timm, got {name!r}.{hint}')
     info = get_optimizer_info(plain)
     if info.second_order:
-        raise ValueError(f'{option}={name} needs second derivatives, which a step here does not have: choose another.')
+        raise ValueError(
+            f'{option}={name} needs second derivatives, which are not computed here: choose another optimizer.'
+        )
     try:
         if fused and 'fused' not in inspect.signature(get_optimizer_class(plain, bind_defaults=False)).parameters:
             raise ValueError('no fused implementation: leave --opt-fused out, or choose sgd, momentum, adam or adamw')

@@ -121,14 +121,18 @@ class TrainConfig(Options):
 
     def _check_combinations(self) -> None:
         if self.student is None:
-            raise ValueError('student is not given: name a timm model, e.g. --student resnet18.')
+            raise ValueError('student is not given: name a timm model, such as --student resnet18.')
         if self.dataset is None:
-            raise ValueError('dataset is not given: name a Hub id, a folder of class folders or parquet.')
+            raise ValueError(
+                'dataset is not given: name a folder of class folders, a parquet file or a dataset on the Hub with '
+                '--dataset.'
+            )
         method = METHODS[self.method]
         if not method.needs_teacher:
             if self.teacher is not None:
                 raise ValueError(
-                    f'method={self.method} trains without a teacher: leave --teacher out, or choose a method.'
+                    f'method={self.method} trains without a teacher: leave --teacher out, or choose a --method that '
+                    'has one.'
                 )
             if self.teacher_input_size:
                 raise ValueError(
@@ -136,7 +140,9 @@ class TrainConfig(Options):
                     f'method={self.method} trains without one.'
                 )
             if self.baselines:
-                raise ValueError(f'baselines need a teacher: choose another method than {self.method}.')
+                raise ValueError(
+                    f'baselines={self.baselines} need a teacher: choose a --method that has one, not {self.method}.'
+                )
         elif self.teacher is None and self.prompt_path is None:
             raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
         self._check_teacher_head()
@@ -149,9 +155,12 @@ class TrainConfig(Options):
         self._check_weights()
         self._check_kwargs()
         if not method.variant and (self.prompt_path or self.push_prompt_path or self.freeze_prompt_path):
-            raise ValueError(f'prompt_path options need method dfpt or dfpt+, got method={self.method}.')
+            raise ValueError(
+                f'prompt_path options need a prompt path, which method={self.method} does not have: leave them out, '
+                'or choose --method dfpt.'
+            )
         if self.method in self.baselines or len(set(self.baselines)) != len(self.baselines):
-            raise ValueError(f'baselines={self.baselines} names a method twice (method={self.method}).')
+            raise ValueError(f'baselines={self.baselines} names a method twice (method={self.method}): name each once.')
         if self.freeze_prompt_path and self.prompt_epochs not in (None, '0'):
             raise ValueError(
                 f'freeze_prompt_path and prompt_epochs={self.prompt_epochs} contradict each other: give one of them.'
@@ -160,11 +169,11 @@ class TrainConfig(Options):
         if method.variant and self.tuned_epochs() == 0 and not (self.prompt_path or adapted):
             if self.unlabelled:
                 raise ValueError(
-                    'adapt_statistics=False: without labels a new prompt path learns nothing but statistics. Leave it '
-                    'out, or name a tuned path with --prompt-path.'
+                    'adapt_statistics=False: without labels a new prompt path learns only BatchNorm statistics. Leave '
+                    'it out, or name a tuned path with --prompt-path.'
                 )
             option = 'freeze_prompt_path' if self.freeze_prompt_path else f'prompt_epochs={self.prompt_epochs}'
-            raise ValueError(f'{option} needs a tuned one to start from: name it with --prompt-path.')
+            raise ValueError(f'{option} needs a tuned prompt path to start from: name it with --prompt-path.')
         used = (self.method, *self.baselines, *([self.kd_loss] if method.variant else []))
         hard = [name for name in used if METHODS[name].needs_hard_labels]
         if self.unlabelled:
@@ -181,7 +190,9 @@ class TrainConfig(Options):
         if self.cache_teacher:
             self._check_cache()
         if self.include_preprocessing and not self.export:
-            raise ValueError('include_preprocessing is of exported files: name their format with --export onnx.')
+            raise ValueError(
+                'include_preprocessing=True has no effect without exported files: leave it out, or give --export onnx.'
+            )
         if self.compile_mode != 'default' and not self.compile:
             raise ValueError(f'compile_mode={self.compile_mode} is of compiled steps: add --compile, or leave it out.')
         if self.train_crop_mode and self.crop_padding:
@@ -196,19 +207,24 @@ class TrainConfig(Options):
     def _check_teacher_head(self) -> None:
         method, head = METHODS[self.method], self.teacher_head
         if head != 'auto' and not method.needs_teacher:
-            raise ValueError(f'teacher_head={head}: method={self.method} trains without a teacher: leave it out.')
+            raise ValueError(
+                f'teacher_head={head} has no effect with method={self.method}, which trains without a teacher: leave '
+                'it out.'
+            )
         if self.unlabelled and head in ('fit', 'new'):
             raise ValueError(
                 f'teacher_head={head}: a new head learns from labels, and there are none: leave it or --unlabelled out.'
             )
         if self.teacher_head_balanced and head in ('own', 'new'):
-            raise ValueError(f'teacher_head_balanced is how a head is fitted, and teacher_head={head} fits none.')
+            raise ValueError(
+                f'teacher_head_balanced=True has no effect with teacher_head={head}, which fits no head: leave it out.'
+            )
         if head != 'new':
             return
         if not method.variant:
             raise ValueError(
-                f'teacher_head=new is a head for the prompt path alone, and method={self.method} has none: its student '
-                'would hear nothing. Give the teacher a head with --teacher-head fit.'
+                f'teacher_head=new is a head for the prompt path alone, which method={self.method} does not have: its '
+                'student would not learn from the teacher. Give the teacher a head with --teacher-head fit.'
             )
         if self.prompt_head_rank is not None:
             raise ValueError(
@@ -242,20 +258,21 @@ class TrainConfig(Options):
         weights = (given['student_prompt'], given['student_teacher'], self.student_prompt_weight_end)
         if not (any(weights) if method.variant else self.distill_loss_weight):
             raise ValueError(
-                'unlabelled: the student learns from the teacher alone, whose weights are all 0: raise one of them.'
+                'unlabelled: the student learns from the teacher only, and the weights of its terms are all 0: raise '
+                'one of them.'
             )
 
         if not method.variant or self.prompt_path:
             return
         if self.prompt_norms == 'teacher':
             raise ValueError(
-                'prompt_norms=teacher: without labels a new prompt path has statistics of its own, which are all that '
-                'it learns. Leave it out, or choose --method kd.'
+                'prompt_norms=teacher: without labels a new prompt path learns only its own BatchNorm statistics. '
+                'Leave it out, or choose --method kd.'
             )
         if method.variant and not method.copies_backbone and self.teacher_dtype != 'float32':
             raise ValueError(
-                f'teacher_dtype={self.teacher_dtype}: without labels the prompt path of dfpt has norm layers of its '
-                'own, which are in float32. Leave it out, or choose --method dfpt+ or kd.'
+                f'teacher_dtype={self.teacher_dtype}: without labels the prompt path of dfpt has its own norm layers, '
+                'which are in float32. Leave it out, or choose --method dfpt+ or kd.'
             )
 
     def _check_kwargs(self) -> None:
@@ -271,15 +288,20 @@ class TrainConfig(Options):
 
     def _check_cache(self) -> None:
         if not METHODS[self.method].needs_teacher:
-            raise ValueError(f'cache_teacher needs a teacher: choose another method than {self.method}.')
+            raise ValueError(
+                f'cache_teacher needs a teacher, which method={self.method} does not have: leave it out, or choose '
+                'another --method.'
+            )
         if not METHODS[self.method].needs_classes:
-            raise ValueError(f'cache_teacher keeps logits, and method={self.method} learns features: leave it out.')
+            raise ValueError(f'cache_teacher stores logits, but method={self.method} distills features: leave it out.')
         if self.mixup or self.cutmix:
-            raise ValueError('cache_teacher knows single images, which mixup and cutmix blend: set both to 0.')
+            raise ValueError(
+                'cache_teacher stores logits of single images, which mixup and cutmix blend: set both to 0.'
+            )
         if not (self.no_aug or self.aug_cycle):
             raise ValueError(
-                'cache_teacher needs images that come again, but each epoch is augmented anew. Let the augmentation '
-                'repeat after N epochs with --aug-cycle N, or switch it off with --no-aug.'
+                'cache_teacher needs the same images again, but each epoch has a new augmentation: repeat it after N '
+                'epochs with --aug-cycle N, or switch it off with --no-aug.'
             )
 
     def check_given(self, given: Mapping[str, Any], methods: Sequence[str] = ()) -> None:
@@ -309,8 +331,8 @@ class TrainConfig(Options):
             for name in filter(self.differs, given):
                 if name.startswith('prompt_') and name not in _NOT_TUNED and getattr(self, name) not in (False, 'none'):
                     raise ValueError(
-                        f'{name}={getattr(self, name)!r} has no effect with --unlabelled, where a prompt path is not '
-                        'tuned but by --prompt-epochs: leave it out.'
+                        f'{name}={getattr(self, name)!r} has no effect with --unlabelled, where the prompt path is '
+                        'not tuned: leave it out, or give --prompt-epochs.'
                     )
         methods = methods or (self.method, *self.baselines)
         if any(name in METHODS and METHODS[name].variant for name in methods):

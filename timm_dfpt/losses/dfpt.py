@@ -57,7 +57,7 @@ class DFPTWeights:
             if not (math.isfinite(weight) and float(weight) >= 0):
                 raise ValueError(f'DFPTWeights.{name} must be finite and at least 0, got {weight!r}; 0 drops the term.')
         if not any(weights.values()):
-            raise ValueError('DFPTWeights are all 0, nothing would be trained; set at least one above 0.')
+            raise ValueError('DFPTWeights are all 0, so that nothing would be trained; set at least one above 0.')
 
 
 def dfpt_losses(
@@ -116,7 +116,10 @@ def dfpt_losses(
     check_logits(student_logits, **known)
     check_target(target, student_logits)
     if isinstance(temperature, Tensor):
-        raise TypeError('temperature must be a number: a learned one would get the gradient of both directions.')
+        raise TypeError(
+            'temperature must be a number, not a tensor: a learned temperature would get the gradients of both '
+            'directions.'
+        )
     check_temperature(temperature)
 
     with full_precision(student_logits):

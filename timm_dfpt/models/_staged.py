@@ -197,7 +197,7 @@ class StagedNet(nn.Module):
             ValueError: If `output_fmt` is not 'NCHW'.
         """
         if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt={output_fmt!r}: a convolutional network only gives 'NCHW' features.")
+            raise ValueError(f"output_fmt={output_fmt!r}: a convolutional network only has 'NCHW' features.")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last_index = len(self.stages) - 1
         # A final convolution changes the channels that feature_info promises, a norm does not.

@@ -153,5 +153,5 @@ def _ordered(confidence: torch.Tensor, mask: torch.Tensor, descending: bool) -> 
 
 def _labels(split: SplitPredictions) -> torch.Tensor:
     if split.target is None:
-        raise ValueError('The split has no labels: there is no accuracy by class.')
+        raise ValueError('The split has no labels, which accuracy by class needs.')
     return split.target

@@ -123,7 +123,7 @@ class StudentTask(TrainingTask):
         Raises:
             RuntimeError: If there is no teacher.
         """
-        raise RuntimeError(f'{type(self).__name__} has no teacher.')
+        raise RuntimeError(f'{type(self).__name__} trains without a teacher.')
 
     def prompt_logits(self, input: torch.Tensor) -> torch.Tensor:
         """Return the prompt path's logits `[B, K]` for images `[B, C, H, W]` as the loader gives them.
@@ -131,7 +131,7 @@ class StudentTask(TrainingTask):
         Raises:
             RuntimeError: If there is no prompt path.
         """
-        raise RuntimeError(f'{type(self).__name__} has no prompt path.')
+        raise RuntimeError(f'{type(self).__name__} trains without a prompt path.')
 
     def eval_outputs(self, input: torch.Tensor, teacher_logits: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Run what is evaluated.

@@ -210,7 +210,7 @@ class DFPTDistillationTask(StudentTask):
         if state and 'prompt_path' in state:
             self._trainable().prompt_path.load_state_dict(state['prompt_path'], strict=strict)
         elif self.verbose:
-            _logger.info('The checkpoint has no prompt path: it stays as it is.')
+            _logger.info('The checkpoint has no prompt path; that of the task is left unchanged.')
 
     def get_teacher(self) -> nn.Module:
         """Return the original path: the frozen model itself."""

@@ -105,7 +105,7 @@ def evaluate_together(
             observe(seen, target, rows)
         count += len(target)
     if not count:
-        raise ValueError('There is no sample to evaluate.')
+        raise ValueError('There are no samples to evaluate: give at least one batch.')
     # Doubles on the CPU, since not every device has them: a large validation set must not lose its last samples.
     return [
         {
@@ -133,7 +133,7 @@ def measure_logits(
     """
     labelled = bool((target >= 0).all())
     if not (labelled or by_teacher):
-        raise ValueError('The images that are evaluated have no labels: give some, or train with --unlabelled.')
+        raise ValueError('The evaluation split has no labels: add some, or train with --unlabelled.')
     heard = next((name for name in ('prompt_path', 'teacher') if name in outputs), '')
     measured = {}
     for name, logits in outputs.items():

@@ -175,14 +175,14 @@ def _width(role: str, model: nn.Module, size: Any, adapter: nn.Module | None = N
     except Exception as error:
         why = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
         raise ValueError(
-            f'The {role} {name_of(plain)} gives no pooled features for images of input_size={tuple(size)}: {why}. '
-            'Feature distillation needs a model of timm with forward_features and forward_head: choose another, or '
-            'another size.'
+            f'The {role} {name_of(plain)} does not return pooled features for images of input_size={tuple(size)}: '
+            f'{why}. Feature distillation needs a model of timm with forward_features and forward_head: choose '
+            'another, or another size.'
         ) from error
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         found = f'a tensor {list(features.shape)}' if isinstance(features, torch.Tensor) else type(features).__name__
         raise ValueError(
-            f'The {role} {name_of(plain)} gives {found} before its classifier, and not pooled features [B, D]: choose '
-            'another model, or one with another global_pool.'
+            f'The {role} {name_of(plain)} returns {found} before its classifier, not pooled features [B, D]: choose '
+            'another model, or another global_pool.'
         )
     return features.shape[1]

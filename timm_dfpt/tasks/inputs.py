@@ -128,7 +128,7 @@ def _per_channel(config: Mapping[str, Any], key: str, channels: int, whose: str)
     if values.numel() not in (1, channels):
         where = 'input_config' if whose == 'images' else "teacher_input_config, or the teacher's pretrained_cfg"
         raise ValueError(
-            f'{key}={tuple(config[key])} of the {whose} must have one value or {channels}, one a channel: give them in '
-            f'{where}.'
+            f'{key}={tuple(config[key])} of the {whose} must have one value, or {channels} (one per channel): give '
+            f'them in {where}.'
         )
     return values.view(1, -1, 1, 1)

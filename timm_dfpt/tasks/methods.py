@@ -106,7 +106,7 @@ def register_method(method: Method) -> None:
         ValueError: If there is one of that name.
     """
     if method.name in METHODS:
-        raise ValueError(f'There is a method {method.name!r} already; choose another name.')
+        raise ValueError(f'The method {method.name!r} exists already; choose another name.')
     METHODS[method.name] = method
     if method.kd_loss is not None:
         KD_LOSSES[method.name] = method.kd_loss

@@ -22,7 +22,7 @@ def check_learns(student: nn.Module) -> None:
     """
     if not any(param.requires_grad for param in student.parameters()):
         raise ValueError(
-            f'The student {name_of(look_through(student))} has no parameter that is trained: all are frozen, or it has '
+            f'The student {name_of(look_through(student))} has no trainable parameter: all are frozen, or it has '
             'none. Call student_model.requires_grad_(True), or train a model that is not frozen elsewhere.'
         )
 

@@ -30,7 +30,10 @@ def check_model(model: Any) -> None:
         raise TypeError(f'model must be a torch.nn.Module such as timm.create_model(...), got {type(model).__name__}.')
     kind = name_of(model)
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(f'{kind} is compiled by torch.jit: nothing can be put between its stages. Wrap its source.')
+        raise ValueError(
+            f'{kind} is compiled by torch.jit: blocks cannot be put between its stages. Wrap the model before it is '
+            'compiled.'
+        )
     if any(isinstance(module, DualForwardPathTeacher) for module in model.modules()):
         raise ValueError('model is a DualForwardPathTeacher already, or contains one; wrap what its unwrap() returns.')
     if any(type(hook) is Injection for module in model.modules() for hook in module._forward_hooks.values()):
@@ -41,7 +44,9 @@ def check_model(model: Any) -> None:
             f'{kind} is part of a model that is wrapped already, or has one in it: call unwrap() of its teacher first.'
         )
     if any(t.is_inference() for t in itertools.chain(model.parameters(), model.buffers())):
-        raise ValueError(f'{kind} was made under torch.inference_mode(): nothing trains through it. Make it outside.')
+        raise ValueError(
+            f'{kind} was created under torch.inference_mode(), which gradients cannot pass through. Create it outside.'
+        )
     forget_caches(model.modules())
     if not teachers:
         remove_hooks(model)
@@ -116,7 +121,7 @@ def find_classifier(
         if last is None:
             return ()
         raise ValueError(
-            f'{kind} does not say which module is its classifier; name it, e.g. classifier="{last or "fc"}".'
+            f'{kind} does not name its classifier; name the module, e.g. classifier="{last or "fc"}".'
             + (f' If {last} is none and its outputs are features: classifier=().' if last else '')
         )
     missing = [name for name in names if name not in modules]

@@ -101,13 +101,13 @@ def fit_head(
             features.append(torch.cat(used, dim=1).float().cpu())
             targets.append(target.cpu())
         if not features:
-            raise ValueError('loader has no batch: there is nothing to fit a head to.')
+            raise ValueError('loader has no batches to fit a head to.')
         ridge = fit_ridge(torch.cat(features), torch.cat(targets), num_classes, balanced=balanced)
         if ridge.spread < _SMALL_SPREAD:
             _logger.warning(
-                f'The features of {name_of(model)} hardly differ between images, by {ridge.spread:.1g} of their size, '
-                'and the fitted head magnifies what does: what is tuned behind it will soon diverge. Is the model '
-                'pre-trained, and are the images as it takes them?'
+                f'The features of {name_of(model)} hardly differ between images (by {ridge.spread:.1g} of their '
+                'size), and the fitted head amplifies these differences, so that training on them may diverge. Check '
+                'that the model is pretrained and that the images are normalized as it expects.'
             )
         _set_weights(fitted, names, shares, ridge.weight, ridge.bias)
     _note(
@@ -152,8 +152,8 @@ def reorder_classes(model: nn.Module, order: Sequence[int], label_names: Sequenc
             leaf = reordered.get_submodule(name)
             if not isinstance(leaf, (nn.Linear, nn.Conv2d)):
                 raise ValueError(
-                    f'{name!r} of {name_of(model)} is a {type(leaf).__name__}, whose classes cannot be put into '
-                    'another order. Give the data in the order of the model, or fit a head: --teacher-head fit.'
+                    f'{name!r} of {name_of(model)} is a {type(leaf).__name__}, whose classes cannot be reordered. '
+                    "Give the classes of the data the order of the model's, or fit a head: --teacher-head fit."
                 )
             for param in leaf.parameters():
                 param.copy_(param[rows.to(param.device)])
@@ -195,8 +195,8 @@ def put_head(model: nn.Module, head: FittedHead, label_names: Sequence[str] | No
             found.pop(f'{name}.bias', None)
     if names != head.classifier or wanted != found:
         raise ValueError(
-            f'The fitted head has {wanted} and does not fit {name_of(model)}, which takes {found}: it is of another '
-            'model.'
+            f'The fitted head has {wanted} and does not fit {name_of(model)}, which needs {found}: it was fitted to '
+            'another model.'
         )
     with torch.no_grad():
         for name, tensor in head.tensors.items():

@@ -74,7 +74,9 @@ class FittedHead:
         good = good and isinstance(names, list) and all(isinstance(name, str) for name in names)
         good = good and all(type(value) in (int, float, bool) for value in values.values())
         if not good:
-            raise ValueError('fitted_head does not say how a head was made: how, classifier, num_classes and numbers.')
+            raise ValueError(
+                'fitted_head must have the keys how, classifier, num_classes and numbers: the file is damaged.'
+            )
         return cls(facts['how'], tuple(names), classes, dict(tensors), **values)
 
     def equals(self, other: FittedHead) -> bool:

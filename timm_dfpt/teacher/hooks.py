@@ -73,8 +73,8 @@ class Injection:
             return fusion(x + block(x)).permute(0, 2, 3, 1)
         if call is None:
             raise RuntimeError(
-                f'The block behind {self.stage.module!r} runs outside a call of the prompt path, so that nothing says '
-                'how its tokens lie. Call teacher.prompt(x); for gradient checkpointing, '
+                f'The block behind {self.stage.module!r} ran outside of the prompt path, where the layout of its '
+                'tokens is unknown. Call teacher.prompt(x); for gradient checkpointing, '
                 'teacher.set_grad_checkpointing().'
             )
         prefix = feature.prefix_tokens

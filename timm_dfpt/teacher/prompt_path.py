@@ -235,8 +235,8 @@ class PromptPath(nn.Module):
             theirs = modules.get(name)
             if theirs is None or theirs._parameters.keys() != mine._parameters.keys():
                 raise RuntimeError(
-                    f'{name_of(model)} was changed after wrapping: its module {name!r} is another one now, as after '
-                    'fuse() or reparameterize(). Change the model first and wrap it then.'
+                    f'{name_of(model)} was changed after wrapping: its module {name!r} was replaced, as fuse() or '
+                    'reparameterize() do. Change the model before you wrap it.'
                 )
             twins.append((theirs, mine))
         return twins

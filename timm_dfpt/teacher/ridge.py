@@ -72,7 +72,7 @@ def fit_ridge(
     n = len(features)
     counts = torch.bincount(target.cpu(), minlength=num_classes)
     if int((counts > 0).sum()) < 2:
-        raise ValueError(f'A head needs images of two classes at least, got {n} images of {int((counts > 0).sum())}.')
+        raise ValueError(f'A head needs images of at least two classes, got {n} images of {int((counts > 0).sum())}.')
     device = features.device if features.device.type == 'cuda' else torch.device('cpu')
     target = target.to(device)
     weights = torch.ones(n, dtype=torch.float64, device=device)
@@ -81,7 +81,10 @@ def fit_ridge(
     mean, std = _statistics(features, weights, device)
     varies = std > 0
     if not bool(varies.any()):
-        raise ValueError('The features are the same for all images: no head can be fitted to them.')
+        raise ValueError(
+            'The features are the same for all images, so that a head cannot be fitted to them: check the model and '
+            'its images.'
+        )
     spread = float((std.square().sum() / (std.square() + mean.square()).sum()).sqrt())
     std = torch.where(varies, std, torch.ones_like(std))
     signs = -torch.ones(n, num_classes, dtype=torch.float64, device=device)
@@ -126,7 +129,10 @@ def _statistics(
     mean = torch.stack([w @ x.to(device).double() for x, w in parts]).sum(dim=0) / n
     variance = torch.stack([w @ (x.to(device).double() - mean).square() for x, w in parts]).sum(dim=0) / n
     if not bool(torch.isfinite(variance).all()):
-        raise ValueError('The features are not finite (NaN or Inf): no head can be fitted to them.')
+        raise ValueError(
+            'The features are not finite (NaN or Inf), so that a head cannot be fitted to them: load other weights, '
+            'or use float32.'
+        )
     std = variance.sqrt()
     # Rounding of a constant is not variation: float32 and the order of its sums leave a few 1e-7 of it.
     return mean, torch.where(std > 1e-6 * mean.abs() + 1e-30, std, torch.zeros_like(std))

@@ -136,8 +136,8 @@ def estimate_statistics(
     if not layers:
         named = model.model if isinstance(model, PromptPath) else model
         raise ValueError(
-            f'{name_of(named)} has no BatchNorm with running statistics, so that there is nothing to estimate: use it '
-            'as it is.'
+            f'{name_of(named)} has no BatchNorm with running statistics, so that there is nothing to estimate: use '
+            'the model as it is.'
         )
     low = any(layer.get_buffer('running_mean').dtype.itemsize < 4 for layer in layers)
     count = 0
@@ -161,6 +161,8 @@ def estimate_statistics(
             model.training = True
         update_bn(counted(), _Pass(layers, forward), device=torch.device(device))
     if not count:
-        raise ValueError('The loader has no batch to estimate statistics on: give more images, or smaller batches.')
+        raise ValueError('The loader has no batches to estimate statistics on: give more images, or smaller batches.')
     if not all(layer.get_buffer(name).isfinite().all() for layer in layers for name in _NAMES):
-        raise ValueError('The statistics of these images are not finite: is their normalisation that of the model?')
+        raise ValueError(
+            'The statistics of these images are not finite (NaN or Inf): normalize the images as the model expects.'
+        )

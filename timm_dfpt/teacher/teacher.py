@@ -286,7 +286,7 @@ class DualForwardPathTeacher(nn.Module):
         lines.append(
             'both paths share the computation before the first block'
             if self.shares_prefix
-            else 'the paths share no computation: a step costs two full forwards of the teacher'
+            else 'the paths share no computation: every step runs two full forward passes of the teacher'
         )
         return '\n'.join(lines)
 

@@ -148,11 +148,11 @@ def _stages_to_open(model: nn.Module, found: Calibration, closed: set[str], name
     unused = [name for name in found.unused if name not in closed]
     if unused and named:
         raise ValueError(
-            f'The output of {kind} does not depend on the features behind {unused[0]!r}, so a block there would not '
-            'be trained; name other modules in stages=[...].'
+            f'The output of {kind} does not depend on the features after {unused[0]!r}, so that a block there would '
+            'not be trained; name other modules in stages=[...].'
         )
     for name in unused:
-        _logger.info(f'{kind}: no block behind {name}, on whose features the output does not depend.')
+        _logger.info(f'{kind}: no block after {name}, since the output does not depend on its features.')
     stages = [stage for stage in found.stages if stage.module not in closed]
     if not stages:
         raise ValueError(

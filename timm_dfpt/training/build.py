@@ -85,8 +85,8 @@ def _refuse_batch_norm(learner: Learner) -> None:
     learner.train()
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in learner.module.modules()):
         raise ValueError(
-            f'batch_size={learner.config.batch_size} is one image per process, and BatchNorm needs more: choose a '
-            '--batch-size of at least 2 images per process.'
+            f'batch_size={learner.config.batch_size} is one image per process, and BatchNorm needs at least 2: choose '
+            'a --batch-size of at least 2 images per process.'
         )
 
 
@@ -217,11 +217,11 @@ def with_batch_size(config: TrainConfig, images: int, accelerator: Accelerator) 
         )
     if config.batch_size is None and size < 128:
         accelerator.print(
-            f'few images: batch size {size} instead of 128, as no --batch-size was given; the learning rate stays '
+            f'small dataset: batch size {size} instead of 128, as --batch-size was not given; the learning rate stays '
             f'{config.lr:g}'
         )
     accelerator.print(
-        f'an epoch: {images // size:,} steps of {size} images; {images % size} images are left out of each epoch'
+        f'{images // size:,} steps of {size} images per epoch; {images % size} images are left out of each epoch'
     )
     return dataclasses.replace(config, batch_size=size)
 
@@ -317,7 +317,9 @@ def _kd_loss(config: TrainConfig) -> KDLoss | None:
     name = config.kd_loss if METHODS[config.method].variant else config.method
     kwargs = config.kd_loss_kwargs
     if kwargs and (name not in KD_LOSSES or name == DEFAULT_LOSS):
-        raise ValueError(f'kd_loss_kwargs={kwargs}: the loss of method={config.method} takes none.')
+        raise ValueError(
+            f'kd_loss_kwargs={kwargs}: the loss of method={config.method} takes no arguments: leave it out.'
+        )
     if name not in KD_LOSSES or name == DEFAULT_LOSS:
         return None
     loss = functools.partial(KD_LOSSES[name], **kwargs)

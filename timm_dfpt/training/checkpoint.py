@@ -237,7 +237,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         damage = _damage(path)
         if damage is None:
             return path
-        _logger.warning(f'Checkpoint {str(path)!r} is damaged ({damage}); taking the one before.')
+        _logger.warning(f'Checkpoint {str(path)!r} is damaged ({damage}); using the one before it.')
     return None
 
 
@@ -268,7 +268,7 @@ def _damage(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f'{_MANIFEST}: {error}'
     if not isinstance(checksums, dict) or _PROGRESS not in checksums:
-        return f'{_MANIFEST} is no list of checksums'
+        return f'{_MANIFEST} is not a list of checksums'
     for name, checksum in checksums.items():
         if not (path / name).is_file():
             return f'{name} is missing'

@@ -60,14 +60,13 @@ class Arm:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r'[\w.+-]+', self.name) or self.name in ('epoch', 'updates', '.', '..'):
-            raise ValueError(f'arm {self.name!r}: a name is made of letters, digits, and any of _ . + -')
+            raise ValueError(f'arm {self.name!r}: the name must be made of letters, digits, and any of _ . + -')
         groups = {field.name: field.metadata['group'] for field in dataclasses.fields(TrainConfig)}
         for key in self.changes:
             if key in (*_NOT_OPTIONS, 'method_options') or not (groups.get(key) in _ARM_GROUPS or key in _ARM_OPTIONS):
                 raise ValueError(
-                    f'arm {self.name!r}: {key!r} is not an option that an arm can have for itself. Arms differ in '
-                    'options of the method, the prompt path, the teacher and the optimizer; the rest is the same for '
-                    'all, or there would be nothing to compare.'
+                    f'arm {self.name!r}: {key!r} cannot differ between arms: leave it out of the arm and give it for '
+                    'all. Arms may differ in options of the method, the prompt path, the teacher and the optimizer.'
                 )
 
 
@@ -151,13 +150,13 @@ def compare(
         raise ValueError(f'seeds: name at least one, and each once, got {list(seeds)}.')
     reference = reference or (REFERENCE_METHOD if REFERENCE_METHOD in names else names[0])
     if reference not in names:
-        raise ValueError(f'reference={reference!r} is none of the arms {names}.')
+        raise ValueError(f'reference={reference!r} is not one of the arms {names}: name one of them.')
     if config.output is None:
         raise ValueError('output is not given: name the folder of the comparison with --output.')
     if config.mixed_precision == 'fp16' and len(arms) > 1:
         raise ValueError(
-            'mixed_precision=fp16 has one loss scale, by which students trained side by side would change each other: '
-            'use --mixed-precision bf16.'
+            'mixed_precision=fp16 has one loss scale, through which students trained together would affect each '
+            'other: use --mixed-precision bf16.'
         )
     if config.patience is not None or config.export_weights != 'last':
         raise ValueError(
@@ -224,7 +223,7 @@ def _run_seed(config: TrainConfig, folder: RunFolder, arms: Sequence[Arm], comma
         costs: Any = _step_costs(setup, learners)
     else:
         unknown = {learner.name: {'flops': None, 'ms': None} for learner in learners}
-        costs = attempt('measuring what a step costs', lambda: _step_costs(setup, learners)) or unknown
+        costs = attempt('measuring the cost of a step', lambda: _step_costs(setup, learners)) or unknown
     if setup.accelerator.is_main_process:
         if setup.recorder is not None:
             keep_arm_predictions(setup.recorder, learners, folder)

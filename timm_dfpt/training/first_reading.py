@@ -75,7 +75,7 @@ def until_bad_image(
             bad = accelerator.check_trigger()
         if bad:
             remedy = save() if together or alone else 'Continue with --resume from the last checkpoint.'
-            raise BadImageError(f'{reason or "Another process met an image that cannot be read"}. {remedy}')
+            raise BadImageError(f'{reason or "Another process found an image that cannot be read"}. {remedy}')
         if batch is None:
             return
         yield batch

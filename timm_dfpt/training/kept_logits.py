@@ -98,17 +98,20 @@ def keep_logits(
     if not config.cache_teacher:
         return None
     if accelerator.num_processes > 1:
-        raise ValueError('cache_teacher works in one process only: leave it out, or start a single one.')
+        raise ValueError('cache_teacher works in a single process only: leave it out, or start one process.')
     learner = learners[0]
     teacher = learner.teacher
     if teacher is None:
-        raise ValueError(f'cache_teacher needs a teacher, and {learner.name} has none: name another method first.')
+        raise ValueError(
+            f'cache_teacher needs a teacher, which {learner.name} does not have: leave it out, or choose another '
+            '--method.'
+        )
     heard = teacher in _models(learners)
     if not (heard or learner.freezes):
         raise ValueError(
-            'cache_teacher: nobody learns from the teacher itself (prompt_teacher_weight and student_teacher_weight '
-            'are 0), and its prompt path is trained to the end: leave --cache-teacher out, or freeze the path with '
-            '--prompt-epochs.'
+            "cache_teacher has no effect, since the teacher's logits are not used (prompt_teacher_weight and "
+            'student_teacher_weight are 0) and its prompt path is trained to the end: leave --cache-teacher out, or '
+            'freeze the path with --prompt-epochs.'
         )
     size, seed = tuple(input_config['input_size']), torch.Generator().manual_seed(config.seed)
     assert config.batch_size is not None

@@ -65,8 +65,8 @@ class SharedTeachers:
             return None, config
         if config.prompt_path and config.teacher_head in ('fit', 'new'):
             raise ValueError(
-                f'teacher_head={config.teacher_head}: --prompt-path brings the head along that it was tuned with. '
-                'Leave --teacher-head out, or start a new prompt path without --prompt-path.'
+                f'teacher_head={config.teacher_head}: --prompt-path has the head that it was tuned with. Leave '
+                '--teacher-head out, or start a new prompt path without --prompt-path.'
             )
         key = json.dumps([_source(config), config.teacher_head, config.teacher_head_balanced])
         if not method.variant and config.teacher_head == 'auto' and self._teachers.get(key, (None, 'own'))[1] == 'new':
@@ -167,14 +167,14 @@ def create_teacher(config: TrainConfig, num_classes: int) -> nn.Module:
     """
     if config.unlabelled and not num_classes:
         raise ValueError(
-            f'teacher {config.teacher!r} knows no classes, and without labels there is nothing to fit a head to: leave '
-            '--unlabelled out, or choose a method that learns features (see --help).'
+            f'teacher {config.teacher!r} has no classes, and without labels a head cannot be fitted: leave '
+            '--unlabelled out, or choose a method that distills features (--method feature).'
         )
     teacher: Any = load_teacher(config, num_classes)
     if 'num_classes' in config.teacher_kwargs and not teacher.num_classes:
         raise ValueError(
-            'teacher_kwargs: num_classes=0 would throw the head of the teacher away: leave it out, --teacher-head says '
-            'which it is to have.'
+            'teacher_kwargs: num_classes=0 would remove the head of the teacher: leave it out, and choose the head '
+            'with --teacher-head.'
         )
     if teacher.num_classes:
         size = tuple(resolve_model_data_config(teacher)['input_size'])
@@ -199,7 +199,7 @@ def load_teacher(config: TrainConfig, num_classes: int | None = None) -> nn.Modu
         classes = _classes_in_file(config.teacher_checkpoint, source) or num_classes
         known = config.teacher_kwargs.get('num_classes', classes)
         if known != classes:
-            raise ValueError(f'teacher_kwargs: num_classes={known}, but the weights have {classes}: leave it out')
+            raise ValueError(f'teacher_kwargs: num_classes={known}, but the weights have {classes}: leave it out.')
         # Without pretrained weights a head of the right size says nothing: the file must bring every tensor.
         given = {} if known is None else {'num_classes': known}
         teacher = source.create(False, **{**config.teacher_kwargs, **given})
@@ -261,7 +261,7 @@ def explain_no_statistics(config: TrainConfig) -> str:
     """Say why a prompt path of a teacher without BatchNorm is refused where there are no labels."""
     return (
         f'unlabelled: {config.teacher!r} has no BatchNorm, whose statistics are all that a prompt path can learn '
-        'without labels: it would say what the teacher says. Choose a method of plain distillation.'
+        'without labels: it would only repeat the teacher. Choose a plain distillation method, such as --method kd.'
     )
 
 
@@ -275,7 +275,7 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
             _check_input_size(config, input_size_of(teacher.model))
         if teacher.variant != variant:
             raise ValueError(
-                f'prompt_path {config.prompt_path!r} is of the variant {teacher.variant!r}: use --method '
+                f'prompt_path {config.prompt_path!r} has the variant {teacher.variant!r}: use --method '
                 f'{teacher.variant}.'
             )
         return teacher

@@ -177,7 +177,7 @@ def _results(summary: Mapping[str, Any]) -> Section:
     if chosen is not None:
         blocks.append(text(f'{chosen[0].upper()}{chosen[1:]}.'))
     if score_of(summary['models']['student']['metrics']) != 'top1':
-        blocks.append(text('There are no labels to evaluate on: all that is about right and wrong is left out.'))
+        blocks.append(text('The data have no labels: accuracy, confusions and calibration are left out.'))
     return Section('results', 'Results', blocks)
 
 
@@ -202,7 +202,7 @@ def _curves(lines: Sequence[Mapping[str, Any]], colors: Mapping[str, int], summa
 def _cost(summary: Mapping[str, Any]) -> Section:
     models = {**summary['models'], **{student_of(k): v for k, v in summary['baselines'].items()}}
     first = next((name for name in ('teacher', 'student') if name in models), None)
-    keys = {'params': 'parameters', 'macs': 'MACs an image', 'size_bytes': 'bytes on disk', 'images_per_s': 'images/s'}
+    keys = {'params': 'parameters', 'macs': 'MACs per image', 'size_bytes': 'bytes on disk', 'images_per_s': 'images/s'}
     base = (models[first].get('cost') or {}) if first else {}
     costs: dict[str, Any] = {}
     for name, model in models.items():

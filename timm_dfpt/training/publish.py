@@ -93,7 +93,10 @@ def publish_run(
     if prompt_config.is_file():
         base_revision = read_json(prompt_config).get('base_revision')
     elif 'prompt_path' in repos:
-        raise FileNotFoundError(f'{str(run_folder)!r} has no prompt_path: a run of {run.method!r} tunes none.')
+        raise FileNotFoundError(
+            f'{str(run_folder)!r} has no prompt_path, since {run.method!r} does not tune one: leave '
+            '--push-prompt-path out.'
+        )
     record = _record(run, recipe, base_revision)
     pushing: PushOptions = {'commit_message': f'Add {run.method} run', **options}
     dry_run = options.get('dry_run')
@@ -152,7 +155,7 @@ def publish_at_end(config: TrainConfig, folder: RunFolder) -> None:
     except Exception as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         again = retry_command(folder, to_hub, prompt_path, private, license)
-        raise HubError(f'Publishing failed: {reason} The run folder is whole; to try again: {again}') from error
+        raise HubError(f'Publishing failed: {reason} The run folder is complete; to try again: {again}') from error
     for kind, place in places.items():
         print(f'published the {kind.replace("_", " ")}: {place}')
 
@@ -215,9 +218,11 @@ class _Shipped:
         before = parse_yaml(run.config.read_text(encoding='utf-8')).get('push_to_hub')
         self.base = repos.get('student') or before
         if {'onnx', 'space'} & set(repos) and not self.summary.get('class_names'):
-            raise ValueError('push_onnx and demo_space need a student with classes, and that of this run has none.')
+            raise ValueError(
+                'push_onnx and demo_space need a student with classes, which this run does not have: leave them out.'
+            )
         if 'onnx' in repos and self.base is None:
-            raise ValueError('push_onnx names the repository of its student: give that, too, with --push-to-hub.')
+            raise ValueError('push_onnx links to the repository of its student: give that, too, with --push-to-hub.')
 
     def write(self, kind: str, folder: Path) -> None:
         """Write the repository `'onnx'` or `'space'` to a folder."""
@@ -284,7 +289,7 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt publish') 
     add('--push-onnx', metavar='USER/NAME', help='repository of the ONNX files, for transformers.js')
     add('--demo-space', metavar='USER/NAME', help='static Space in which the student runs in the browser')
     add('--js-libraries', metavar='DIR', help='node_modules with the libraries of the Space (default: from npm)')
-    add('--base-model', metavar='ID', help="where others can have the prompt path's teacher: hf-hub:user/name")
+    add('--base-model', metavar='ID', help='where others find the teacher of the prompt path: hf-hub:user/name')
     add('--private', action='store_true', help='make new repositories private (default: as your account does)')
     add('--license', metavar='ID', help='license of the weights, such as apache-2.0 (default: that of the run)')
     add('--license-name', metavar='NAME', help='name of the license with --license other')

@@ -94,7 +94,9 @@ def attempt(what: str, act: Callable[[], _T]) -> _T | None:
         return act()
     except Exception as error:  # noqa: BLE001
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-        _logger.warning(f'{what} failed ({reason}); all else of the run is whole, and --resume tries again.')
+        _logger.warning(
+            f'{what} failed ({reason}); everything else in the run folder is complete, and --resume tries again.'
+        )
         return None
 
 
@@ -244,7 +246,7 @@ def comparison_notes(result: Mapping[str, Any]) -> list[str]:
     else:
         lines.append('One seed: no spread, and no difference that would mean anything.')
     lines.append(
-        'ms and FLOPs a step are of a student trained alone, teacher included (FLOPs counted by torch, two a '
+        'ms and FLOPs per step are of a student trained alone, teacher included (FLOPs counted by torch, two per '
         'multiply-accumulate, forward and backward); ms depend on the machine and on what else runs there.'
     )
     return lines
@@ -263,7 +265,7 @@ def arms_cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for each in splits:
         scores = {arm[each]['score'] for arm in result['arms'].values()}
         head += [f'{each} {SCORES[scores.pop()] if len(scores) == 1 else "score"}', f'{each} - {reference}']
-    head += ['ms a step', 'GFLOPs a step']
+    head += ['ms per step', 'GFLOPs per step']
     rows = []
     for name, arm in result['arms'].items():
         options = ', '.join(f'{key}={value}' for key, value in arm['options'].items())

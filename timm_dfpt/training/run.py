@@ -223,7 +223,9 @@ def _run(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, comma
         if summary.get('exports'):
             print(exports_table(summary['exports'], pad=True))
         elif not config.export and missing_packages():
-            print(f'for ONNX files, measured in onnxruntime: {EXTRA}, then the same again with --resume --export onnx')
+            print(
+                f'for ONNX files, measured in onnxruntime: {EXTRA}, then the same command with --resume --export onnx'
+            )
         print(f'student: timm.create_model({f"local-dir:{folder.student}"!r}, pretrained=True)')
         publish_at_end(config, folder)
     close(setup)

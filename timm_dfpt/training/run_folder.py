@@ -112,7 +112,10 @@ class RunFolder:
         elif config.resume and not started:
             _logger.warning(f'No run to resume in {str(self)!r}; starting a new one.')
         elif config.resume:
-            raise ValueError(f'resume: {str(self)!r} is not empty and has no run. Name the folder of the run.')
+            raise ValueError(
+                f'resume: {str(self)!r} is not empty and does not hold a run: name the folder of a run with --output, '
+                'or leave --resume out and name a new one.'
+            )
         elif started:
             _refuse_used(self.path)
 
@@ -288,7 +291,9 @@ class ComparisonFolder:
                 _refuse_used(self.path)
             locks.enter_context(locked(self.path))
             if resume and not self.arms.is_file():
-                raise ValueError(f'resume: {str(self)!r} has no comparison. Leave --resume out to start one there.')
+                raise ValueError(
+                    f'resume: {str(self)!r} does not hold a comparison: leave --resume out to start one there.'
+                )
             if resume:
                 self._check_same(arms)
                 return

@@ -87,7 +87,7 @@ class TeacherStatistics:
         if not layers:
             if dual is not None:
                 raise ValueError(explain_no_statistics(config))
-            say(f'without labels: {name} has no BatchNorm to adapt, and the student learns what it says as it is')
+            say(f'without labels: {name} has no BatchNorm to adapt, and is used as it is')
             return
         task.to(self.accelerator.device)
         adapter: Any = task.adapter

@@ -92,9 +92,9 @@ def check_exact(forward: Callable[[torch.Tensor], torch.Tensor], input: torch.Te
     expected = logits[order][: len(input) // 2 + 1]
     if not torch.equal(again, expected):
         raise ValueError(
-            'cache_teacher: on this device the logits of an image depend on what else is in the batch (by up to '
-            f'{(again - expected).abs().max().item():.1e}), so that a cache would change the student. '
-            'Leave --cache-teacher out.'
+            'cache_teacher: on this device the logits of an image depend on the other images of the batch (by up to '
+            f'{(again - expected).abs().max().item():.1e}), so that a cache would change the student. Leave '
+            '--cache-teacher out.'
         )
 
 
@@ -165,7 +165,10 @@ class TeacherCache:
 
     def _create(self, dtype: torch.dtype) -> None:
         if dtype not in _DTYPES:
-            raise ValueError(f'cache_teacher: logits must be of {sorted(_DTYPES.values())} to be kept, got {dtype}.')
+            raise ValueError(
+                f'cache_teacher: logits must be of {sorted(_DTYPES.values())} to be cached, got {dtype}: leave '
+                '--cache-teacher out.'
+            )
         variants, rows, classes = self.shape
         size = variants * rows * classes * dtype.itemsize
         header = {

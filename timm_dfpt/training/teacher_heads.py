@@ -79,7 +79,7 @@ class TeacherHeads:
     def _check_brought(self, config: TrainConfig, head: FittedHead) -> None:
         if head.num_classes != len(self.class_names):
             raise ValueError(
-                f'prompt_path={config.prompt_path!r} has a head of {head.num_classes} classes, and the data have '
+                f'prompt_path={config.prompt_path!r} has a head of {head.num_classes} classes, but the data have '
                 f'{len(self.class_names)}: leave --prompt-path out, or use the data that it was tuned on.'
             )
 
@@ -92,8 +92,8 @@ class TeacherHeads:
         if known and count and len(known) != count:
             if count == classes and wanted in ('auto', 'own'):
                 raise ValueError(
-                    f'teacher {label!r} has {len(known)} names for {count} classes: repair label_names in its '
-                    'config.json, or fit a head: --teacher-head fit.'
+                    f'teacher {label!r} has {len(known)} names for {count} classes: correct label_names in its '
+                    'config.json, or fit a head with --teacher-head fit.'
                 )
             known = []
         match, order = _match(known, self.class_names) if count == classes else ('others', [])

@@ -64,8 +64,8 @@ def report_teachers(
     for (teacher, label, remedy), names in harmed.items():
         if accelerator.is_main_process:
             _logger.warning(
-                f'{label} is right for {measured[teacher]:.1f}% of the validation data only, and with the weight that '
-                f'it has, a teacher below {_LOW:.0f}% may harm the student of {", ".join(names)}: {remedy}.'
+                f'{label} classifies only {measured[teacher]:.1f}% of the validation data correctly, and at its '
+                f'current weight a teacher below {_LOW:.0f}% may harm the student of {", ".join(names)}: {remedy}.'
             )
 
 
@@ -82,7 +82,10 @@ def _remedy(config: TrainConfig) -> str | None:
         weights = config.dfpt_weights
         if weights['prompt_teacher'] < 1 and weights['student_teacher'] < 1:
             return None
-        return f'let student and prompt path not hear it (--prompt-teacher-weight 0 --student-teacher-weight 0){fit}'
+        return (
+            'exclude it from the losses of student and prompt path (--prompt-teacher-weight 0 '
+            f'--student-teacher-weight 0){fit}'
+        )
     if config.distill_loss_weight < 1:
         return None
     return f'lower its weight (--distill-loss-weight 0.1), let it adapt (--method dfpt){fit}'

@@ -238,9 +238,9 @@ class Trainer:
         if in_a_row[learner.name] >= _MAX_OVERFLOWS:
             # A scaler that searches for the largest scale overflows once, and then not for thousands of updates.
             raise NonFiniteLossError(
-                f'{learner.name}: the gradients of {_MAX_OVERFLOWS} updates in a row were not finite, the last at step '
-                f'{step + 1}, though the gradient scaler went down to {self.accelerator.scaler.get_scale():.0e}: no '
-                'update was made from them, which --mixed-precision bf16 would not need',
+                f'{learner.name}: the gradients of {_MAX_OVERFLOWS} updates in a row were not finite, the last at '
+                f'step {step + 1}, though the gradient scaler went down to {self.accelerator.scaler.get_scale():.0e}: '
+                'no update was made from them; use --mixed-precision bf16, which needs no scaler',
                 self.folder,
             )
 
@@ -373,8 +373,8 @@ class Trainer:
         if len(saved) == self.accelerator.num_processes:
             return saved[self.accelerator.process_index]
         _logger.warning(
-            f'The run was saved by {len(saved)} processes and goes on with {self.accelerator.num_processes}: the order '
-            'of the images stays, but dropout, mixup and rounding will differ from a run that was not interrupted.'
+            f'The run was saved by {len(saved)} processes and continues with {self.accelerator.num_processes}: the '
+            'order of the images is the same, but dropout, mixup and rounding will differ from an uninterrupted run.'
         )
         return {key: [sum(sums[key][0] for sums in saved) / len(saved), saved[0][key][1]] for key in saved[0]}
 
