@@ -63,27 +63,27 @@ def _explain_hub(error: BaseException) -> str:
     root = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     if isinstance(root, GatedRepoError):
         return (
-            f'the repository is gated. Ask for access on its page at {constants.ENDPOINT}, then {_LOGIN} '
-            f'(the account must be the one that was let in).'
+            f'the repository is gated. Ask for access on its page at {constants.ENDPOINT}, then {_LOGIN} (with the '
+            'account that has been given access).'
         )
     if isinstance(root, RepositoryNotFoundError):
-        return f'there is no such repository, or it is private. Check the spelling; if it is private, {_LOGIN}.'
+        return f'the repository does not exist, or it is private. Check the spelling; if it is private, {_LOGIN}.'
     if isinstance(root, RevisionNotFoundError):
         return 'the repository has no such revision. Name a branch, tag or commit that it has.'
     if isinstance(root, HfHubHTTPError):
         return _explain_status(root)
     if isinstance(root, OfflineModeIsEnabled) or (isinstance(root, LocalEntryNotFoundError) and _is_offline()):
         return (
-            'it is not in the local cache (or not all of it) and HF_HUB_OFFLINE=1 forbids downloads. '
-            'Unset it and run again, or load it once while online.'
+            'it is not completely in the local cache, and HF_HUB_OFFLINE=1 forbids downloads. Unset it and run again, '
+            'or load it once while online.'
         )
     if isinstance(root, LocalEntryNotFoundError):
-        return 'it is not in the local cache (or not all of it). Run again with local_files_only=False and a network.'
+        return 'it is not completely in the local cache. Run again with local_files_only=False and a network.'
     if isinstance(root, EntryNotFoundError):
         return f'the repository lacks the file: {root}'
     return (
-        f'no answer from {constants.ENDPOINT} ({type(root).__name__}: {root}). '
-        'Check the network (proxy, firewall, HF_ENDPOINT) and run the same again; nothing was left half done.'
+        f'no answer from {constants.ENDPOINT} ({type(root).__name__}: {root}). Check the network (proxy, firewall, '
+        'HF_ENDPOINT) and run the same again; nothing was left incomplete.'
     )
 
 
@@ -99,9 +99,9 @@ def _explain_status(error: HfHubHTTPError) -> str:
         after = f'{wait} seconds' if wait else 'a few minutes'
         return f'{said}: too many requests. Wait {after} and run the same again; logging in raises the limit.'
     if status == 412:
-        return f'{said}: the repository changed meanwhile. Look at what is new there and run the same again.'
+        return f'{said}: the repository has changed in the meantime. Check what is new there and run the same again.'
     if status in _RETRIED_LATER:
-        return f'{said}: the Hub has trouble. Run the same again in some minutes (https://status.huggingface.co).'
+        return f'{said}: the Hub is unavailable. Run the same again in a few minutes (https://status.huggingface.co).'
     return f'{said}: {error}'
 
 

@@ -72,11 +72,11 @@ def _without_target(
     return loss(student_logits, teacher_logits, temperature=temperature, **kwargs)
 
 
-_SUPERVISED = 'Trained on the labels alone, without a teacher.'
-_FEATURE = 'Learned the pooled features of the teacher, through a linear layer where their numbers differ.'
+_SUPERVISED = 'Trained on the labels only, without a teacher.'
+_FEATURE = 'Distilled from the pooled features of the teacher, through a linear layer if their number differs.'
 _PAPER = '[arXiv 2506.18244](https://arxiv.org/abs/2506.18244)'
 _DFPT = f"""\
-DFPT-KD ({_PAPER}) gives a frozen, pre-trained teacher a second way through itself, the *prompt path*: the same stages
+DFPT-KD ({_PAPER}) gives a frozen, pretrained teacher a second forward path, the *prompt path*: the same stages
 with small trainable blocks between them and a head of its own. While the student learns from labels, teacher and prompt
 path, the prompt path learns from labels, teacher and student: it stays accurate, but within the student's reach.
 The teacher's own path is not changed."""

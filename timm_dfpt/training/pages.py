@@ -132,7 +132,7 @@ def run_page(folder: RunFolder) -> Page:
         if 'val' in splits:
             sections.append(images_section(val, images, names, 'student', _other(val)))
     sections += [_cost(summary), _exports(summary), _configuration(facts, recipe)]
-    teacher = f', taught by {shown(facts.teacher)}' if facts.teacher else ''
+    teacher = f', distilled from {shown(facts.teacher)}' if facts.teacher else ''
     student = summary['models']['student']['name']
     sizes = summary['dataset_sizes']
     return Page(
@@ -194,7 +194,7 @@ def _curves(lines: Sequence[Mapping[str, Any]], colors: Mapping[str, int], summa
         drawn.append(figures.Drawing(draw, f'{label} on the validation data.'))
     for learner in learners:
         terms = [figures.Line(label, *values) for label, values in loss_terms(lines, learner).items()]
-        caption = f'Loss of {learner} in training, and its terms before they are weighted.'
+        caption = f'Training loss of {learner}, and its unweighted terms.'
         drawn.append(figures.Drawing(figures.line_figure(terms, 'nats', log=True), caption))
     return Section('curves', 'Curves', [figure_block(*drawn)])
 

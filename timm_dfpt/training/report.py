@@ -239,15 +239,15 @@ def comparison_notes(result: Mapping[str, Any]) -> list[str]:
     lines, seeds, reference = [], result['seeds'], result['reference']
     if len(seeds) > 1:
         lines.append(
-            f'Mean +- standard deviation over the seeds. Differences to {reference} are paired: the students of a seed '
-            "start from the same weights and see the same batches. In brackets the 95% interval by Student's t over "
-            f'{len(seeds)} seeds; it is not corrected for there being several arms.'
+            f'Mean +- standard deviation over the seeds. Differences to {reference} are paired: the students of a '
+            "seed start from the same weights and see the same batches. In brackets the 95% interval by Student's t "
+            f'over {len(seeds)} seeds; it is not corrected for multiple comparisons.'
         )
     else:
-        lines.append('One seed: no spread, and no difference that would mean anything.')
+        lines.append('One seed: spread and significance of differences cannot be estimated.')
     lines.append(
         'ms and FLOPs per step are of a student trained alone, teacher included (FLOPs counted by torch, two per '
-        'multiply-accumulate, forward and backward); ms depend on the machine and on what else runs there.'
+        'multiply-accumulate, forward and backward); ms depend on the machine and its load.'
     )
     return lines
 
