@@ -1,4 +1,4 @@
-"""One way to check dataclasses that are read from files: types from the annotations, ranges beside the fields.
+"""One way to check dataclasses that are read from files: types from the annotations, ranges next to the fields.
 
 Use with `huggingface_hub.dataclasses.strict`, which takes the types from the annotations; so no module with such a
 class may have `from __future__ import annotations`, which turns them into strings.

@@ -88,7 +88,7 @@ def parse_place(source: str) -> SourceName:
 
 
 def parse_dataset(source: str) -> str:
-    """Return the id or the path of a data set, of which the prefixes of models are taken off.
+    """Return the id or the path of a dataset, of which the prefixes of models are taken off.
 
     Raises:
         ValueError: If it has another prefix, or a revision.

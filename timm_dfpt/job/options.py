@@ -373,7 +373,7 @@ class TrainConfig(Options):
 
 
 def _refuse_augmentation(options: Mapping[str, Any]) -> None:
-    """Refuse options of augmentation beside `no_aug`, but for those that are off."""
+    """Refuse options of augmentation that contradict `no_aug`: those that are not off."""
     for name, value in options.items():
         if value:
             raise ValueError(f'no_aug and {name}={value} contradict each other: give one of them.')

@@ -1,4 +1,4 @@
-"""How a job ends: done, asked to stop by a signal, or by an error told in one line; and the exit code of each."""
+"""How a job ends: done, asked to stop by a signal, or by an error reported in one line; and the exit code of each."""
 from __future__ import annotations
 
 import contextlib

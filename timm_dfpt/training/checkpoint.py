@@ -53,7 +53,7 @@ def save_checkpoint(
     modules: Mapping[str, nn.Module],
     progress: Mapping[str, Any],
 ) -> Path:
-    """Save everything that was prepared with `accelerator`, and what is given beside it.
+    """Save everything that was prepared with `accelerator`, and what else is given.
 
     Every file is flushed to the disk before the folder gets its name, so that a checkpoint is whole or not there,
     whatever happens to the process or the machine.

@@ -13,7 +13,7 @@ __all__ = ['Note', 'Progress']
 
 @dataclasses.dataclass
 class Progress:
-    """Where the run is, and what the epoch has summed up so far: what a checkpoint needs beside weights."""
+    """Where the run is, and what the epoch has summed up so far: what a checkpoint needs besides weights."""
 
     epoch: int = 0
     step_in_epoch: int = 0

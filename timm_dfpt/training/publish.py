@@ -249,7 +249,7 @@ class _Shipped:
 
 
 def _record(run: RunFacts, recipe: Mapping[str, Any], base_revision: str | None) -> dict[str, Any]:
-    """Return the facts that go beside the weights, without the folders of this machine."""
+    """Return the facts that go alongside the weights, without the folders of this machine."""
     return {
         'format_version': 1,
         'method': run.method,
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt publish') 
         program: What the command was called as, for its help.
 
     Returns:
-        The exit code: 0, 1 after an error told in one line, or 128 and the number of a signal to stop.
+        The exit code: 0, 1 after an error reported in one line, or 128 and the number of a signal to stop.
     """
     parser = argparse.ArgumentParser(
         program,

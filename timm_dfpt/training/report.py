@@ -180,7 +180,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         if any('top1' not in (metrics or {}) for metrics in (measured, model['metrics'])):
             # What agrees with its teacher need not be right, and teachers differ.
             continue
-        rival = f'{method}{fitted}' if METHODS[method].needs_teacher else 'the student alone'
+        baseline = f'{method}{fitted}' if METHODS[method].needs_teacher else 'the student alone'
         student, other = measured['top1'], model['metrics']['top1']
         difference = student - other
         share = (student + other) / 200
@@ -191,7 +191,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         else:
             verdict = f'{"above" if difference > 0 else "below"} it in this one run; other seeds may differ'
         lines.append(
-            f'{summary["method"]} against {rival}, {split} top-1: {student:.2f} against {other:.2f}, '
+            f'{summary["method"]} against {baseline}, {split} top-1: {student:.2f} against {other:.2f}, '
             f'{difference:+.2f} points (95% CI for test-set sampling: +-{interval:.2f}): {verdict}'
         )
     return lines

@@ -356,7 +356,7 @@ def measure(setup: Setup, learners: Sequence[Learner]) -> list[Results]:
 
 
 def describe(setup: Setup, command: str) -> dict[str, Any]:
-    """Return what the run was, for `summary.json` and the records beside student and prompt path."""
+    """Return what the run was, for `summary.json` and the records alongside student and prompt path."""
     config, data = setup.config, setup.data
     return {
         'method': config.method,

@@ -191,7 +191,7 @@ def _describe(head: FittedHead) -> str:
 
 
 def write_heads(folder: Path, teachers: Mapping[str, nn.Module | None]) -> None:
-    """Keep the heads that teachers got in the run folder, each under the name of the first learner that hears it."""
+    """Keep the heads that teachers got in the run folder, each under the name of the first learner trained with it."""
     kept: list[FittedHead] = []
     for name, teacher in teachers.items():
         head = fitted_head_of(teacher)

@@ -62,7 +62,7 @@ class Trainer:
         folder: The run folder.
         mixup: timm's mixup, if any.
         after_epoch: Called with each epoch's line of `metrics.jsonl` before its checkpoint; again after a stop between.
-        kept: Logits of what the first learner hears that are kept for later epochs and runs.
+        kept: Logits that the first learner is trained on, kept for later epochs and runs.
         origin: What the run is made from besides its options, in the main process; see `describe_data` and
             `describe_teachers`. A checkpoint of another origin is refused.
         unchecked: Whether the images were not checked before.
