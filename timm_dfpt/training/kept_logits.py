@@ -28,7 +28,7 @@ class KeptLogits:
     """Logits of the frozen models that learners are trained on, each model's in a file of its own.
 
     Args:
-        learners: The learners. The teacher of the first is kept if one of them is trained on it, and its path once it is
+        learners: The learners. The teacher of the first is kept if one of them uses it, and its path once it is
             frozen.
         open_cache: Opens the file of a model; returns `None` for one whose logits cannot be kept.
         device: Where logits are to be.
