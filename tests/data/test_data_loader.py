@@ -294,7 +294,7 @@ def test_what_images_are_like_is_noted_as_they_are_read(tmp_path, monkeypatch, c
         list(loader(split, is_training=False, workers=workers, cache_images='off', batch_size=3))
         assert split.findings.read()[:, 0].tolist() == list(range(len(split)))
     report_findings(parts, {role: split.findings.read() for role, split in parts.items()})
-    assert '2 of 12 images are transparent' in caplog.text
+    assert '2 of 12 images have transparent pixels' in caplog.text
     assert "2 of 4 images of split 'val' are also in the training split" in caplog.text
     assert f'{tmp_path}/val/a/0.png' in caplog.text
     assert f'{tmp_path}/train/a/0.png' in caplog.text

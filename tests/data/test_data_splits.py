@@ -401,7 +401,7 @@ BAD = {
         {},
         'name has 1001 characters.*--target-key',
     ),
-    'background that is not a colour': (two_classes, {'background': 'dark'}, "background='dark' must be a colour"),
+    'background that is not a colour': (two_classes, {'background': 'dark'}, "background='dark' must be a color"),
     'no rows': (lambda r: make_parquet(r, train={'label': []}), {}, 'no data'),
     'damaged parquet': (lambda root: parquet_of(b'PAR1 not really', root), {}, 'could not be read'),
     'empty parquet': (lambda root: parquet_of(b'', root), {}, 'could not be read'),

@@ -39,7 +39,7 @@ HUGE = 10**9
 PROMPT_CONFIGS: dict[str, tuple[Change, str]] = {
     'channels': (_set('stages', 0, 'features', 0, 'channels', to=HUGE), 'channels must be'),
     'stages': (lambda c: c.update(stages=c['stages'] * 10**4), 'stages must be'),
-    'a million stages': (lambda c: c.update(stages=c['stages'] * 333_334), 'are not read'),
+    'a million stages': (lambda c: c.update(stages=c['stages'] * 333_334), 'more than the limit'),
     'inner channels': (_set('prompt', 'rd_ratio', to=1e-9), 'does not fit the prompt path'),
     'some inner channels': (_set('prompt', 'rd_ratio', to=1e-3), 'many more values than its weights have'),
     'kernels': (_set('prompt', 'kernel_sizes', to=[1] * 10**6), 'kernel_sizes'),
@@ -77,7 +77,7 @@ STUDENT_CONFIGS: dict[str, tuple[Change, str]] = {
     'depth': (_set('model_args', 'layers', to=[4096] * 5), 'at most 16,384 in all'),
     'image side': (_set('model_args', 'img_size', to=10**5), 'integers up to 4,096'),
     'classes': (lambda c: c.update(num_classes=10**6, label_names=None), 'The files do not belong to the same model'),
-    'no class': (_set('num_classes', to=-1), 'not of a timm model'),
+    'no class': (_set('num_classes', to=-1), 'not the config of a timm model'),
     'names': (_set('label_names', to=['a']), 'label_names has 1 names'),
     'reads a file': (_set('model_args', 'pretrained_cfg', to={'file': '/etc/passwd'}), 'pretrained_cfg is not'),
     'other class': (_set('model_args', 'features_only', to=True), 'features_only is not'),
@@ -315,7 +315,7 @@ BAD_JSON = {
     'deep': (b'[' * 10**6, 'not valid JSON'),
     'list': (b'[]', 'must hold a JSON object'),
     'binary': (b'\xff\xfe\x00', 'not valid JSON'),
-    'large': (b' ' * (200 * 2**20), 'are not read'),
+    'large': (b' ' * (200 * 2**20), 'more than the limit'),
 }
 
 

@@ -456,7 +456,7 @@ CASES = {
     'colour jitter below 0': (['--color-jitter=-1'], 'color_jitter must be at least 0, got -1.0'),
     'spread too small to export': (['--std', '1e-30'], r'std=.* must be from 1e-06 to 1000'),
     'input too large to export': (['--input-size', '3', '8000', '16'], 'input_size=.* sides up to 4096'),
-    'background that is not a colour': (['--background', 'whitish'], "background='whitish' must be a colour"),
+    'background that is not a colour': (['--background', 'whitish'], "background='whitish' must be a color"),
     'policy unknown': (
         ['--aa', 'wild-m9', '--crop-padding', '0'], "aa='wild-m9'.*Unknown AutoAugment config"
     ),

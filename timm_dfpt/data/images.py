@@ -69,7 +69,7 @@ def parse_color(text: str) -> tuple[int, int, int]:
     try:
         color = ImageColor.getrgb(text.strip())
     except ValueError as error:
-        raise ValueError(f'background={text!r} must be a color such as white, 255,255,255 or #ffffff') from error
+        raise ValueError(f'background={text!r} must be a color such as white, 255,255,255 or #ffffff.') from error
     return color[0], color[1], color[2]
 
 
@@ -215,7 +215,7 @@ def _convert(image: Image.Image, mode: str, background: tuple[int, int, int] | N
     if image.mode.startswith('I'):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise BadImageError('its pixels have 32 bits, whose range is not defined: convert it to 8 or 16 bits')
+            raise BadImageError('its pixels are 32-bit, whose range is not defined: convert it to 8 or 16 bits')
         # Pillow itself takes the upper byte of 16-bit RGB, so grey images are treated alike.
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if background is not None and image.has_transparency_data:
