@@ -61,7 +61,7 @@ def test_without_its_row_it_is_refused(tiny, tmp_path, capsys):
 
 
 def test_a_name_is_given_once():
-    with pytest.raises(ValueError, match="a method 'kd' already"):
+    with pytest.raises(ValueError, match="method 'kd' exists already"):
         register_method(Method('kd', 'KD', squared_error))
 
 
