@@ -1,4 +1,4 @@
-"""A check that a model can be a teacher, with everything that the documentation promises; as `torch.testing`."""
+"""Check that a model can be a teacher, with everything that the documentation promises; like `torch.testing`."""
 from __future__ import annotations
 
 import contextlib

@@ -28,7 +28,7 @@ def _probability(default: float) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of training images, names as in timm's train.py, defaults as on the command line (no colour jitter).
+    """Augmentation of training images, names as in timm's train.py, defaults as on the command line (no color jitter).
 
     Args:
         no_aug: No augmentation: resize only.
@@ -221,7 +221,7 @@ def create_transforms(
     evaluation = {
         'input_size': size,
         'interpolation': data_config.get('interpolation') or 'bilinear',
-        'mean': tuple(data_config['mean']),  # the colour of borders, where crop_mode asks for them
+        'mean': tuple(data_config['mean']),  # the color of borders, where crop_mode asks for them
         'std': tuple(data_config['std']),
         'crop_pct': data_config.get('crop_pct'),
         'crop_mode': data_config.get('crop_mode'),

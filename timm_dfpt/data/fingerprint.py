@@ -54,8 +54,8 @@ def dataset_fingerprint(split: ImageSplit) -> str:
 def describe_data(data: DataSplits) -> dict[str, str]:
     """Describe a dataset so that another one is described otherwise, wherever its files lie.
 
-    Labels, names and sizes of all images count, and the content of some. Of a split of more than 10,000 files labels
-    and names do, and the sizes of some: no file is opened, and a bad one may be replaced before the run goes on.
+    It covers labels, names and sizes of all images, and the content of some. Of a split of more than 10,000 files it
+    covers labels, names and the sizes of some: no file is opened, and a bad one may be replaced before the run goes on.
 
     Args:
         data: The splits.

@@ -1,4 +1,4 @@
-"""Folders of images as people have them: class folders, with splits above or in them, or a metadata file."""
+"""Folders of images in common layouts: class folders, with splits above or in them, or a metadata file."""
 
 from __future__ import annotations
 

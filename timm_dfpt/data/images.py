@@ -50,7 +50,7 @@ class ImageReport(NamedTuple):
 
 
 def parse_color(text: str) -> tuple[int, int, int]:
-    """Read a colour.
+    """Read a color.
 
     Args:
         text: A name such as `white`, three numbers from 0 to 255 such as `255,255,255`, one for a grey, or `#ffffff`.
@@ -86,7 +86,7 @@ class Reduction:
     whole: tuple[int, int] | None = None
 
     def apply(self, image: Image.Image) -> None:
-        """Tell the decoder, if it is one of JPEGs; an orientation would turn width and height."""
+        """Set the size of the decoder, if it is one of JPEGs; an orientation would turn width and height."""
         if image.format != 'JPEG' or image.getexif().get(_ORIENTATION, 1) != 1:
             return
         self.whole = image.size
@@ -123,14 +123,14 @@ def decode_image(
     Args:
         source: The bytes of the file, or its path.
         channels: 1 for a grey image (Pillow mode `L`), 3 for `RGB`.
-        background: The colour to lay transparent images over, see `parse_color`; `None`: transparency is dropped.
+        background: The color to lay transparent images over, see `parse_color`; `None`: transparency is dropped.
         reduction: Where a JPEG may be smaller.
 
     Returns:
         A loaded image `[H, W]` or `[H, W, 3]`.
 
     Raises:
-        ValueError: If `channels` is neither 1 nor 3, or `background` is not a colour.
+        ValueError: If `channels` is neither 1 nor 3, or `background` is not a color.
         BadImageError: If the image is missing, unreadable, truncated, or of a kind that has no defined 8-bit range.
     """
     if channels not in _MODES:
@@ -164,7 +164,7 @@ def decode_and_inspect(
     def use(image: Image.Image) -> tuple[Image.Image, ImageReport]:
         if reduction is not None:
             reduction.apply(image)
-        # Pillow keeps the upper byte of colours of 16 bits; this is where it says so.
+        # Pillow keeps the upper byte of colors of 16 bits; this is where it says so.
         wide = any(';16' in str(tile) for tile in getattr(image, 'tile', ()))
         converted = _convert(image, _MODES[channels], color)
         peak = None

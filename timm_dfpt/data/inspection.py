@@ -28,7 +28,7 @@ _DIM_BITS = 14  # 16-bit images none of which needs more are of a camera or scan
 
 
 def find_bad_images(splits: Mapping[str, ImageSplit], on_bad_image: str) -> dict[str, list[int]]:
-    """Decode all images, and warn of those that are seen otherwise than was meant.
+    """Decode all images, and warn of those that a model would see otherwise than meant.
 
     Args:
         splits: The splits by role.

@@ -35,5 +35,5 @@ def unpack_path(path: str) -> str:
 
 
 def printable(path: str) -> str:
-    """Write a path for people: bytes that are not UTF-8 as `\\xe9`."""
+    """Write a path for display: bytes that are not UTF-8 as `\\xe9`."""
     return os.fsencode(path).decode(errors='backslashreplace')

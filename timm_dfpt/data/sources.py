@@ -214,8 +214,8 @@ def _open_saved(listed: Folder) -> dict[str, Dataset] | None:
 def _cache_of(path: Path) -> str:
     """Return a cache folder for the files as they are now.
 
-    For a folder whose card names its files, `datasets` takes the path alone for the key, and goes on giving what lay
-    there when it first looked.
+    For a folder whose card names its files, `datasets` takes the path alone for the key, and keeps returning what was
+    there when it was first read.
     """
     import datasets  # costs 0.5 s
 

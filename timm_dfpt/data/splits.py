@@ -1,4 +1,4 @@
-"""Which split is for training, validation and test, by the names that people give them."""
+"""Which split is for training, validation and test, by their usual names."""
 
 from __future__ import annotations
 

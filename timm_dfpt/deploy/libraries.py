@@ -1,4 +1,4 @@
-"""The JavaScript of a demo page: pinned versions from npm, each file held against its hash."""
+"""The JavaScript of a demo page: pinned versions from npm, each file checked against its hash."""
 from __future__ import annotations
 
 import hashlib

@@ -129,7 +129,7 @@ def export_student_files(job: ExportJob, formats: Sequence[str]) -> list[dict[st
 
 
 class _Expected:
-    """What timm's model says of the validation data."""
+    """The predictions of timm's model on the validation data."""
 
     def __init__(self, run: Run, batches: Iterable[Any], has_classes: bool) -> None:
         self.batches, self.has_classes = batches, has_classes
@@ -176,7 +176,7 @@ def _numpy(module: Callable[[torch.Tensor], torch.Tensor]) -> Run:
 
 
 def _opened(path: Path, job: ExportJob) -> Run:
-    """Open a file as others would, and return it as a function of normalised images."""
+    """Open a file as its users would, and return it as a function of normalised images."""
     def prepare(images: torch.Tensor) -> np.ndarray:
         return to_pixels(images, job.data_config) if job.include_preprocessing else images.numpy()
 

@@ -41,7 +41,7 @@ def open_onnx(path: Path) -> OpenedOnnx:
     """Open an ONNX file.
 
     Args:
-        path: The file. What its images and classes are stands in its metadata.
+        path: The file, whose metadata describe its images and classes.
 
     Raises:
         ImportError: If onnxruntime is not installed.

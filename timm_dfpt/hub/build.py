@@ -49,7 +49,7 @@ _SECONDS, _SECONDS_PER_TENSOR, _MAX_SECONDS = 3.0, 0.005, 10.0
 
 
 class _TooMuch(BaseException):
-    """More is being built than the weights can be of. No `Exception`, which constructors may catch."""
+    """More is being built than the weights can belong to. Not an `Exception`, which constructors may catch."""
 
 
 def build_meta(
@@ -75,7 +75,7 @@ def build_meta(
 
 @contextlib.contextmanager
 def bounded(tensors: int | None = None, elements: int | None = None) -> Iterator[None]:
-    """Bound what the constructors of models may do in this thread, for what comes from a stranger's config.
+    """Bound what the constructors of models may do in this thread, for untrusted configs.
 
     A config of a few bytes can ask for a model of any size, and no list of arguments says which of them decide that.
     The weights say what is plausible: some times as many modules and elements, and processor time in proportion.

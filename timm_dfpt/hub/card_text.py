@@ -1,4 +1,4 @@
-"""How cards write things: names, links, options, what a model sees."""
+"""How cards write things: names, links, options, inputs of a model."""
 from __future__ import annotations
 
 import re
@@ -22,7 +22,7 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 
 
 def args_text(args: Mapping[str, Any] | None) -> str:
-    """Return the arguments of an architecture that a reader has use for."""
+    """Return the arguments of an architecture that matter to a reader."""
     shown = {k: v for k, v in (args or {}).items() if k not in ('in_chans', 'global_pool', 'num_classes')}
     return f' with `{", ".join(f"{k}={v}" for k, v in shown.items())}`' if shown else ''
 

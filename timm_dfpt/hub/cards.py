@@ -219,7 +219,7 @@ def prompt_path_card(
         The card.
     """
     run = (run or RunFacts(method=config.variant)).public()
-    # Of a student's pretrained weights nothing is in the prompt path but what they said.
+    # Nothing of a student's pretrained weights is in the prompt path except through their outputs.
     licenses = {'teacher': run.licenses.get('teacher', teacher_license)}
     run = dataclasses.replace(run, licenses=licenses)
     base = config.base_model or config.base_architecture or 'a model that is not of timm'

@@ -36,7 +36,7 @@ _MAX_CLASSES = 10**6
 _MAX_ARGS = 64
 _MAX_SIDE = 4096  # of an image, a window, a kernel
 _MAX_ARG = 10**6  # a width, a number of classes
-# Integers that are only so large, and cost no more than the memory that is compared with the weights.
+# Integers that are bounded, and cost no more than the memory that is compared with the weights.
 _WIDE_ARG = re.compile(r'chan|chs|class|dim|feat|head|hidden|plane|temp|theta|width', re.IGNORECASE)
 _MAX_VALUES = 1024
 _MAX_DEPTH = 16384  # numbers of modules, each of which costs time to build even where it costs no memory

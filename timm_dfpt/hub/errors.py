@@ -26,7 +26,7 @@ _RETRIED_LATER = (408, 429, 500, 502, 503, 504)
 
 
 class HubError(OSError):
-    """The Hub, the network or the cache did not do their part. `__cause__` is the error of the library below.
+    """A failure of the Hub, the network or the cache. `__cause__` is the error of the library below.
 
     A mistake in the arguments or in a file's content is a ValueError instead.
     """

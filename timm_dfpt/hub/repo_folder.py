@@ -153,7 +153,7 @@ def write_prompt_path_repo(
 def _proven(
     config: PromptPathRecord, folder: Path, token: str | bool | None
 ) -> tuple[PromptPathRecord, nn.Module | None]:
-    """Build the base that a config names, hold it against the fingerprint, and note its commit."""
+    """Build the base that a config names, compare it with the fingerprint, and record its commit."""
     if config.base_model is None:
         _logger.warning(
             'The teacher of this prompt path is not on the Hub: others must have it, and load the path with '

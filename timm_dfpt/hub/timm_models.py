@@ -160,7 +160,7 @@ class ModelSource:
                 overlay['custom_load'] = False
         with self._errors(f'cannot be created with {_shown({"pretrained": pretrained, **kwargs})}'):
             if self.name.kind:
-                # What a stranger's config asks for is bounded by the weights before memory is taken.
+                # What an untrusted config asks for is bounded by the weights before memory is taken.
                 specs = read_specs(weights) if pretrained else {}
                 build_meta(lambda: self._create(False, **kwargs), torch.float32, len(specs), count_values(specs))
             with record_loading() as loaded:

@@ -60,7 +60,7 @@ def find_recipe(name: str | Path) -> Path:
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """Read a recipe: a YAML mapping of options.
 
-    Paths in it that start with `./` or `../` (also behind `local-dir:`) count from the recipe's own folder. The key
+    Paths in it that start with `./` or `../` (also behind `local-dir:`) are relative to the recipe's folder. The key
     `base` names another recipe, from that folder too, whose options apply where this one has none.
 
     Args:
@@ -119,7 +119,7 @@ def save_config(config: TrainConfig, path: str | Path) -> None:
 
 
 class _Help(argparse.Action):
-    """Show the help, without the options that few need unless everything is asked for."""
+    """Show the help, without rarely used options unless everything is asked for."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, everything: bool = False, **options: Any) -> None:
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **options)
@@ -226,7 +226,7 @@ def build_parser(
 
 
 def resolve_config(values: Mapping[str, Any], recipe: str | None, default_recipe: str | Path | None) -> TrainConfig:
-    """Merge a recipe and the values given on the command line; for the rest the launcher's choices count.
+    """Merge a recipe and the values given on the command line; for the rest the launcher's choices apply.
 
     Args:
         values: Options from the command line, which win.

@@ -1,4 +1,4 @@
-"""Devices and processes: the accelerator of a run, and the one door to FSDP2."""
+"""Devices and processes: the accelerator of a run, and all that concerns FSDP2."""
 from __future__ import annotations
 
 import contextlib

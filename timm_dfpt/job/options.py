@@ -57,7 +57,7 @@ class TrainConfig(Options):
         self._check_combinations()
 
     def _check_limits(self) -> None:
-        """Check what one option allows another."""
+        """Check options that limit each other."""
         limits = {
             'warmup_epochs': (self.warmup_epochs <= self.epochs, f'at most epochs={self.epochs}'),
             'min_lr': (self.min_lr <= self.lr, f'at most lr={self.lr:g}'),
@@ -103,7 +103,7 @@ class TrainConfig(Options):
 
     @property
     def teacher_size(self) -> tuple[int, int] | None:
-        """Height and width of the images that the teacher sees, `None` for its own."""
+        """Height and width of the images that the teacher sees, `None` for its default."""
         size = self.teacher_input_size
         return (size[0], size[-1]) if size else None
 
@@ -201,7 +201,7 @@ class TrainConfig(Options):
             _refuse_augmentation({name: getattr(self, name) for name in _AUGMENTATIONS if self.differs(name)})
 
     def differs(self, name: str) -> bool:
-        """Say whether an option is another than by default."""
+        """Say whether an option differs from its default."""
         return bool(getattr(self, name) != default_of(self.__dataclass_fields__[name]))
 
     def _check_teacher_head(self) -> None:
@@ -307,7 +307,7 @@ class TrainConfig(Options):
     def check_given(self, given: Mapping[str, Any], methods: Sequence[str] = ()) -> None:
         """Refuse what is given on the command line and would have no effect.
 
-        A recipe may say more than one of its methods has use for.
+        A recipe may have options that only some of its methods use.
 
         Args:
             given: The options that were given.
@@ -348,7 +348,7 @@ class TrainConfig(Options):
         refuse_unused(self, [*filter(self.differs, given)], methods)
 
     def for_method(self, method: str, **changes: Any) -> TrainConfig:
-        """Return these options for another method: with that method's own, and without what it has no use for.
+        """Return these options for another method: with that method's own, and without what it does not use.
 
         Args:
             method: One of `timm_dfpt.tasks.methods.METHODS`.
@@ -386,7 +386,7 @@ def public_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return options in which relative paths, those with dots, count from the working directory instead of `folder`."""
+    """Return options whose relative paths, those with dots, start at the working directory instead of `folder`."""
     resolved = dict(values)
     for key in PATH_OPTIONS:
         value = values.get(key)

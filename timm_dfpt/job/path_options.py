@@ -9,7 +9,7 @@ __all__ = ['PathOptions', 'path_options']
 
 @dataclasses.dataclass(frozen=True)
 class PathOptions:
-    """What holds where an option is not given.
+    """Values of options that are not given.
 
     Args:
         norms: Norm layers of the backbone, see `PromptConfig`.

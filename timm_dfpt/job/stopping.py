@@ -43,7 +43,7 @@ _asked: tuple[float, int] | None = None
 class Preempted(BaseException):
     """The process was asked to stop by a signal.
 
-    No `Exception`: what deals with the errors of a model or a download must not take it for one of them.
+    Not an `Exception`: what handles the errors of a model or a download must not catch it.
 
     Args:
         signum: The signal.
@@ -143,7 +143,7 @@ class StopRequest:
         self._looks = 0
 
     def arrived(self, at_once: bool = False) -> bool:
-        """Say whether this process was asked to stop or, looked at now and then, one of the others.
+        """Say whether this process was asked to stop or, checked now and then, one of the others.
 
         Args:
             at_once: Look now.
@@ -225,7 +225,7 @@ def _repeated_where_lost() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process of a script; signals that arrive while it clears up change nothing about the exit code."""
+    """End the process of a script; signals that arrive during the cleanup do not change the exit code."""
     for number in _numbers():
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)

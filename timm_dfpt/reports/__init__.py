@@ -1,1 +1,1 @@
-"""What a run or a comparison shows of itself: what its models said, what follows from that, and a page about it."""
+"""Reports of a run or a comparison: predictions of its models, what follows from them, and a page about it."""

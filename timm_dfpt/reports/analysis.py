@@ -47,7 +47,7 @@ class Confusion:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Images that two models, or one and the labels, see in the same way.
+    """Images on which two models, or one and the labels, relate in the same way.
 
     Args:
         title: What they have in common.
@@ -87,7 +87,7 @@ def confusions(said: Predicted, target: torch.Tensor, num_classes: int) -> list[
 
 
 def agreement(split: SplitPredictions, model: str, other: str) -> dict[str, int]:
-    """Count images by what two models make of them.
+    """Count images by what two models predict.
 
     Returns:
         `both_right`, `only_model`, `only_other`, `same_mistake`, `other_mistakes` of a split with labels, else `same`

@@ -117,7 +117,7 @@ class _Entry:
 
 
 def _legend(canvas: Canvas, entries: Sequence[_Entry]) -> float:
-    """Write what is what in columns at the upper end; returns the height that it takes."""
+    """Write the legend in columns at the upper end; returns the height that it takes."""
     if not entries:
         return 6.0
     widest = max(text_width(entry.label, 8) for entry in entries) + 34
@@ -236,7 +236,7 @@ def _rows_of(canvas: Canvas, entries: Sequence[_Entry], names: Sequence[str], x:
 
 
 def reliability_figure(lines: Mapping[str, Reliability], colors: Mapping[str, int]) -> Draw:
-    """Return a reliability diagram; what fewer than ten images say is left out.
+    """Return a reliability diagram; bins of fewer than ten images are left out.
 
     Args:
         lines: What to draw, by label.

@@ -1,4 +1,4 @@
-"""What a few independent values say: mean, spread, and an interval by Student's t."""
+"""Statistics of a few independent values: mean, spread, and an interval by Student's t."""
 from __future__ import annotations
 
 import math

@@ -60,11 +60,11 @@ class StudentTask(TrainingTask):
     """A timm task that trains a student, and answers what a trainer asks; these are the answers without a teacher.
 
     Attributes:
-        hears_logits: Whether a teacher, if there is one, is one of the student's classes, whose logits are compared.
+        compares_logits: Whether student and teacher, if there is one, have the same classes, and logits are compared.
         prompt_epochs: Epochs after which `set_progress` freezes the prompt path, if there is one; `None` for never.
     """
 
-    hears_logits: bool = True
+    compares_logits: bool = True
     prompt_epochs: int | None = None
 
     def get_student(self, ema: bool = False) -> nn.Module:

@@ -66,7 +66,7 @@ class FeatureTask(StudentTask, FeatureDistillationTask):
             features `[B, D]`, or numbers of channels do not fit.
     """
 
-    hears_logits = False
+    compares_logits = False
 
     distill_loss_weight: float
 

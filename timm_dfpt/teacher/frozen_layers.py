@@ -21,7 +21,7 @@ _Ints = tuple[int, ...]
 
 
 def autocasts(device: str) -> bool:
-    """Say whether autocast is on for a type of device; the meta device has none, and torch raises when asked."""
+    """Say whether autocast is on for a type of device; for the meta device, which has none, torch would raise."""
     return device != 'meta' and torch.is_autocast_enabled(device)
 
 

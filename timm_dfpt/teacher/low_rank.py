@@ -25,7 +25,7 @@ class LowRank(nn.Sequential):
         inputs: Channels of the input.
         outputs: Channels of the output.
         rank: Channels between the two layers.
-        option: Who asks for this rank, for the message.
+        option: The option that asks for this rank, for the message.
         layer: `nn.Linear`, or `nn.Conv2d` for 1x1 convolutions.
         bias: Whether there is `b`.
 

@@ -30,7 +30,7 @@ from .wrapped import remove_hooks
 __all__ = ['PromptPath', 'VARIANTS', 'Variant']
 
 Variant = Literal['dfpt', 'dfpt+']
-"""What of the prompt path is trained: blocks and head (DFPT-KD), or a copy of the backbone as well (DFPT-KD+)."""
+"""What is trained in the prompt path: blocks and head (DFPT-KD), or a copy of the backbone as well (DFPT-KD+)."""
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 # The switches of gradient checkpointing in timm, transformers, torchvision and others.

@@ -15,7 +15,7 @@ __all__ = ['BestEpochs', 'check_choice']
 
 
 def check_choice(config: TrainConfig, measured: bool, sharded: bool) -> None:
-    """Refuse to choose an epoch where that cannot be done.
+    """Refuse to choose an epoch where there is nothing to choose by.
 
     Args:
         config: The options.

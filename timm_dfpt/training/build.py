@@ -269,7 +269,7 @@ def create_task(
     if not method.needs_teacher:
         return method.task(student, **common)
     common['input_config'] = input_config
-    if method.task.hears_logits:
+    if method.task.compares_logits:
         common['temperature'] = config.temperature
     kd_loss = _kd_loss(config)
     if kd_loss is not None:

@@ -1,4 +1,4 @@
-"""Several methods, several seeds: students side by side on the same batches, and what their differences say."""
+"""Several methods, several seeds: students side by side on the same batches, and their differences."""
 from __future__ import annotations
 
 import dataclasses

@@ -31,10 +31,10 @@ _LOSS_FIGURES = 8
 
 
 def keep_arm_predictions(recorder: PredictionRecorder, learners: Sequence[Learner], folder: RunFolder) -> None:
-    """Write what the students of one seed, and their teacher, said in the evaluation; what fails is a warning."""
+    """Write what the students of one seed, and their teacher, predicted in the evaluation; what fails is a warning."""
     names = {(0, 'teacher'): 'teacher'}
     for number, learner in enumerate(learners):
-        if not learner.config.unlabelled or learner.task.hears_logits:
+        if not learner.config.unlabelled or learner.task.compares_logits:
             names[number, learner.published] = learner.name
     attempt(
         'writing the predictions', lambda: write_predictions(folder.predictions, recorder.result(names), {})

@@ -68,7 +68,7 @@ def check_export(learners: Sequence[Learner], facts: Mapping[str, Any]) -> None:
 
 
 def export(learners: Sequence[Learner], results: Sequence[Results], facts: Mapping[str, Any]) -> None:
-    """Save what learners have become in the `output` of each: `student/` and, where there is one, `prompt_path/`.
+    """Save trained learners in the `output` of each: `student/` and, where there is one, `prompt_path/`.
 
     Of student and moving average the better on the validation data is saved.
 

@@ -17,7 +17,7 @@ __all__ = ['FirstReading', 'until_bad_image']
 
 
 class FirstReading:
-    """Says once what is unusual about images that were not checked before training.
+    """Reporter of what is unusual about images that were not checked before training.
 
     Args:
         data: The splits.

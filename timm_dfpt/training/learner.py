@@ -89,7 +89,7 @@ class Learner:
         """Return what orders students by their metrics on the validation data: the larger, the better."""
         if self.config.unlabelled:
             # Not by labels that there may be after all: they must not change what is saved.
-            return (metrics['agreement' if self.task.hears_logits else 'similarity'],)
+            return (metrics['agreement' if self.task.compares_logits else 'similarity'],)
         return metrics['top1'], -metrics['loss']
 
     @property
@@ -275,7 +275,7 @@ class Learner:
         """What measures outputs: by the labels, or without them by what the student learns from."""
         if not self.config.unlabelled:
             return measure_logits
-        return functools.partial(measure_logits, by_teacher=True) if self.task.hears_logits else measure_features
+        return functools.partial(measure_logits, by_teacher=True) if self.task.compares_logits else measure_features
 
     def outputs(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what is evaluated in the course of training, for images `[B, C, H, W]`."""

@@ -64,7 +64,7 @@ def write_run_report(
     """
     names = {(0, role): role for role in ('teacher', 'prompt_path')}
     for number, learner in enumerate(learners):
-        if learner.config.unlabelled and not learner.task.hears_logits:
+        if learner.config.unlabelled and not learner.task.compares_logits:
             # What was evaluated are features.
             continue
         names[number, learner.published] = 'student' if number == 0 else student_of(learner.name)

@@ -1,4 +1,4 @@
-"""What the parts of a run take."""
+"""Time that the parts of a run take."""
 from __future__ import annotations
 
 import contextlib

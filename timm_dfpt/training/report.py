@@ -1,4 +1,4 @@
-"""Results to be read: tables and verdicts of a run and of a comparison, and what models cost."""
+"""Results for people: tables and verdicts of a run and of a comparison, and what models cost."""
 from __future__ import annotations
 
 import logging
@@ -84,7 +84,7 @@ def measure_cost(
 
 
 def attempt(what: str, act: Callable[[], _T]) -> _T | None:
-    """Do what a run can do without; `None` and a warning if it fails.
+    """Do an optional part of a run; return `None`, with a warning, if it fails.
 
     Args:
         what: What is done, to begin the message with.
@@ -235,7 +235,7 @@ def comparison_text(result: Mapping[str, Any]) -> str:
 
 
 def comparison_notes(result: Mapping[str, Any]) -> list[str]:
-    """Say how the table of a comparison is to be read."""
+    """Explain the table of a comparison."""
     lines, seeds, reference = [], result['seeds'], result['reference']
     if len(seeds) > 1:
         lines.append(

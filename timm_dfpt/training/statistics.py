@@ -1,4 +1,4 @@
-"""What teachers learn of images without labels: their BatchNorm statistics, estimated once, and kept with the run."""
+"""BatchNorm statistics of teachers, adapted to images without labels: estimated once, and kept with the run."""
 from __future__ import annotations
 
 import time
@@ -69,7 +69,7 @@ class TeacherStatistics:
         say, name = self.accelerator.print, config.teacher or config.prompt_path
         if not config.unlabelled or teacher is None:
             return
-        if not task.hears_logits:
+        if not task.compares_logits:
             say(
                 f'without labels: the student learns the features of {name} and has no classes: it is judged by their '
                 'similarity, and not by top-1'

@@ -81,7 +81,7 @@ def compare_precision(
         teacher, config = learner.teacher, learner.config
         if teacher is None or config.teacher is None or config.teacher_dtype == 'float32':
             continue
-        if not learner.task.hears_logits or not teacher.num_classes:
+        if not learner.task.compares_logits or not teacher.num_classes:
             # Features or an encoder: there are no classes to agree on.
             continue
         if teacher not in found:

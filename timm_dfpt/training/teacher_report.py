@@ -1,4 +1,4 @@
-"""What is said of teachers before training: paths, heads, how accurate they are, and whether that may harm."""
+"""What is reported of teachers before training: paths, heads, their accuracy, and whether it may harm."""
 from __future__ import annotations
 
 import logging

@@ -50,7 +50,7 @@ class Trainer:
     """Loop that trains one or several learners and writes `metrics.jsonl` and checkpoints.
 
     Order and augmentation are functions of seed, epoch and row, and what a step draws of seed, step and process: with
-    the weights and the state of the optimizers, a number of steps says all about where a run is.
+    the weights and the state of the optimizers, the number of steps determines where a run is.
 
     Args:
         config: Options of the run.
