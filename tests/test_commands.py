@@ -195,7 +195,7 @@ WRONG = {
     'no such model': (['predict', 'nowhere/at/all', '{images}'], 'nowhere/at/all'),
     'no such file': (['predict', 'model.onnx', '{images}'], "MODEL 'model.onnx': there is no such file"),
     'a file of another kind': (['predict', '{run}/config.yaml', '{images}'], 'is a file other than .onnx'),
-    'no such image': (['predict', '{run}', './nothing.png'], "'./nothing.png': no such file or folder"),
+    'no such image': (['predict', '{run}', './nothing.png'], "'./nothing.png': there is no such file or folder"),
     'a folder without images': (['predict', '{run}', '{empty}'], 'holds no image'),
     'no data': (['evaluate', '{run}/student'], 'dataset is not given'),
     'an option of data without data': (['evaluate', '{run}', '--split', 'val'], 'split needs --dataset'),

@@ -129,10 +129,11 @@ def _open_prompt_path(model: str, base_model: str | None, source: Source) -> Cla
     try:
         teacher = build_teacher(source, base)
     except ValueError as error:
-        if 'Pass it: ' not in str(error):
+        found, remedy, _ = str(error).partition(': pass that model')
+        if not remedy:
             raise
-        # What is said is said to programs.
-        raise ValueError(f'{str(error).partition("Pass it: ")[0]}Name it with --base-model.') from error
+        # The remedy is one for programs.
+        raise ValueError(f'{found}. Name it with --base-model.') from error
     record = read_json(source.get(PROMPT_CONFIG))
 
     def forward(images: torch.Tensor) -> torch.Tensor:
