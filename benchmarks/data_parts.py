@@ -70,7 +70,7 @@ def write_links(folder: Path, count: int, side: int = 32, classes: int = 1000) -
 def _listers(folder: str) -> dict[str, Callable[[], Any]]:
     return {
         'this project': lambda: load_splits(folder, check_images='off'),
-        'with what tells the data from others': lambda: describe_data(load_splits(folder, check_images='off')),
+        'with the fingerprint of the data': lambda: describe_data(load_splits(folder, check_images='off')),
         'timm': lambda: [timm.data.create_dataset('folder', folder, split=split) for split in ('train', 'val')],
     }
 

@@ -93,7 +93,7 @@ def main() -> int:
     measured = soak(args.minutes, args.runs, args.arguments)
     steady = measured[WARM_UP:]
     if len(steady) < 3:
-        print(f'{len(measured)} runs are too few to tell a slope: give more --runs.')
+        print(f'{len(measured)} runs are too few for a slope: give more --runs.')
         return 1
     slope = np.polyfit(range(len(steady)), [each['memory'] for each in steady], 1)[0]
     first, last = steady[0], steady[-1]

@@ -1,4 +1,4 @@
-"""What the README tells people to type works, but for weights that a test cannot download."""
+"""The code and the commands of the README work, except weights that a test cannot download."""
 import re
 import shlex
 from pathlib import Path

@@ -71,7 +71,7 @@ class Study:
     def difference(self, regime: str, arm: str, base: str, key: str = 'student_top1') -> dict[str, Any] | None:
         """Compare two final arms by Welch's method over their seeds."""
         arms = self.arms(regime)
-        # The dearest arm has no longer one beside it.
+        # No arm trains longer than the most expensive one.
         arm, base = (name if name in arms else name.removesuffix(' =time') for name in (arm, base))
         if arm not in arms or base not in arms:
             return None

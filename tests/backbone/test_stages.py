@@ -105,7 +105,7 @@ def test_every_rule_has_a_reason_and_a_family() -> None:
     assert all(rule.why for rule in RULES.values())
 
 
-def test_hiera_tokens_become_a_picture() -> None:
+def test_hiera_tokens_become_a_feature_map() -> None:
     """Against timm's own forward_intermediates, which rolls the tokens up into maps."""
     torch.manual_seed(0)
     model = timm.create_model('hiera_tiny_224', img_size=96, num_classes=3).eval()

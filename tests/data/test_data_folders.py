@@ -67,7 +67,7 @@ LAYOUTS = {
     'one named, one usual': (crossed('train', 'samples'), {'val_split': 'samples'}, (6, 6)),
     'unusual, named': (crossed('x', 'y'), {'train_split': 'x', 'val_split': 'y'}, (6, 6)),
     'deep, named': (crossed('1/x', '1/y', '2'), {'train_split': '1/x', 'val_split': '1/y'}, (6, 6)),
-    'test images beside classes': (['a', 'b', *crossed('test')], {'train_split': '.', 'test_split': 'test'}, (4, 2, 6)),
+    'test images and classes': (['a', 'b', *crossed('test')], {'train_split': '.', 'test_split': 'test'}, (4, 2, 6)),
     'classes with folders of the same names': (
         ['a/old', 'a/new', 'b/old', 'b/new'], {'train_split': '.'}, (10, 2)
     ),
@@ -87,7 +87,7 @@ def test_layouts(tmp_path: Path, name: str) -> None:
 UNCLEAR = {
     'samples': (crossed('train', 'val', 'samples'), r"\['train', 'val'\] look like splits and \['samples'\] do not"),
     'flat samples': ([*crossed('Train', 'Val'), 'samples'], r"\['Train', 'Val'\] look like .* \['samples'\] do not"),
-    'test images beside classes': (['a', 'b', *crossed('test')], r"\['test'\] look like .*\['a', 'b'\] do not"),
+    'test images and classes': (['a', 'b', *crossed('test')], r"\['test'\] look like .*\['a', 'b'\] do not"),
     'splits without classes': (['train', 'test'], 'look like splits and hold no class folders'),
     'splits in some classes': (['a/train', 'a/test', 'b'], r"\['a'\] hold folders that look like splits"),
     'unusual names': (crossed('summer', 'winter'), r"\['summer', 'winter'\] hold folders of the same names"),

@@ -1,4 +1,4 @@
-"""Jobs on data as people have it: what is told before training, kept for resuming, and recorded for others."""
+"""Jobs on data as people have it: what is reported before training, kept for resuming, and recorded for others."""
 
 import dataclasses
 import inspect

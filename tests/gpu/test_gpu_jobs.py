@@ -69,7 +69,7 @@ def argv(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> list
 
 @pytest.fixture
 def train(argv: list[str], tmp_path: Path, fresh_accelerate: Callable[[], None]) -> Train:
-    """Runs the main job in this process; returns the student's weights."""
+    """Run the main job in this process; return the student's weights."""
     from timm_dfpt.training.run import main
 
     def train(name: str, *more: str) -> Weights:

@@ -81,7 +81,7 @@ def _load_again_and_again(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def test_faults_on_a_cold_cache(hub: Hub, tmp_path: Path, files: dict[str, bytes]) -> None:
-    # A pickle stands ready, and must not be taken in place of safetensors that cannot be had.
+    # A pickle stands ready, and must not be taken in place of safetensors that are unavailable.
     for i, (_, where, fault, _) in enumerate(FAULTS):
         hub.add_repo(f'alice/fault{i:02}', {**files, 'pytorch_model.bin': b'never read'})
         hub.fault(where.format(repo=f'alice/fault{i:02}'), **fault)

@@ -1,4 +1,4 @@
-"""A model, a data set or a repository is called by one name, however it is written; and its weights are used whole."""
+"""A model, a dataset or a repository is called by one name, however it is written; and its weights are used whole."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ NETWORKS = {
 
 
 def run(name, x, num_classes=100):
-    """Returns logits `[B, num_classes]` of the community's network with random weights, and those weights."""
+    """Return logits `[B, num_classes]` of the community's network with random weights, and those weights."""
     network, *args = NETWORKS[name]
     weights = Weights()
     logits = network(weights, x, *args, num_classes=num_classes)

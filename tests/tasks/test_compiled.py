@@ -20,7 +20,7 @@ SIZE, CLASSES, EPOCHS = 16, 5, 12
 NETWORK: dict[str, Any] = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 8, 16], 'num_classes': CLASSES}
 CONFIG = {'input_size': (3, SIZE, SIZE), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
 NO_TEACHER = DFPTWeights(prompt_teacher=0.0, student_teacher=0.0, student_prompt=2.0)
-# Beside the methods: what the prompt path is made of, when it is frozen, and what is heard.
+# Besides the methods: what the prompt path is made of, when it is frozen, and what the student learns from.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{name: (name, {}, {'distill_warmup_epochs': 11}) for name in METHODS},
     'supervised': ('supervised', {}, {}),

@@ -69,7 +69,7 @@ def test_leaves_everything_a_run_folder_should_hold(default_run):
     assert summary['models']['teacher']['cost']['params'] > 10 * summary['models']['student']['cost']['params']
     options = yaml.safe_load((folder / 'config.yaml').read_text())
     assert options['epochs'] == 1
-    assert options['cpu'], 'as the launcher was told'
+    assert options['cpu'], 'as the launcher was asked'
     for role, model in summary['models'].items():
         assert f'{model["metrics"]["top1"]:.2f}' in stdout, role
     # The verdict is computed from what was measured, whichever way it falls.

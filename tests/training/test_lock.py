@@ -1,4 +1,4 @@
-"""One job a folder: whoever comes second is refused, whatever becomes of the first."""
+"""One job per folder: a second one is refused, whatever becomes of the first."""
 import errno
 import os
 import re

@@ -65,7 +65,7 @@ def dfpt(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize('method', ['dist', 'logit-std', 'ttm', 'wttm', 'dkd'])
-def test_rivals_run_alone_and_as_the_loss_of_dfpt(method, tiny, dfpt, tmp_path):
+def test_baselines_run_alone_and_as_the_loss_of_dfpt(method, tiny, dfpt, tmp_path):
     alone = config_of(argv(tiny, tmp_path / 'alone', '--method', method, *teacher(tiny), '--epochs', '1'))
     plain = run(alone)
     within = config_of(

@@ -1,4 +1,4 @@
-"""The quickstart of new classes: one run from a teacher of other classes to a student, beside its rivals."""
+"""The quickstart of new classes: one run from a teacher of other classes to a student, alongside its baselines."""
 from __future__ import annotations
 
 import json
@@ -13,7 +13,7 @@ from timm_dfpt.training.run import main
 TRAIN = Path(__file__).parents[2] / 'train'
 
 
-def test_one_run_names_the_fitted_teacher_and_its_rivals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_run_names_the_fitted_teacher_and_its_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / 'run'
     short = ['--epochs', '2', '--batch-size', '208', '--warmup-epochs', '0', '--no-report', '--cpu']
     assert main(['--config', str(TRAIN / 'recipes' / 'quickstart_new_classes.yaml'), *short, '--output', str(run)]) == 0
@@ -25,8 +25,8 @@ def test_one_run_names_the_fitted_teacher_and_its_rivals(tmp_path: Path, capsys:
     assert summary['models']['teacher']['head']['how'] == 'fitted'
     # Its features know letters before anything is trained; guessing is right for 3.8%.
     assert summary['models']['teacher']['metrics']['top1'] > 70
-    rivals = ('dfpt against the student alone, ', 'dfpt against kd from the fitted teacher, ')
-    for words in ('| teacher, head fitted (', '| student alone (', '| student of kd (', *rivals):
+    baselines = ('dfpt against the student alone, ', 'dfpt against kd from the fitted teacher, ')
+    for words in ('| teacher, head fitted (', '| student alone (', '| student of kd (', *baselines):
         assert words in said, words
     student = timm.create_model(f'local-dir:{run / "student"}', pretrained=True)
     assert student(torch.zeros(1, 1, 32, 32)).shape == (1, 26)

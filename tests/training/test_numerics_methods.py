@@ -1,4 +1,4 @@
-"""The rivals of DFPT-KD in bfloat16, against float32 and against their formula in float64."""
+"""The baselines of DFPT-KD in bfloat16, against float32 and against their formula in float64."""
 import functools
 
 import pytest

@@ -1,4 +1,4 @@
-"""The default job needs no network, and tells nobody about itself."""
+"""The default job needs no network, and reports nothing about itself."""
 import os
 import subprocess
 import sys

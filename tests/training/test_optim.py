@@ -151,7 +151,7 @@ def test_the_decay_at_the_end_begins_when_it_should(given, first):
         ({'sched': 'poly'}, r'sched=poly lowers the learning rate to 0.03\d only .*decay_rate=0.1'),
     ],
 )
-def test_a_schedule_that_cannot_decay_is_told(given, told):
+def test_a_schedule_that_cannot_decay_is_reported(given, told):
     line = describe_decay(5, 0.05, **options(epochs=4, **given).schedule)
     assert re.search(told, line), line
     assert '\n' not in line

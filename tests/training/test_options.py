@@ -21,7 +21,7 @@ STEPS = 214 // 32  # an epoch, without the last batch
 
 @pytest.fixture
 def train(tiny, tmp_path, fresh_accelerate):
-    """Runs one epoch of the main job in this process; returns the student's weights."""
+    """Run one epoch of the main job in this process; return the student's weights."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 

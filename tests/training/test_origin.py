@@ -1,4 +1,4 @@
-"""Data sets and teachers that are told apart, and those that are only elsewhere."""
+"""Datasets and teachers that are distinguished, and those that are only elsewhere."""
 import io
 import shutil
 

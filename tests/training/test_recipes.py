@@ -146,7 +146,7 @@ def write_split(folder, split, columns, features):
 
 @pytest.fixture(scope='module')
 def stand_ins(tmp_path_factory):
-    """Few images in the columns, splits and classes of the data sets on the Hub, whose names lead here."""
+    """Few images in the columns, splits and classes of the datasets on the Hub, whose names lead here."""
     root = tmp_path_factory.mktemp('data')
     for family, classes in CLASSES.items():
         (root / family).mkdir()
@@ -212,7 +212,7 @@ def dry_run(recipe, stand_ins, teacher_of, tmp_path, side, batch_size, *more):
     (learner,) = setup.create_learners({config.method: config})
     check_optimizer(learner.optimizers[0].optimizer, config)
     if family == 'cifar100':
-        # Named by the recipe, not by chance: the data set has 20 coarse labels too, and no column called image.
+        # Named by the recipe, not by chance: the dataset has 20 coarse labels too, and no column called image.
         assert (config.input_key, config.target_key) == ('img', 'fine_label')
     before = [p.detach().clone() for p in learner.student.parameters()]
     learner.train()
@@ -232,7 +232,7 @@ def dry_run(recipe, stand_ins, teacher_of, tmp_path, side, batch_size, *more):
     assert set(outputs) == {'supervised': {'student'}}.get(config.method, {'student', 'prompt_path', 'teacher'})
 
 
-# One for each data set and kind of recipe; the others are among the slow tests.
+# One for each dataset and kind of recipe; the others are among the slow tests.
 QUICK = ('cifar100_resnet56_resnet20', 'imagenet_resnet34_resnet18', 'cub200_resnet34')
 
 

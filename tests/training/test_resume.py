@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop or damaged, against the same run left alone."""
+"""Runs that are killed, asked to stop or damaged, against the same run left alone."""
 import contextlib
 import hashlib
 import json
@@ -193,7 +193,7 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.fixture(scope='module')
 def half_done(runs):
-    """A run that was told to stop after the second epoch had begun, with three checkpoints."""
+    """A run that was asked to stop after the second epoch had begun, with three checkpoints."""
     output = runs.root / 'half'
     job = Job(runs.argv(output, 2), runs.root / 'half.log', 2)
     job.wait_for(lambda: (output / 'checkpoints' / 'step-00000006').exists())

@@ -22,7 +22,7 @@ KEY = {'teacher': 'a'}
 
 @pytest.fixture
 def train(tiny, tmp_path, fresh_accelerate):
-    """Runs the main job in this process; returns the hash of the student."""
+    """Run the main job in this process; return the hash of the student."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
