@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,15 @@ def test_what_is_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main('evalute', '--json', 'x') == 2
     error = "error: 'evalute' is not a command. Did you mean 'evaluate'? See timm-dfpt --help.\n"
     assert capsys.readouterr().err == error
+
+
+def test_help_into_a_pipe_whose_reader_is_gone() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, timm_dfpt_cli.__file__, '--help']
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, '')
 
 
 @pytest.mark.parametrize('name', timm_dfpt_cli.COMMANDS)
@@ -176,8 +186,9 @@ def test_exported_files_say_the_same(finished: Path, tiny: TinyJob, tmp_path: Pa
     assert {path.name for path in (tmp_path / 'files').iterdir()} == {'model.onnx', 'model_fp16.onnx', 'model.pt2'}
     tables = []
     for model in (student, tmp_path / 'files' / 'model.onnx'):
-        assert run('predict', model, images, '--output', tmp_path / 'out.csv') == 0
-        tables.append(list(csv.DictReader((tmp_path / 'out.csv').open(newline=''))))
+        file = tmp_path / f'{model.name}.csv'
+        assert run('predict', model, images, '--output', file) == 0
+        tables.append(list(csv.DictReader(file.open(newline=''))))
     assert len(tables[0]) == 43
     assert [row['label_1'] for row in tables[0]] == [row['label_1'] for row in tables[1]]
     first = [[float(row['probability_1']) for row in table] for table in tables]
@@ -211,6 +222,16 @@ WRONG = {
     ),
     'a base of a student': (['predict', '{run}', '{images}', '--base-model', 'resnet18'], 'base_model is of a prompt'),
     'a prompt path to export': (['export', '{run}/prompt_path', '--output', '{empty}'], 'is not a student'),
+    'a file to export to': (['export', '{run}/student', '--output', '{run}/config.yaml'], 'is a file: name another'),
+    'a split of a folder': (['predict', '{run}', '{images}', '--split', 'val'], 'leave --split out'),
+    'a split of a file': (['predict', '{run}', '{run}/config.yaml', '--split', 'val'], "config.yaml' is a file"),
+    'no color': (['predict', '{run}', '{images}', '--background', 'no'], "background='no' must be a color"),
+    'a revision of a run, evaluated': (['evaluate', '{run}', '--revision', 'v1'], 'revision needs --dataset'),
+    'a base of a run': (['evaluate', '{run}', '--base-model', 'resnet18'], 'base_model needs --dataset'),
+    'a revision of a run, exported': (['export', '{run}', '--revision', 'v1'], 'revision is not for a run'),
+    'a revision of a folder': (
+        ['predict', '{run}/student', '{images}', '--revision', 'v1'], "revision='v1' is for repositories on the Hub",
+    ),
     'a run that is not finished': (['predict', '{unfinished}', '{images}'], 'a run that is not finished'),
 }  # fmt: skip
 
@@ -233,3 +254,31 @@ def test_bad_input(
     assert last.startswith('error: ')
     assert words in last
     assert not list((tmp_path / 'empty').iterdir())
+
+
+@pytest.mark.parametrize(
+    ('name', 'option', 'value', 'words'),
+    [
+        ('predict', '--output', '{photo}', 'exists: name another file'),
+        ('predict', '--output', '{folder}', 'exists: name another file'),
+        ('predict', '--output', os.devnull, 'exists: name another file'),
+        ('predict', '--output', '{folder}/no/out.csv', 'is not a folder that can be written to'),
+        ('evaluate', '--json', '{photo}', 'exists: name another file'),
+        ('evaluate', '--json', '{folder}/no/out.json', 'is not a folder that can be written to'),
+        ('evaluate', '--batch-size', '0', 'must be at least 1, got 0'),
+        ('evaluate', '--workers', '-1', 'must be at least 0, got -1'),
+        ('predict', '--top-k', 'many', "invalid integer value: 'many'"),
+    ],
+)
+def test_bad_values(
+    name: str, option: str, value: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before a model is opened; what is there already is not replaced."""
+    photo = tmp_path / 'photo.png'
+    photo.write_bytes(b'kept')
+    with pytest.raises(SystemExit) as ended:
+        run(name, 'model', *[photo] * (name == 'predict'), option, value.format(photo=photo, folder=tmp_path))
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ['photo.png']
+    assert photo.read_bytes() == b'kept'

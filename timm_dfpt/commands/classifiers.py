@@ -102,6 +102,9 @@ def open_classifier(model: str, base_model: str | None = None, **options: Unpack
             raise FileNotFoundError(f'MODEL {model!r}: there is no such file.')
         if path.suffix != '.onnx':
             raise ValueError(f'MODEL {model!r} is a file other than .onnx: name {HELP}.')
+        if options.get('revision') is not None:
+            raise ValueError(f'revision is for models on the Hub, and {model!r} is a file: leave --revision out.')
+        _refuse_base_model(model, base_model)
         opened = open_onnx(path)
         return Classifier(model, 'student', opened.class_names, opened.data_config, opened.run)
     run = run_folder_of(model)
@@ -109,8 +112,7 @@ def open_classifier(model: str, base_model: str | None = None, **options: Unpack
     source = open_source(place, **options)
     if source.has(PROMPT_CONFIG):
         return _open_prompt_path(model, base_model, source)
-    if base_model is not None:
-        raise ValueError(f'base_model is of a prompt path, and {model!r} is not one: leave --base-model out.')
+    _refuse_base_model(model, base_model)
     module: Any = load_student(place, **options)
     if not module.num_classes:
         raise ValueError(f'MODEL {model!r} has no classes, only features: name a classifier.')
@@ -122,6 +124,11 @@ def open_classifier(model: str, base_model: str | None = None, **options: Unpack
 
     names, config = _names(module.pretrained_cfg, module.num_classes), input_config_of(module)
     return Classifier(model, 'student', names, config, forward, module, _background(record))
+
+
+def _refuse_base_model(model: str, base_model: str | None) -> None:
+    if base_model is not None:
+        raise ValueError(f'base_model is of a prompt path, and {model!r} is not one: leave --base-model out.')
 
 
 def _open_prompt_path(model: str, base_model: str | None, source: Source) -> Classifier:

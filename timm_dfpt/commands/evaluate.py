@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from ..training.build import evaluation_loaders, load_data
 from ..training.run import Setup, measure
 from ..training.run_folder import RunFolder
 from ..training.statistics import TeacherStatistics
+from .arguments import at_least, new_file
 from .classifiers import HELP, Classifier, open_classifier, run_folder_of
 
 __all__ = ['evaluate_classifier', 'evaluate_run', 'main']
@@ -179,9 +179,9 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt evaluate')
     add('--input-key', metavar='NAME', help='image column (default: found)')
     add('--target-key', metavar='NAME', help='label column (default: found)')
     add('--background', metavar='COLOR', help='color behind transparent images (default: as in training)')
-    add('--batch-size', type=int, metavar='INT', help='batch size over all processes (>= 1; default: 128)')
-    add('--workers', type=int, metavar='INT', help='loader processes (>= 0; default: 0, or those of the run)')
-    add('--json', metavar='FILE', help='also write everything to this file')
+    add('--batch-size', type=at_least(1), metavar='INT', help='batch size over all processes (>= 1; default: 128)')
+    add('--workers', type=at_least(0), metavar='INT', help='loader processes (>= 0; default: 0, or those of the run)')
+    add('--json', type=new_file, metavar='FILE', help='also write everything to this new file')
     add('--revision', metavar='NAME', help='branch, tag or commit of a model on the Hub')
     add('--base-model', metavar='NAME', help='teacher of a prompt path, if not the one that it names')
     add('--cpu', action='store_true', help='run on the CPU even where there is a GPU')
@@ -189,8 +189,8 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt evaluate')
     def job() -> None:
         args = parser.parse_args(argv)
         run = run_folder_of(args.model)
-        of_data = ('dataset_config', 'dataset_revision', 'split', 'input_key', 'target_key', 'background', 'batch_size')
-        given = [name for name in of_data if getattr(args, name) is not None]
+        of_data = ('dataset_config', 'dataset_revision', 'split', 'input_key', 'target_key', 'background')
+        given = [name for name in (*of_data, 'batch_size', 'revision', 'base_model') if getattr(args, name) is not None]
         if args.dataset is None:
             if run is None:
                 raise ValueError('dataset is not given: name labelled images with --dataset; only a run has its own.')
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt evaluate')
         else:
             options: dict[str, Any] = {'revision': args.revision} if args.revision else {}
             classifier = open_classifier(args.model, args.base_model, **options)
-            chosen = {name: getattr(args, name) for name in given if name != 'batch_size'}
+            chosen = {name: getattr(args, name) for name in of_data if name in given}
             chosen.setdefault('background', classifier.background)
             split = load_split(args.dataset, classifier.class_names, **chosen)
             splits = evaluate_classifier(classifier, split, args.batch_size or 128, args.workers or 0, args.cpu)
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt evaluate')
         for name, found in splits.items():
             print(_shown(name, found))
         if args.json:
-            write_json(Path(args.json), {'format_version': 1, 'model': args.model, 'splits': splits})
+            write_json(args.json, {'format_version': 1, 'model': args.model, 'splits': splits})
 
     return exit_code(job, 'give the same command again')
 

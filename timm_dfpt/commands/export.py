@@ -112,8 +112,9 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt export') -
         args = parser.parse_args(argv)
         check_formats(args.formats)
         run = run_folder_of(args.model)
-        if run is not None and (args.output or args.dataset):
-            option = 'output' if args.output else 'dataset'
+        strange = [name for name in ('output', 'dataset', 'revision') if getattr(args, name) is not None]
+        if run is not None and strange:
+            option = strange[0]
             raise ValueError(
                 f'{option} is not for a run, which has its own data and a folder exported/: leave --{option} out, or '
                 f'name the student, {run.student}.'
@@ -123,10 +124,13 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt export') -
             return
         if args.output is None:
             raise ValueError('output is not given: name the folder to write to with --output.')
-        if any((folder := Path(args.output)).glob('model*.*')):
-            raise ValueError(f'output: {str(folder)!r} holds a model already: name another folder.')
+        folder = Path(args.output)
+        if folder.is_file() or any(folder.glob('model*.*')):
+            what = 'is a file' if folder.is_file() else 'holds a model already'
+            raise ValueError(f'output: {str(folder)!r} {what}: name another folder.')
         options: LoadOptions = {'revision': args.revision} if args.revision else {}
-        if Path(args.model).is_file() or open_source(args.model, **options).has(PROMPT_CONFIG):
+        source = None if Path(args.model).is_file() else open_source(args.model, **options)
+        if source is None or source.has(PROMPT_CONFIG):
             raise ValueError(f'MODEL {args.model!r} is not a student: prompt paths and files are not exported.')
         classifier = open_classifier(args.model, **options)
         if args.dataset is None:
@@ -138,7 +142,6 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt export') -
         data = load_splits(
             args.dataset, teacher_classes=classifier.class_names, background=classifier.background
         )  # fmt: skip
-        source = open_source(args.model, **options)
         config = dict(classifier.data_config)
         job = export_job(source, folder, data, config, include_preprocessing=args.include_preprocessing)
         print(exports_table(export_student_files(job, args.formats), pad=True))

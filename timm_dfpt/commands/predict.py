@@ -14,12 +14,13 @@ import torch
 from ..data.columns import find_image_column, images_of
 from ..data.files import ImageFiles
 from ..data.image_split import ImageSplit
-from ..data.images import BadImageError
+from ..data.images import BadImageError, parse_color
 from ..data.listing import list_folder
 from ..data.paths import printable
 from ..data.sources import open_dataset
 from ..hub.files import atomic
 from ..job.stopping import exit_code
+from .arguments import at_least, new_file
 from .classifiers import HELP, Classifier, open_classifier
 
 __all__ = ['Prediction', 'find_images', 'main', 'predict']
@@ -50,15 +51,23 @@ def find_images(names: Sequence[str], split: str | None = None, background: str 
 
     Raises:
         FileNotFoundError: If there is no such file, folder or dataset.
-        ValueError: If a folder holds no images, or a dataset has no such split.
+        ValueError: If a folder holds no images, a dataset has no such split, or the color is not one.
     """
+    if background is not None:
+        parse_color(background)
     found: list[tuple[str, Any]] = []
     for name in names:
         path = Path(name).expanduser()
-        if path.is_file() and path.suffix != '.parquet':
+        is_image = path.is_file() and path.suffix != '.parquet'
+        listed = list_folder(str(path)) if path.is_dir() else None
+        if split is not None and (is_image or (listed is not None and listed.filled)):
+            raise ValueError(
+                f'split={split!r} is for datasets in tables, and {name!r} is {"a file" if is_image else "a folder"}: '
+                'leave --split out, or name the folder of the split.'
+            )
+        if is_image:
             found.append(('', ImageFiles([(str(path.parent), [path.name])])))
             continue
-        listed = list_folder(str(path)) if path.is_dir() else None
         if listed is not None and listed.filled:
             found.append(('', ImageFiles((folder.path, folder.images) for folder in listed.walk())))
             continue
@@ -135,10 +144,10 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt predict') 
     add = parser.add_argument
     add('model', metavar='MODEL', help=HELP)
     add('images', metavar='IMAGES', nargs='+', help='image files, folders (with all below), or datasets')
-    add('--top-k', type=_positive, default=5, metavar='INT', help='classes per image (>= 1; default: 5)')
-    add('--output', metavar='CSV', help='file to write (default: the standard output)')
+    add('--top-k', type=at_least(1), default=5, metavar='INT', help='classes per image (>= 1; default: 5)')
+    add('--output', type=new_file, metavar='CSV', help='new file to write (default: the standard output)')
     add('--split', metavar='NAME', help='split of a dataset (default: all)')
-    add('--batch-size', type=_positive, default=32, metavar='INT', help='images at a time (>= 1; default: 32)')
+    add('--batch-size', type=at_least(1), default=32, metavar='INT', help='images at a time (>= 1; default: 32)')
     add('--background', metavar='COLOR', help='color behind transparent images (default: as in training)')
     add('--revision', metavar='NAME', help='branch, tag or commit of a model on the Hub')
     add('--base-model', metavar='NAME', help='teacher of a prompt path, if not the one that it names')
@@ -154,7 +163,7 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt predict') 
         with contextlib.ExitStack() as stack:
             file: Any = sys.stdout
             if args.output:
-                temporary = stack.enter_context(atomic(Path(args.output)))
+                temporary = stack.enter_context(atomic(args.output))
                 file = stack.enter_context(temporary.open('w', encoding='utf-8', newline=''))
             top_k = min(args.top_k, len(classifier.class_names))
             _write(file, predict(classifier, splits, top_k, args.batch_size), top_k)
@@ -175,9 +184,3 @@ def _write(file: Any, predictions: Iterator[Prediction], top_k: int) -> None:
     if bad:
         print(f'warning: {bad} of {count} images cannot be read, see the column error.', file=sys.stderr)
 
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'must be at least 1, got {number}')
-    return number

@@ -165,7 +165,7 @@ def open_source(
         HubError: If there is no such repository or revision, it is unavailable, or nothing is cached while offline.
         FileNotFoundError: If there is no such folder.
         TypeError: If there is no such option.
-        ValueError: If the name or `subfolder` is malformed.
+        ValueError: If the name or `subfolder` is malformed, or a local folder is to have a `revision`.
     """
     check_options(options, LoadOptions)
     inner = _checked_subfolder(options.get('subfolder'))
@@ -174,6 +174,11 @@ def open_source(
     if isinstance(pretrained_model_name_or_path, str) and not Path(place.name).is_dir():
         place = parse_place(text) if not text.startswith(('.', '/', '~', '\\')) else place
     if place.folder is not None:
+        if options.get('revision') is not None:
+            raise ValueError(
+                f'revision={options["revision"]!r} is for repositories on the Hub, and {text!r} is a local folder: '
+                'leave it out.'
+            )
         folder = place.folder / inner
         if not folder.is_dir():
             missing = f'{inner!r} in {text!r}' if place.folder.is_dir() else repr(text)
