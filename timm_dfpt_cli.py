@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if name in COMMANDS:
         start(name, rest, f'{PROGRAM} {name}')
     if name in ('-h', '--help', '--version'):
-        print(_version() if name == '--version' else _usage())
+        _print(_version() if name == '--version' else _usage())
         sys.exit(0)
     close = difflib.get_close_matches(name, COMMANDS, 1)
     hint = f' Did you mean {close[0]!r}?' if close else ''
@@ -107,6 +107,14 @@ def start(name: str, argv: Sequence[str], program: str) -> NoReturn:
     gc.enable()
     importlib.import_module('timm_dfpt.job.stopping').leave(module.main(argv, program=program))
     raise AssertionError('leave() does not return')
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError:
+        # The reader of a pipe has gone; at its end Python would try again with what is left in the buffer.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage() -> str:
