@@ -72,7 +72,7 @@ def test_data_sets_and_prompt_paths_need_no_prefix(tmp_path: Path, monkeypatch: 
     same = {'user/x': 'user/x', 'hf-hub:user/x': 'user/x', 'HF_HUB:user/x': 'user/x', 'local-dir:images': 'images'}
     assert {source: canonical('dataset', source) for source in same} == same
     for source, words in {
-        'https://huggingface.co/datasets/user/x': "Write 'user/x'",
+        'https://huggingface.co/datasets/user/x': "Give 'user/x'",
         'file:/x': 'the path of a folder',
         'hf-hub:user/x@v1': '--dataset-revision v1',
     }.items():
