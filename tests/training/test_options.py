@@ -1,12 +1,16 @@
 """Options of a step, through the whole main job: they run, and they leave the student they should."""
+import copy
 import functools
 import json
 import shutil
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
+from tests.tiny import RESNET
+from timm_dfpt import wrap
 from timm_dfpt.hub.heads import describe_precision
 from timm_dfpt.tasks.dfpt import DFPTDistillationTask
 from timm_dfpt.training import export, models
@@ -15,6 +19,7 @@ from timm_dfpt.training.learner import Learner
 from timm_dfpt.training.run import main
 from timm_dfpt.training.run_facts import read_run
 from timm_dfpt.training.run_folder import RunFolder
+from timm_dfpt.training.teacher_precision import compute_heads_in_float32
 
 STEPS = 214 // 32  # an epoch, without the last batch
 
@@ -94,6 +99,19 @@ def test_bfloat16_teacher_and_channels_last_leave_a_student_close_to_the_plain_o
     assert 0 < precision['kl'] < 0.01
     assert read_run(RunFolder(tmp_path / 'half'))[0].teacher_precision == precision
     assert 'bfloat16, its head in float32' in str(describe_precision(precision))
+
+
+def test_a_copy_of_a_backbone_in_half_precision_computes_as_it_up_to_rounding():
+    """The copy is trained in float32, and the logits of both are in float32, too."""
+    teacher = timm.create_model('resnet18', num_classes=3, **RESNET).bfloat16()
+    compute_heads_in_float32(teacher)
+    teacher = wrap(teacher, variant='dfpt+').eval()
+    original, prompt = teacher(torch.randn(2, 3, 16, 16).bfloat16())
+    assert original.dtype == prompt.dtype == torch.float32
+    assert 0 < (original - prompt).abs().max() < 0.1 * original.abs().max()
+    # Where a saved prompt path is compared with its teacher.
+    shapes = copy.deepcopy(teacher.unwrap()).to('meta')
+    assert shapes(torch.empty(2, 3, 16, 16, dtype=torch.bfloat16, device='meta')).shape == (2, 3)
 
 
 def test_compiled_training_gives_the_same_student(train, monkeypatch):

@@ -1,6 +1,7 @@
 """A frozen teacher in half precision: its head computes in float32, and what that changes is measured."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
@@ -41,7 +42,8 @@ class _Float32Forward:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.module.weight.float(), self.module.bias
         bias = bias if bias is None else bias.float()
-        with torch.autocast(x.device.type, enabled=False):
+        # There is no autocast on the meta device, where saved prompt paths are compared with their teacher.
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             if isinstance(self.module, nn.Linear):
                 return F.linear(x.float(), weight, bias)
             return self.module._conv_forward(x.float(), weight, bias)
