@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 import timm_dfpt
 import timm_dfpt_cli
-from tests.tiny import CLASSES, TinyJob
+from tests.tiny import CLASSES, DATA_CONFIG, RESNET, TinyJob, write_teacher
+from timm_dfpt.hub.student import save_student
 from timm_dfpt.training.run import main as distill
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +126,61 @@ def test_evaluate_repeats_the_summary_to_the_bit(finished: Path, tmp_path: Path)
     assert [(each['name'], each['images']) for each in classes] == [('ash', 14), ('birch', 14), ('cedar', 15)]
     mean = sum(each['images'] * each['accuracy'] for each in classes) / 43
     assert mean == pytest.approx(models['student']['metrics']['top1'])
+
+
+KINDS = {
+    'unlabelled': ('--method', 'kd', '--unlabelled'),
+    'an unlabelled path': ('--unlabelled', '--prompt-epochs', '1'),
+    'unlabelled features': ('--unlabelled', '--method', 'feature', '--teacher', 'local-dir:{narrow}'),
+    'features': ('--method', 'feature', '--model-ema', '--model-ema-decay', '0.9'),
+    'a fitted head': ('--method', 'kd', '--teacher', 'local-dir:{other}', '--teacher-head-balanced'),
+    'a path with a fitted head': ('--teacher', 'local-dir:{other}', '--prompt-head-rank', '1'),
+    'a path with a new head': ('--teacher', 'local-dir:{other}', '--teacher-head', 'new'),
+    'an average': ('--model-ema', '--model-ema-decay', '0.9', '--export-weights', 'best', '--epochs', '2'),
+    'a copy in half precision': ('--method', 'dfpt+', '--teacher-dtype', 'bfloat16', '--validation-batch-size', '7'),
+    'a larger teacher input': ('--teacher-input-size', '24', '--background', 'white', '--channels-last'),
+    'a teacher in half precision': ('--teacher-dtype', 'bfloat16'),
+    'without a teacher': ('--method', 'supervised', '--train-split', 'val', '--val-split', 'train'),
+}
+
+
+def test_features_through_a_layer_that_is_not_saved(
+    tiny: TinyJob, tmp_path: Path, capsys: pytest.CaptureFixture[str], fresh_accelerate: Callable[[], None]
+) -> None:
+    argv = tiny.vit_argv(tmp_path / 'run', '--method', 'feature', '--unlabelled', '--epochs', '1')
+    at = argv.index('--prompt-norm')
+    del argv[at : at + 2]
+    argv[argv.index('embed_dim=32')] = 'embed_dim=16'
+    assert distill(argv) == 0
+    fresh_accelerate()
+    assert run('evaluate', tmp_path / 'run') == 1
+    assert 'through a linear layer that is not saved with it' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+def test_evaluate_repeats_the_summary_of_any_run(
+    kind: str, tiny: TinyJob, tmp_path: Path, fresh_accelerate: Callable[[], None]
+) -> None:
+    write_teacher(tmp_path / 'narrow', 'resnet18', **RESNET)
+    other = timm.create_model('resnet18', num_classes=5, **RESNET)
+    save_student(other, tmp_path / 'other', label_names=list('vwxyz'), data_config=DATA_CONFIG)
+    argv = [*tiny.common(tmp_path / 'run'), '--dataset', str(tiny.data), '--epochs', '1', '--student', 'resnet18']
+    argv += ['--student-kwargs', *(f'{key}={value}' for key, value in RESNET.items())]
+    argv += [] if 'supervised' in KINDS[kind] else ['--teacher', f'local-dir:{tiny.teacher}']
+    places = {name: tmp_path / name for name in ('narrow', 'other')}
+    assert distill([*argv, *(each.format(**places) for each in KINDS[kind])]) == 0
+    fresh_accelerate()
+    assert run('evaluate', tmp_path / 'run', '--json', tmp_path / 'found.json') == 0
+    models = json.loads((tmp_path / 'found.json').read_text())['splits']['val']['models']
+    found = {role: model['metrics'] for role, model in models.items()}
+    measured = {role: model['val_metrics'] for role, model in summary_of(tmp_path / 'run')['models'].items()}
+    expected = {role: metrics for role, metrics in measured.items() if metrics is not None}
+    if '--model-ema' in KINDS[kind]:
+        for metrics in (*found.values(), *expected.values()):
+            metrics.pop('kl_to_student', None)
+    assert found['student']
+    assert found == expected
 
 
 def test_evaluate_and_predict_a_student_by_what_timm_says(finished: Path, tiny: TinyJob, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ..reports.analysis import class_counts
 from ..reports.calibration import reliability
 from ..reports.predictions import PredictionRecorder, SplitPredictions
 from ..tasks.evaluation import SCORES, evaluate_together, score_of
+from ..tasks.features import FeatureTask
 from ..tasks.methods import METHODS
 from ..training.build import evaluation_loaders, load_data
 from ..training.run import Setup, measure
@@ -57,7 +58,7 @@ def evaluate_run(folder: RunFolder, workers: int | None = None, cpu: bool = Fals
         By split (`val`, and `test` where there is one) `images`, and by model what `_described` returns.
 
     Raises:
-        ValueError: If data or teacher of the run are not what they were.
+        ValueError: If data or teacher of the run are not what they were, or what was measured is not saved.
     """
     summary, before = folder.read_summary(), TrainConfig(**load_recipe(folder.config))
     of_data = [field.name for field in dataclasses.fields(before) if field.metadata['group'] == 'data']
@@ -87,6 +88,12 @@ def evaluate_run(folder: RunFolder, workers: int | None = None, cpu: bool = Fals
     learners = setup.create_learners({config.method: config}, statistics, setup.teacher_heads(folder))
     for learner in learners:
         learner.eval()
+        # Which without labels is what the features are compared through.
+        if config.unlabelled and isinstance(learner.task, FeatureTask) and learner.task.extra_param_groups():
+            raise ValueError(
+                f'MODEL {str(folder)!r} learned features of another width without labels, through a linear layer that '
+                'is not saved with it, so that they cannot be measured again: see its summary.json.'
+            )
     (results,) = measure(setup, learners)
     said = recorder.result({(0, role): role for role in summary['models']})
     splits = {'val': data.val, **({'test': data.test} if data.test else {})}
