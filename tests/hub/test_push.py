@@ -84,7 +84,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ('validate-yaml', {'kind': 'status', 'status': 503}, 'answered 503'),
     ('POST .*/commit/', {'kind': 'status', 'status': 503}, 'answered 503'),
     ('POST .*/commit/', {'kind': 'status', 'status': 403}, 'answered 403'),
-    ('POST .*/commit/', {'kind': 'status', 'status': 412}, 'changed meanwhile'),
+    ('POST .*/commit/', {'kind': 'status', 'status': 412}, 'changed in the meantime'),
     ('POST .*/commit/', {'kind': 'lost'}, 'no answer'),
 ]
 

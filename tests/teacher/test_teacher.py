@@ -589,7 +589,7 @@ class _Detector(nn.Module):
 def test_models_that_give_no_logits_and_unused_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r'logits \[B, K\]'):
         timm_dfpt.wrap(_Detector(), stages=['body.0', 'body.1'], classifier='head')
-    with pytest.raises(ValueError, match="behind 'side'"):
+    with pytest.raises(ValueError, match="after 'side'"):
         timm_dfpt.wrap(_Detector(), stages=['body.0', 'side', 'head'], classifier='head')
 
 

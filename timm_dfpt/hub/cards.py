@@ -232,7 +232,7 @@ def prompt_path_card(
         'Parameters': f'{params:,} of its own, {100 * params / config.base_fingerprint.parameters:.1f}% of the teacher',
         'File': f'{size_bytes:,} bytes',
         'Blocks after': ', '.join(f'`{stage.module}`' for stage in config.stages),
-        'Blocks': ', '.join(f'{key} {value}' for key, value in config.prompt.to_dict().items()),
+        'Blocks': ', '.join(f'{key} {value}' for key, value in config.prompt.to_dict().items() if value is not None),
         'Input': input_text(config.data_config) if config.data_config else None,
         **_common_facts(run, license),
     }
