@@ -235,6 +235,34 @@ def test_a_bad_image_is_a_row(
     assert output.err.endswith('warning: 2 of 3 images cannot be read, see the column error.\n')
 
 
+def test_images_of_every_kind_are_read_as_in_training(finished: Path, tmp_path: Path) -> None:
+    rng, size = np.random.default_rng(0), (16, 16)
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    grey, colors = rng.integers(0, 256, size, np.uint8), rng.integers(0, 256, (*size, 4), np.uint8)
+    deep, opaque = rng.integers(0, 65536, size, np.uint16), colors[..., 3:] / 255
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    Image.fromarray(colors).save(folder / 'alpha.png')
+    Image.fromarray(deep).save(folder / 'deep.png')
+    Image.fromarray(colors[..., :3]).save(folder / 'exif.png', exif=turned)
+    Image.fromarray(grey).save(folder / 'grey.png')
+    expected = [
+        colors[..., :3] * opaque + 255 * (1 - opaque), np.repeat(deep[..., None] / 257, 3, 2),
+        np.rot90(colors[..., :3], -1), np.repeat(grey[..., None], 3, 2),
+    ]  # fmt: skip
+    pixels = torch.from_numpy(np.stack([each.astype(np.float32) for each in expected])).permute(0, 3, 1, 2)
+    student = timm.create_model(f'local-dir:{finished / "student"}', pretrained=True).eval()
+    with torch.no_grad():
+        probabilities = student((pixels / 255 - 0.5) / 0.25).softmax(1)
+    output = tmp_path / 'out.csv'
+    assert run('predict', finished, folder, '--background', 'white', '--output', output) == 0
+    rows = list(csv.DictReader(output.open(newline='')))
+    assert [Path(row['file']).name for row in rows] == ['alpha.png', 'deep.png', 'exif.png', 'grey.png']
+    # Pixels are rounded to whole numbers.
+    assert np.allclose([float(row['probability_1']) for row in rows], probabilities.max(1).values, atol=1e-3)
+
+
 @pytest.mark.slow
 def test_exported_files_say_the_same(finished: Path, tiny: TinyJob, tmp_path: Path, fresh_accelerate: object) -> None:
     student, images = tmp_path / 'run' / 'student', tiny.data / 'val'

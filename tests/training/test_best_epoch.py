@@ -17,8 +17,11 @@ from timm_dfpt.training.publish import publish_run
 from timm_dfpt.training.run import main
 from timm_dfpt.training.run_folder import RunFolder
 
-# So large a rate that epochs are not each better than the one before.
-UNSTEADY = ('--epochs', '5', '--lr', '0.6', '--sched', 'constant', '--export-epochs', '1', '2', '3', '4', '5')
+# So large a rate that epochs are not each better than the one before; the prompt path is frozen in some of them.
+UNSTEADY = (
+    '--epochs', '5', '--lr', '0.6', '--sched', 'constant', '--export-epochs', '1', '2', '3', '4', '5',
+    '--prompt-epochs', '2',
+)  # fmt: skip
 
 
 @pytest.fixture(scope='module')
