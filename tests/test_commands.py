@@ -317,6 +317,8 @@ WRONG = {
     'a revision of a folder': (
         ['predict', '{run}/student', '{images}', '--revision', 'v1'], "revision='v1' is for repositories on the Hub",
     ),
+    'a comparison': (['predict', '{compared}', '{images}'], 'students, such as {compared}/seed-0/arms/kd/student.'),
+    'a seed of it': (['evaluate', '{compared}/seed-0'], 'such as {compared}/seed-0/arms/kd/student.'),
     'a run that is not finished': (['predict', '{unfinished}', '{images}'], 'a run that is not finished'),
 }  # fmt: skip
 
@@ -330,14 +332,17 @@ def test_bad_input(
         (tmp_path / folder).mkdir()
     for file in ('config.yaml', 'metrics.jsonl'):
         shutil.copy(finished / file, tmp_path / 'unfinished')
+    (tmp_path / 'compared' / 'seed-0' / 'arms' / 'kd' / 'student').mkdir(parents=True)
+    for file in ('config.yaml', 'metrics.jsonl', 'summary.json'):
+        shutil.copy(finished / file, tmp_path / 'compared' / 'seed-0')
     for label in 'xy':
         shutil.copytree(tiny.data / 'val' / 'ash', tmp_path / 'other' / label)
-    places = {each: tmp_path / each for each in ('empty', 'unfinished', 'other')}
+    places = {each: tmp_path / each for each in ('empty', 'unfinished', 'other', 'compared')}
     places |= {'run': finished, 'data': tiny.data, 'images': tiny.data / 'val'}
     assert run(*(each.format(**places) for each in argv)) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith('error: ')
-    assert words in last
+    assert words.format(**places) in last
     assert not list((tmp_path / 'empty').iterdir())
 
 

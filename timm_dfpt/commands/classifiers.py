@@ -65,18 +65,19 @@ def run_folder_of(model: str) -> RunFolder | None:
     """Return the folder of a finished run, if that is what was named.
 
     Raises:
-        ValueError: If it is one of a run that is not finished.
+        ValueError: If it is one of a run that is not finished, or of a comparison.
     """
     folder = RunFolder(Path(model).expanduser())
     if folder.summary.is_file() and folder.student.is_dir():
         return folder
+    students = sorted(folder.path.glob('arms/*/student')) or sorted(folder.path.glob('seed-*/arms/*/student'))
+    if students:
+        raise ValueError(
+            f'MODEL {model!r} is the folder of a comparison: name one of its students, such as {students[0]}.'
+        )
     if folder.config.is_file() and folder.metrics.is_file():
         raise ValueError(
             f'MODEL {model!r} is the folder of a run that is not finished: continue it with --output {model} --resume.'
-        )
-    if folder.summary.is_file():
-        raise ValueError(
-            f'MODEL {model!r} is the folder of a comparison: name one of its students, such as {model}/arms/kd/student.'
         )
     return None
 
