@@ -78,8 +78,9 @@ def test_the_wheel_alone(tmp_path: Path) -> None:
     data = str(packages / 'timm_dfpt' / 'quickstart')
     tables = []
     for model in ('run', 'run/exported/model.onnx'):
-        command('predict', model, data, '--split', 'validation', '--output', 'out.csv')
-        tables.append(list(csv.DictReader((tmp_path / 'work' / 'out.csv').open(newline=''))))
+        output = tmp_path / 'work' / f'{Path(model).stem}.csv'
+        command('predict', model, data, '--split', 'validation', '--output', output.name)
+        tables.append(list(csv.DictReader(output.open(newline=''))))
         command('evaluate', model, '--dataset', data, '--split', 'validation')
     assert [row['label_1'] for row in tables[0]] == [row['label_1'] for row in tables[1]]
     assert len(tables[0]) == summary['dataset_sizes']['val']
