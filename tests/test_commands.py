@@ -319,6 +319,8 @@ WRONG = {
     ),
     'a comparison': (['predict', '{compared}', '{images}'], 'students, such as {compared}/seed-0/arms/kd/student.'),
     'a seed of it': (['evaluate', '{compared}/seed-0'], 'such as {compared}/seed-0/arms/kd/student.'),
+    'no data, and no run that has some': (['evaluate', 'nothere'], "a run folder has its own, and 'nothere' is none"),
+    'a report of no folder': (['report', 'nothere'], "'nothere' is not a folder"),
     'a run that is not finished': (['predict', '{unfinished}', '{images}'], 'a run that is not finished'),
 }  # fmt: skip
 

@@ -428,3 +428,13 @@ def test_unknown_on_the_hub_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
     with pytest.raises(FileNotFoundError, match='nobody/nothing.* is not a local file or folder'):
         load_splits('nobody/nothing')
+    (tmp_path / 'photos').mkdir()
+    monkeypatch.chdir(tmp_path)
+    hints = {
+        'photoz': "did you mean 'photos'",
+        str(tmp_path / 'photoz'): f"did you mean '{tmp_path}/photos'",
+        'photos/val': "the folder 'photos' has no 'val'",
+    }
+    for name, hint in hints.items():
+        with pytest.raises((FileNotFoundError, ValueError), match=hint):
+            load_splits(name)

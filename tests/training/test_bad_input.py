@@ -569,6 +569,10 @@ def content(folder):
         (['--resume', '--lr', '0.3'], r'started with other options: lr=0.3 \(was 0.05\)'),
         (['--resume', '--epochs', '2', '--seed', '1'], r'epochs=2 \(was 1\), seed=1 \(was 42\)'),
         (['--resume', '--teacher', 'resnet18'], "teacher='resnet18'"),
+        (
+            ['--resume', '--epochs', '2', '--seed', '1', '--lr', '0.3', '--weight-decay', '0', '--opt', 'momentum'],
+            r' and 2 more\. Give .*config\.yaml --resume has them all',
+        ),
     ],
 )
 def test_run_of_other_options(tiny, finished, capsys, arguments, message):

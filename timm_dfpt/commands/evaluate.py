@@ -200,7 +200,10 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt evaluate')
         given = [name for name in (*of_data, 'batch_size', 'revision', 'base_model') if getattr(args, name) is not None]
         if args.dataset is None:
             if run is None:
-                raise ValueError('dataset is not given: name labelled images with --dataset; only a run has its own.')
+                raise ValueError(
+                    f'dataset is not given: name labelled images with --dataset; only a run folder has its own, and '
+                    f'{args.model!r} is none.'
+                )
             if given:
                 raise ValueError(f'{given[0]} needs --dataset: without it the data and options of the run count.')
             splits = evaluate_run(run, args.workers, args.cpu)

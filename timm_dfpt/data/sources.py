@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
 import os
@@ -71,8 +72,8 @@ def open_dataset(
             )
         if dataset.startswith(('.', '/', '~', '\\')) or dataset.count('/') > 1 or dataset.endswith('.parquet'):
             raise FileNotFoundError(
-                f'dataset={printable(dataset)!r}: there is no such file or folder. Check the path, or give the id of '
-                'a dataset on the Hub.'
+                f'dataset={printable(dataset)!r}: there is no such file or folder{_like_it(dataset)}. Check the path, '
+                'or give the id of a dataset on the Hub.'
             )
         return _load(dataset, dataset_config, revision=dataset_revision)
     if printable(str(path)) != str(path):
@@ -119,7 +120,8 @@ def _load(path: str, config_name: str | None, **kwargs: Any) -> dict[str, Datase
     except (DatasetNotFoundError, ConnectionError) as error:
         _check_cache()
         raise FileNotFoundError(
-            f'{asked} is not a local file or folder and could not be loaded from the Hub: {_one_line(error)}'
+            f'{asked} is not a local file or folder{_like_it(path)} and could not be loaded from the Hub: '
+            f'{_one_line(error)}'
         ) from error
     except (DatasetsError, OSError, ValueError) as error:
         _check_cache()
@@ -127,6 +129,18 @@ def _load(path: str, config_name: str | None, **kwargs: Any) -> dict[str, Datase
         hint = '; name one with --dataset-config' if several else ''
         raise ValueError(f'{asked} could not be read: {_one_line(error)}{hint}') from error
     return {str(name): split for name, split in splits.items()}
+
+
+def _like_it(dataset: str) -> str:
+    """Return what is here under a name that comes close, or else from where on the path is wrong, in parentheses."""
+    folder, name = os.path.split(os.path.normpath(os.path.expanduser(dataset)))
+    if not os.path.isdir(folder or '.'):
+        return ''
+    listed = sorted(each.name for each in os.scandir(folder or '.') if each.is_dir() or each.name.endswith('.parquet'))
+    close = difflib.get_close_matches(name, [each for each in listed if not is_hidden(each)], 1)
+    if close:
+        return f' (did you mean {printable(os.path.join(folder, close[0]))!r}?)'
+    return f' (the folder {printable(folder)!r} has no {printable(name)!r})' if folder else ''
 
 
 def _one_line(error: BaseException) -> str:

@@ -182,6 +182,8 @@ def exit_code(job: Callable[[], Any], remedy: str = 'the same command with --res
 
     with lasting_output(), _repeated_where_lost():
         logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
+        # It writes what it logs itself, and all would be said twice.
+        logging.getLogger('huggingface_hub').propagate = False
         try:
             with on_stop(stop):
                 job()

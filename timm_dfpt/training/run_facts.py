@@ -32,8 +32,10 @@ def read_run(folder: RunFolder, prompt_path_repo: str | None = None) -> tuple[Ru
         prompt_path_repo: Repository of the prompt path.
 
     Raises:
-        FileNotFoundError: If the run is not finished.
+        FileNotFoundError: If there is no such run, or it is not finished.
     """
+    if not folder.path.is_dir():
+        raise FileNotFoundError(f'{str(folder)!r} is not a folder: name the folder of a finished run.')
     for file in (folder.summary, folder.config):
         if not file.is_file():
             raise FileNotFoundError(

@@ -26,6 +26,8 @@ __all__ = ['ComparisonFolder', 'RunFolder', 'claimed']
 _logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 1
+# As many changed options are named one by one.
+_SHOWN = 3
 # What may differ when a run is resumed, since it says nothing about what is computed.
 _MAY_DIFFER = (
     'output', 'resume', 'log_with', 'log_interval', 'checkpoint_hist', 'checkpoint_steps', 'workers', 'cache_images',
@@ -128,10 +130,11 @@ class RunFolder:
         before = {**{field.name: default_of(field) for field in dataclasses.fields(config)}, **before}
         changed = [key for key in now if key not in _MAY_DIFFER and before[key] != now[key]]
         if changed:
-            shown = ', '.join(f'{key}={now[key]!r} (was {before.get(key)!r})' for key in changed)
+            shown = ', '.join(f'{key}={now[key]!r} (was {before.get(key)!r})' for key in changed[:_SHOWN])
+            more = f' and {len(changed) - _SHOWN} more' if len(changed) > _SHOWN else ''
             raise ValueError(
-                f'resume: the run in {str(self)!r} was started with other options: {shown}. Give the options it was '
-                f'started with (--config {self.config}), or another --output.'
+                f'resume: the run in {str(self)!r} was started with other options: {shown}{more}. Give the options it '
+                f'was started with (--config {self.config} --resume has them all), or another --output.'
             )
 
     def resumed(self, config: TrainConfig) -> TrainConfig:
