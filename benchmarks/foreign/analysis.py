@@ -78,11 +78,12 @@ class Study:
         return welch(*([record[key] for record in arms[name] if record[key] is not None] for name in (arm, base)))
 
     def cost(self, regime: str, arm: str) -> float | None:
-        """Total cost of an arm relative to the student alone: ratio of the medians of CPU time."""
+        """Cost of an arm relative to the student alone (with a fitted head where it has one): ratio of medians."""
         arms = self.arms(regime)
-        if 'alone' not in arms or arm not in arms:
+        alone = 'alone-head' if 'alone-head' in arms else 'alone'
+        if alone not in arms or arm not in arms:
             return None
-        one, base = (statistics.median(record['total_cpu_s'] for record in arms[name]) for name in (arm, 'alone'))
+        one, base = (statistics.median(record['total_cpu_s'] for record in arms[name]) for name in (arm, alone))
         return float(one / base)
 
     def primary(self, regime: str) -> list[tuple[str, str]]:

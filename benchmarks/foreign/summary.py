@@ -76,6 +76,8 @@ def _ways(study: Study, regimes: Sequence[str]) -> str:
                 arm = (timed or (usual if usual == dearest[regime] else '')) if longer else usual
                 cells.append(_cell(study, regime, arm) if arm else '-')
             rows.append([words + (', equal time' if longer else ''), *cells])
+    counts = [{len(records) for records in study.arms(regime).values()} for regime in regimes]
+    rows.append(['runs of each', *(f'{min(each)}-{max(each)}' if len(each) > 1 else str(*each) for each in counts)])
     return markdown_table(['way', *regimes], rows, text_columns=1)
 
 
