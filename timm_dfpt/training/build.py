@@ -216,9 +216,11 @@ def with_batch_size(config: TrainConfig, images: int, accelerator: Accelerator) 
             'choose an even number, or set both to 0.'
         )
     if config.batch_size is None and size < 128:
+        # With SGD at the usual rate pretrained students in batches of 8 ended at chance under a teacher.
+        remedy = f'; if the loss does not fall, try --lr {config.lr * size / 128:.2g}, or --opt adamw --lr 0.001'
         accelerator.print(
             f'small dataset: batch size {size} instead of 128, as --batch-size was not given; the learning rate stays '
-            f'{config.lr:g}'
+            f'{config.lr:g}{remedy if config.opt == "sgd" else ""}'
         )
     accelerator.print(
         f'{images // size:,} steps of {size} images per epoch; {images % size} images are left out of each epoch'
