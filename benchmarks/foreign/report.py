@@ -123,7 +123,8 @@ def draw(study: Study, path: Path) -> None:
     matplotlib.use('agg')
     from matplotlib import pyplot as plt  # costs 0.3 s
 
-    regimes = [regime for regime in study.regimes if len(study.arms(regime)) > 1]
+    ways = {regime: {way_of(study, regime, arm) for arm in study.arms(regime)} - {None} for regime in study.regimes}
+    regimes = [regime for regime, found in ways.items() if len(found) > 1]
     rows = math.ceil(len(regimes) / 4)
     columns = math.ceil(len(regimes) / rows)
     figure, panels = plt.subplots(
@@ -141,7 +142,8 @@ def draw(study: Study, path: Path) -> None:
             color = colors.setdefault(way, f'C{len(colors) % 10}')
             xs, ys = zip(*sorted(points), strict=True)
             axes.plot(xs, ys, marker='o', color=color, label=WAYS.get(way, way))
-        axes.set(xlabel='CPU seconds, all of the way', ylabel='test top-1 %', title=regime, xscale='log')
+        axes.set(xlabel='CPU seconds, all of the way', ylabel='test top-1 %', title=regime)
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize='xx-small')
     for axes in panels.flat[len(regimes):]:
