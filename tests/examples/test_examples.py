@@ -35,7 +35,7 @@ def test_first_lines(script: Path) -> None:
     lines = ast.get_docstring(ast.parse(script.read_text()))
     assert lines is not None
     shows, how, prints = lines.splitlines()
-    assert shows.startswith('Shows ')
+    assert shows.startswith('Show ')
     assert how.startswith('Run it with `')
     assert f'examples/{script.name}`' in how
     assert prints.startswith('Prints ')

@@ -150,10 +150,10 @@ def test_what_is_decided_is_said(argv_of: Any, teacher: str, more: tuple[str, ..
     [
         ('five', ('--teacher-head', 'own'), 'it knows 5 classes and the data have 3. Fit a head'),
         ('names', ('--teacher-head', 'own'), "class 0 is 'x'"),
-        ('five', ('--teacher-head', 'new', '--method', 'kd'), 'method=kd has none'),
-        ('five', ('--teacher-head', 'new', '--baselines', 'kd'), 'method=kd has none'),
+        ('five', ('--teacher-head', 'new', '--method', 'kd'), 'which method=kd does not have'),
+        ('five', ('--teacher-head', 'new', '--baselines', 'kd'), 'which method=kd does not have'),
         ('five', ('--teacher-head', 'new', '--prompt-teacher-weight', '1'), 'so a and c are 0'),
-        ('five', ('--teacher-head', 'new', '--teacher-head-balanced'), 'fits none'),
+        ('five', ('--teacher-head', 'new', '--teacher-head-balanced'), 'fits no head'),
         ('five', ('--teacher-kwargs', 'num_classes=3'), 'would be'),
     ],
 )

@@ -255,7 +255,7 @@ def test_two_processes_have_one_teacher_and_end_as_one(tiny, tmp_path):
         (['--method', 'dfpt', '--teacher-dtype', 'bfloat16'], 'teacher_dtype=bfloat16: without labels'),
         (['--method', 'dfpt', '--prompt-block'], 'prompt_block=True has no effect with --unlabelled'),
         (['--method', 'dfpt+', '--prompt-lr', '0.1'], 'prompt_lr=0.1 has no effect with --unlabelled'),
-        (['--method', 'feature', '--cache-teacher', '--no-aug'], 'learns features'),
+        (['--method', 'feature', '--cache-teacher', '--no-aug'], 'distills features'),
     ],
 )
 def test_what_needs_labels_is_refused_in_a_line(more, message, tiny, tmp_path, capsys):
