@@ -164,6 +164,7 @@ def test_ways_of_a_regime_have_equal_numbers_of_trials() -> None:
         assert len(set(trials.values())) <= 1, (name, trials)
 
 
+@pytest.mark.slow
 def test_every_way_is_recorded_with_what_it_costs(work: Path) -> None:
     records = {(r['arm'], r['seed']): r for r in read_records(work / 'records') if r['phase'] != 'flops'}
     found = {(r['arm'], r['seed']) for r in read_records(work / 'records')}
@@ -181,6 +182,7 @@ def test_every_way_is_recorded_with_what_it_costs(work: Path) -> None:
     assert records['alone wd', 100]['stages'][0]['options']['weight_decay'] == 0
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_not_trained_again(work: Path, capsys: Any) -> None:
     before = (work / 'records' / 'tiny.jsonl').read_bytes()
     argv = ['--work', str(work), '--plan', str(work / 'plan.yaml'), '--records', str(work / 'records')]
@@ -191,11 +193,13 @@ def test_what_is_recorded_is_not_trained_again(work: Path, capsys: Any) -> None:
     assert not any((work / 'runs').iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_sees_training_images_only(work: Path) -> None:
     seen = {path.read_bytes() for path in (work / 'data' / 'noise-train').rglob('*.png')}
     assert seen == {path.read_bytes() for path in (work / 'data' / 'noise' / 'train').rglob('*.png')}
 
 
+@pytest.mark.slow
 def test_the_page_is_made_from_records(work: Path, tmp_path: Path) -> None:
     argv = ['--plan', str(work / 'plan.yaml'), '--records', str(work / 'records'), '--document', str(tmp_path / 'a.md')]
     assert report.main([*argv, '--check']) == 1

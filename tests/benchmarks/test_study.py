@@ -219,6 +219,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Mini:
     return mini
 
 
+@pytest.mark.slow
 def test_every_student_is_recorded(mini: Mini) -> None:
     records = run.read_records(mini.results)
     assert {(r['arm'], r['seed'], r['phase']) for r in records} == {
@@ -238,6 +239,7 @@ def test_every_student_is_recorded(mini: Mini) -> None:
     assert not list((mini.work / 'claims').iterdir())
 
 
+@pytest.mark.slow
 def test_a_tuning_run_has_no_test_numbers(mini: Mini) -> None:
     by_phase = {record['phase']: record for record in run.read_records(mini.results)}
     assert by_phase['tune']['test_top1'] is None
@@ -246,12 +248,14 @@ def test_a_tuning_run_has_no_test_numbers(mini: Mini) -> None:
     assert set(by_phase['final']['metrics']) == {'train', 'val', 'test'}
 
 
+@pytest.mark.slow
 def test_nothing_is_run_twice(mini: Mini) -> None:
     before = {path: path.stat().st_mtime_ns for path in mini.results.iterdir()}
     assert run.main(mini.argv) == 0
     assert {path: path.stat().st_mtime_ns for path in mini.results.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_student_alone_is_the_one_that_is_recorded(mini: Mini, tmp_path: Path, capsys: Any) -> None:
     single = ['--regime', 'tiny', '--arm', 'dfpt', '--seed', '101']
     assert run.main([*mini.argv, *single]) == 0
@@ -265,6 +269,7 @@ def test_a_student_alone_is_the_one_that_is_recorded(mini: Mini, tmp_path: Path,
     assert 'as recorded' not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_goes_on(mini: Mini, tmp_path: Path) -> None:
     plan = Plan(mini.plan, mini.work)
     cells = [cell for cell in plan.cells() if cell.seed == 101]
@@ -282,6 +287,7 @@ def test_what_was_interrupted_goes_on(mini: Mini, tmp_path: Path) -> None:
         assert 1000 < record['elapsed_s'] < 1100
 
 
+@pytest.mark.slow
 def test_the_report_tells_what_was_run(mini: Mini, tmp_path: Path, capsys: Any) -> None:
     document = tmp_path / 'RESULTS.md'
     document.write_text('# Results\n', encoding='utf-8')
