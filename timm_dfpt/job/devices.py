@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ..utils.memory import keep_freed_memory
 from .options import TrainConfig
 
 __all__ = [
@@ -63,6 +64,8 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         # Learners share their batch statistics after each update, evaluation and EMA included.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.device.type == 'cpu':
+        keep_freed_memory()
     set_up_sharding(accelerator, config)
     if config.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         # accelerate would compute in float32 and say nothing.
