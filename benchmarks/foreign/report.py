@@ -17,10 +17,10 @@ from typing import Any
 from benchmarks.foreign.analysis import Study
 from benchmarks.foreign.plan import PLAN_FILE, Plan
 from benchmarks.foreign.run import RECORDS, read_records
-from benchmarks.foreign.summary import WAYS, blocks, difference_text, way_of
+from benchmarks.foreign.summary import WAYS, blocks, runs_text, way_of
 from benchmarks.study.report import rewrite
 from timm_dfpt.hub.markdown import markdown_table
-from timm_dfpt.reports.intervals import summarise
+from timm_dfpt.reports.intervals import difference_text, summarise
 
 __all__ = ['draw', 'main', 'page']
 
@@ -34,7 +34,7 @@ def page(study: Study) -> str:
         '# From a foreign teacher to a small model: all tables',
         'Written by `python -m benchmarks.foreign.report` from `benchmarks/foreign/plan.yaml` and the records in '
         '`benchmarks/foreign/records`; what the regimes and ways are is said in the plan. What follows from them: '
-        f'[RESULTS.md](RESULTS.md). {blocks(study)["runs"]}',
+        f'[RESULTS.md](RESULTS.md). {runs_text(study)}',
         'Test top-1 of the last epoch in percent. In brackets: 95% interval of a difference by Welch over the seeds, '
         'which are not paired. Cost: CPU time of the whole way (fitting, fine-tuning, adapting, all epochs), relative'
         ' to the student alone for as many epochs. Arms with `=time` train for as long as the dearest.',

@@ -1,15 +1,13 @@
 """What `docs/RESULTS.md` shows of the study of foreign teachers: ways against regimes, and the primary contrasts."""
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from benchmarks.foreign.analysis import Study
 from timm_dfpt.hub.markdown import markdown_table
-from timm_dfpt.reports.intervals import summarise
+from timm_dfpt.reports.intervals import difference_text, summarise
 
-__all__ = ['WAYS', 'blocks', 'difference_text', 'way_of']
+__all__ = ['WAYS', 'blocks', 'runs_text', 'way_of']
 
 # Ways in words, in the order of the table. Students with pre-trained weights get a fitted head first in all of them.
 WAYS = {
@@ -39,11 +37,12 @@ def way_of(study: Study, regime: str, arm: str) -> str | None:
 def blocks(study: Study) -> dict[str, str]:
     """Return the text of every block of the page by name; of those only for which there are records."""
     regimes = [regime for regime in study.regimes if any(arm.endswith('=time') for arm in study.arms(regime))]
-    texts = {'runs': _runs(study), 'ways': _ways(study, regimes) if regimes else '', 'contrasts': _contrasts(study)}
+    texts = {'runs': runs_text(study), 'ways': _ways(study, regimes) if regimes else '', 'contrasts': _contrasts(study)}
     return {name: text for name, text in texts.items() if text}
 
 
-def _runs(study: Study) -> str:
+def runs_text(study: Study) -> str:
+    """Return how many runs of which kind there are, what they took, and where."""
     phases = [record['phase'] for record in study.records]
     hours = sum(record['total_cpu_s'] for record in study.records) / 3600
     machines = sorted({record['machine']['cpu'] for record in study.records})
@@ -56,13 +55,10 @@ def _runs(study: Study) -> str:
 
 def _ways(study: Study, regimes: Sequence[str]) -> str:
     """Mean test top-1 with its 95% interval, and cost relative to the student alone for as many epochs."""
-    dearest = {
-        regime: max(
-            (arm for arm in study.arms(regime) if not arm.endswith('=time')),
-            key=lambda arm, regime=regime: study.cost(regime, arm) or 0,  # type: ignore[misc]
-        )
-        for regime in regimes
-    }
+    dearest = {}
+    for regime in regimes:
+        costs = {arm: study.cost(regime, arm) or 0 for arm in study.arms(regime) if not arm.endswith('=time')}
+        dearest[regime] = max(costs, key=costs.__getitem__)
     rows = []
     for longer in ('', ' =time'):
         for way, words in WAYS.items():
@@ -82,10 +78,10 @@ def _ways(study: Study, regimes: Sequence[str]) -> str:
 
 
 def _cell(study: Study, regime: str, arm: str) -> str:
-    values = [record['student_top1'] for record in study.arms(regime)[arm]]
-    summary, cost = summarise(values), study.cost(regime, arm)
+    summary = summarise([record['student_top1'] for record in study.arms(regime)[arm]])
+    cost = study.cost(regime, arm)
     half = '' if summary['interval'] is None else f' +- {summary["interval"][1] - summary["mean"]:.1f}'
-    return f'{statistics.fmean(values):.1f}{half}' + ('' if cost is None else f' ({cost:.1f}x)')
+    return f'{summary["mean"]:.1f}{half}' + ('' if cost is None else f' ({cost:.1f}x)')
 
 
 def _contrasts(study: Study) -> str:
@@ -109,11 +105,3 @@ def _contrasts(study: Study) -> str:
     if others:
         tables.append(markdown_table(['regime', 'contrast', 'difference'], others, text_columns=2))
     return '\n\n'.join(tables)
-
-
-def difference_text(summary: Mapping[str, Any] | None) -> str:
-    """Return a difference with its 95% interval in brackets."""
-    if summary is None:
-        return '-'
-    low, high = summary['interval']
-    return f'{summary["mean"]:+.2f} [{low:+.2f}, {high:+.2f}]'

@@ -45,6 +45,7 @@ from benchmarks.study.plan import Cell, Plan
 from timm_dfpt.job.devices import create_accelerator
 from timm_dfpt.job.options import TrainConfig
 from timm_dfpt.job.stopping import Preempted
+from timm_dfpt.reports.intervals import difference_text
 from timm_dfpt.tasks.evaluation import evaluate
 from timm_dfpt.tasks.methods import METHODS
 from timm_dfpt.training.build import create_learners, resolve_input_config
@@ -353,9 +354,8 @@ def report(plan: Plan, records: Sequence[Mapping[str, Any]]) -> str:
         for arm, base in contrasts:
             found = study.difference(regime, arm, base)
             if found is not None:
-                low, high = found['interval'] or (float('nan'),) * 2
-                shown = f'{found["mean"]:+.2f} [{low:+.2f}, {high:+.2f}]'
-                lines.append(f'| {regime} | {arm} - {base} | {shown} | {found["wins"]} of {found["n"]} |')
+                shown = f'{difference_text(found)} | {found["wins"]} of {found["n"]}'
+                lines.append(f'| {regime} | {arm} - {base} | {shown} |')
     return '\n'.join(lines)
 
 

@@ -22,7 +22,7 @@ from benchmarks.study.plan import PLAN_FILE, Plan
 from benchmarks.study.plots import figures
 from benchmarks.study.run import RESULTS, read_records
 from timm_dfpt.hub.markdown import markdown_table
-from timm_dfpt.reports.intervals import summarise
+from timm_dfpt.reports.intervals import difference_text, summarise
 
 __all__ = ['blocks', 'main', 'rewrite']
 
@@ -72,10 +72,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _interval(summary: Mapping[str, Any] | None) -> str:
-    if summary is None:
-        return '-'
-    ends = summary['interval']
-    return f'{summary["mean"]:+.2f}' + (f' [{ends[0]:+.2f}, {ends[1]:+.2f}]' if ends else ' (one seed)')
+    return difference_text(summary) + (' (one seed)' if summary and not summary['interval'] else '')
 
 
 def _seeds(records: Sequence[Mapping[str, Any]]) -> str:

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ['summarise', 't_quantile']
+__all__ = ['difference_text', 'summarise', 't_quantile']
 
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
 _T975 = (
@@ -44,3 +44,16 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
     sd = statistics.stdev(values)
     half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values))
     return {'values': list(values), 'mean': mean, 'sd': sd, 'interval': [mean - half, mean + half]}
+
+
+def difference_text(summary: Mapping[str, Any] | None, none: str = '-') -> str:
+    """Return a difference as `+0.50 [+0.10, +0.90]`, without brackets where `interval` is `None`.
+
+    Args:
+        summary: With `mean` and `interval`, as of `summarise`; `None` where there is no difference.
+        none: Text for that.
+    """
+    if summary is None:
+        return none
+    ends = summary['interval']
+    return f'{summary["mean"]:+.2f}' + (f' [{ends[0]:+.2f}, {ends[1]:+.2f}]' if ends else '')
