@@ -80,11 +80,27 @@ class Study:
     def cost(self, regime: str, arm: str) -> float | None:
         """Cost of an arm relative to the student alone (with a fitted head where it has one): ratio of medians."""
         arms = self.arms(regime)
-        alone = 'alone-head' if 'alone-head' in arms else 'alone'
+        alone = self._alone(regime)
         if alone not in arms or arm not in arms:
             return None
         one, base = (statistics.median(record['total_cpu_s'] for record in arms[name]) for name in (arm, alone))
         return float(one / base)
+
+    def flops(self, regime: str, arm: str) -> float | None:
+        """FLOPs of a whole way relative to the student alone; they are counted in one run of fewer epochs each."""
+        one, base = self._flops(regime, arm), self._flops(regime, self._alone(regime))
+        return one / base if one and base else None
+
+    def _flops(self, regime: str, arm: str) -> float | None:
+        counted, trained = self.arms(regime, 'flops').get(arm.removesuffix(' =time')), self.arms(regime).get(arm)
+        if not counted or not trained:
+            return None
+        stages = zip(counted[0]['flops'], counted[0]['epochs'], trained[0]['epochs'], strict=True)
+        # A fitted head has no epochs.
+        return float(sum(flops if part is None else flops * whole / part for flops, part, whole in stages))
+
+    def _alone(self, regime: str) -> str:
+        return 'alone-head' if 'alone-head' in self.arms(regime) else 'alone'
 
     def primary(self, regime: str) -> list[tuple[str, str]]:
         """The contrasts that were chosen before any final record."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.foreign.analysis import Study
+from benchmarks.foreign.analysis import Study, welch
 from benchmarks.foreign.plan import PLAN_FILE, Plan
 from benchmarks.foreign.run import RECORDS, read_records
 from benchmarks.foreign.summary import WAYS, blocks, runs_text, way_of
@@ -36,8 +36,9 @@ def page(study: Study) -> str:
         '`benchmarks/foreign/records`; what the regimes and ways are is said in the plan. What follows from them: '
         f'[RESULTS.md](RESULTS.md). {runs_text(study)}',
         'Test top-1 of the last epoch in percent. In brackets: 95% interval of a difference by Welch over the seeds, '
-        'which are not paired. Cost: CPU time of the whole way (fitting, fine-tuning, adapting, all epochs), relative'
-        ' to the student alone for as many epochs. Arms with `=time` train for as long as the dearest.',
+        'which are not paired. Cost: CPU time of the whole way (fitting, fine-tuning, adapting, all epochs), relative '
+        'to the student alone for as many epochs; FLOPs likewise, where they were counted. Arms with `=time` train for '
+        'as long as the dearest.',
     ]
     for regime in study.regimes:
         parts += _regime(study, regime)
@@ -66,9 +67,10 @@ def _regime(study: Study, regime: str) -> list[str]:
                 _mean([record['path_top1'] for record in records]),
                 _mean([record['teacher_top1'] for record in records]),
                 _number(study.cost(regime, arm)),
+                _number(study.flops(regime, arm)),
                 difference_text(study.difference(regime, arm, 'alone')),
             ])
-        head = ['arm', 'options', 'epochs', 'n', 'test', 'path', 'teacher', 'cost', '- alone']
+        head = ['arm', 'options', 'epochs', 'n', 'test', 'path', 'teacher', 'cost', 'FLOPs', '- alone']
         parts.append(markdown_table(head, rows, text_columns=3))
         if contrasts:
             rows = [
@@ -76,22 +78,53 @@ def _regime(study: Study, regime: str) -> list[str]:
             ]
             parts += ['Primary contrasts, written down before the first of these records:',
                       markdown_table(['contrast', 'difference'], rows, text_columns=1)]
-    if trials:
-        chosen = study.chosen(regime).values()
-        rows = []
-        for trial, records in trials.items():
-            row = [
-                trial.partition(':')[0],
-                _options(records[0]['stages']),
-                ', '.join(_number(record['student_top1']) for record in records),
-                _mean([record['student_top1'] for record in records]),
-                _mean([record['path_top1'] for record in records]),
-                _number(statistics.median(record['total_cpu_s'] for record in records), '.0f'),
-            ]
-            rows.append([f'**{cell}**' for cell in row] if trial in chosen else row)
-        head = ['way', 'options', 'seeds', 'mean', 'path', 'CPU s']
-        parts += ['Tuning, validation top-1; bold: chosen.', markdown_table(head, rows, text_columns=3)]
+    if trials and 'final' in values:
+        parts += _tuning(study, regime)
+    elif trials:
+        parts += _designs(study, regime)
     return parts
+
+
+def _tuning(study: Study, regime: str) -> list[str]:
+    chosen, rows = study.chosen(regime).values(), []
+    for trial, records in study.arms(regime, 'tune').items():
+        row = [
+            trial.partition(':')[0],
+            _options(records[0]['stages']),
+            ', '.join(_number(record['student_top1']) for record in records),
+            _mean([record['student_top1'] for record in records]),
+            _mean([record['path_top1'] for record in records]),
+            _number(statistics.median(record['total_cpu_s'] for record in records), '.0f'),
+        ]
+        rows.append([f'**{cell}**' for cell in row] if trial in chosen else row)
+    head = ['way', 'options', 'seeds', 'mean', 'path', 'CPU s']
+    return ['Tuning, validation top-1; bold: chosen.', markdown_table(head, rows, text_columns=3)]
+
+
+def _designs(study: Study, regime: str) -> list[str]:
+    """Trials from which nothing follows by itself: held against the first one."""
+    trials, rows = study.arms(regime, 'tune'), []
+    first = next(iter(trials.values()))
+    usual = _given(first)
+    for records in trials.values():
+        accuracies = [record['student_top1'] for record in records]
+        difference = welch(accuracies, [record['student_top1'] for record in first])
+        changes = {key: value for key, value in _given(records).items() if usual.get(key) != value}
+        rows.append([
+            ', '.join(f'{key}={value}' for key, value in changes.items()) or 'as chosen',
+            str(len(records)),
+            _spread(accuracies),
+            _mean([record['path_top1'] for record in records]),
+            _number(statistics.median(record['total_cpu_s'] for record in records), '.0f'),
+            '' if records is first else difference_text(difference),
+        ])
+    head = ['options', 'n', 'student', 'path', 'CPU s', '- as chosen']
+    return ['Validation top-1.', markdown_table(head, rows, text_columns=1)]
+
+
+def _given(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    options: Mapping[str, Any] = records[0]['stages'][-1].get('options', {})
+    return options
 
 
 def _options(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -212,6 +212,26 @@ def test_the_page_is_made_from_records(work: Path, tmp_path: Path) -> None:
     assert (tmp_path / 'results' / report.PLOT).is_file()
 
 
+def test_flops_of_a_way_are_those_of_all_of_its_epochs() -> None:
+    def record(arm: str, phase: str, epochs: list[int | None], flops: list[int]) -> dict[str, Any]:
+        return {'regime': 'tiny', 'arm': arm, 'seed': 0, 'phase': phase, 'epochs': epochs, 'flops': flops}
+
+    records = [
+        record('alone', 'flops', [2], [20]), record('alone', 'final', [4], []),
+        record('ft-kd', 'flops', [None, 1, 2], [7, 30, 40]), record('ft-kd', 'final', [None, 3, 4], []),
+        record('ft-kd =time', 'final', [None, 3, 8], []),
+    ]
+    plan = plan_of(yaml.safe_dump(VALUES))
+    arms = plan.values['regimes']['tiny']['final']['arms']
+    arms |= {'ft-kd': {'tuned': ['ft-kd']}, 'ft-kd =time': {'tuned': ['ft-kd'], 'time': 'dearest'}}
+    study = Study(plan, records)
+    # 10 an epoch alone; 7 for the head, 30 an epoch of fine-tuning, 20 an epoch of KD.
+    assert study.flops('tiny', 'alone') == 1
+    assert study.flops('tiny', 'ft-kd') == (7 + 90 + 80) / 40
+    assert study.flops('tiny', 'ft-kd =time') == (7 + 90 + 160) / 40
+    assert study.flops('tiny', 'alone wd') is None
+
+
 def test_welchs_interval() -> None:
     # By hand: variances 1 and 4 of three and four values, degrees (1/3 + 1)^2 / ((1/3)^2 / 2 + 1^2 / 3) = 4.57, taken
     # as 4, whose 97.5% quantile is 2.776445.
