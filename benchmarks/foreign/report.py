@@ -20,7 +20,7 @@ from benchmarks.foreign.run import RECORDS, read_records
 from benchmarks.foreign.summary import WAYS, blocks, runs_text, way_of
 from benchmarks.study.report import rewrite
 from timm_dfpt.hub.markdown import markdown_table
-from timm_dfpt.reports.intervals import difference_text, summarise
+from timm_dfpt.reports.intervals import difference_text, spread_text, summarise
 
 __all__ = ['draw', 'main', 'page']
 
@@ -63,7 +63,7 @@ def _regime(study: Study, regime: str) -> list[str]:
                 _options(records[0]['stages']),
                 ' + '.join('fit' if each is None else str(each) for each in records[0]['epochs']),
                 str(len(records)),
-                _spread([record['student_top1'] for record in records]),
+                spread_text(summarise([record['student_top1'] for record in records])),
                 _mean([record['path_top1'] for record in records]),
                 _mean([record['teacher_top1'] for record in records]),
                 _number(study.cost(regime, arm)),
@@ -142,11 +142,6 @@ def _number(value: float | None, form: str = '.2f') -> str:
 def _mean(values: Sequence[float | None]) -> str:
     found = [value for value in values if value is not None]
     return _number(statistics.fmean(found)) if found else '-'
-
-
-def _spread(values: Sequence[float]) -> str:
-    summary = summarise(values)
-    return f'{summary["mean"]:.2f}' + (f' +- {summary["sd"]:.2f}' if summary['sd'] is not None else '')
 
 
 def draw(study: Study, path: Path) -> None:

@@ -22,7 +22,7 @@ from benchmarks.study.plan import PLAN_FILE, Plan
 from benchmarks.study.plots import figures
 from benchmarks.study.run import RESULTS, read_records
 from timm_dfpt.hub.markdown import markdown_table
-from timm_dfpt.reports.intervals import difference_text, summarise
+from timm_dfpt.reports.intervals import difference_text, spread_text, summarise
 
 __all__ = ['blocks', 'main', 'rewrite']
 
@@ -64,11 +64,6 @@ def _block(name: str, text: str) -> str:
 
 def _number(value: float | None, form: str = '.2f') -> str:
     return '-' if value is None or math.isnan(value) else format(value, form)
-
-
-def _spread(values: Sequence[float]) -> str:
-    summary = summarise(values)
-    return _number(summary['mean']) + (f' +- {summary["sd"]:.2f}' if summary['sd'] is not None else '')
 
 
 def _interval(summary: Mapping[str, Any] | None) -> str:
@@ -172,7 +167,7 @@ def _final(study: Study, regime: str) -> str:
             str(records[0]['epochs']),
             str(len(records)),
             _number(mean(records, lambda r: r['val_top1'])),
-            _spread([record['test_top1'] for record in records]),
+            spread_text(summarise([record['test_top1'] for record in records])),
             _number(mean(records, lambda r: r['train_top1'])),
             _number(mean(records, lambda r: r['prompt_top1'])),
             _interval(study.difference(regime, arm, 'kd')),

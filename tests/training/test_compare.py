@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from timm_dfpt.job.cli import build_parser, resolve_config
-from timm_dfpt.reports.intervals import summarise, t_quantile
+from timm_dfpt.reports.intervals import difference_text, spread_text, summarise, t_quantile
 from timm_dfpt.training import compare as compare_module
 from timm_dfpt.training.compare import Arm, compare, main, parse_arm
 from timm_dfpt.training.learner import Learner
@@ -275,3 +275,11 @@ def test_summarise():
     assert summarise([1.0]) == {'values': [1.0], 'mean': 1.0, 'sd': None, 'interval': None}
     with pytest.raises(ValueError, match='degrees'):
         t_quantile(0)
+
+
+def test_texts_of_a_summary():
+    summary = summarise([70.1, 70.9, 70.4])
+    assert (spread_text(summary), spread_text(summary, 1)) == ('70.47 +- 0.40', '70.5 +- 0.4')
+    assert spread_text(summarise([1.0])) == '1.00'
+    assert difference_text(summarise([1.0, -0.5]), digits=1) == '+0.2 [-9.3, +9.8]'
+    assert difference_text(summarise([-1.0])) == '-1.00'

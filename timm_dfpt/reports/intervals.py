@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ['difference_text', 'summarise', 't_quantile']
+__all__ = ['difference_text', 'spread_text', 'summarise', 't_quantile']
 
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
 _T975 = (
@@ -46,14 +46,27 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
     return {'values': list(values), 'mean': mean, 'sd': sd, 'interval': [mean - half, mean + half]}
 
 
-def difference_text(summary: Mapping[str, Any] | None, none: str = '-') -> str:
+def spread_text(summary: Mapping[str, Any], digits: int = 2) -> str:
+    """Return mean and standard deviation as `71.20 +- 0.35`, the mean alone where `sd` is `None`.
+
+    Args:
+        summary: With `mean` and `sd`, as of `summarise`.
+        digits: Digits behind the point.
+    """
+    sd = summary['sd']
+    return f'{summary["mean"]:.{digits}f}' + (f' +- {sd:.{digits}f}' if sd is not None else '')
+
+
+def difference_text(summary: Mapping[str, Any] | None, none: str = '-', digits: int = 2) -> str:
     """Return a difference as `+0.50 [+0.10, +0.90]`, without brackets where `interval` is `None`.
 
     Args:
         summary: With `mean` and `interval`, as of `summarise`; `None` where there is no difference.
         none: Text for that.
+        digits: Digits behind the point.
     """
     if summary is None:
         return none
     ends = summary['interval']
-    return f'{summary["mean"]:+.2f}' + (f' [{ends[0]:+.2f}, {ends[1]:+.2f}]' if ends else '')
+    form = f'+.{digits}f'
+    return f'{summary["mean"]:{form}}' + (f' [{ends[0]:{form}}, {ends[1]:{form}}]' if ends else '')

@@ -12,7 +12,7 @@ from ..hub.privacy import public, public_command
 from ..reports import figures
 from ..reports.analysis import class_counts, confusions
 from ..reports.calibration import calibrate
-from ..reports.intervals import summarise
+from ..reports.intervals import difference_text, spread_text, summarise
 from ..reports.names import shown
 from ..reports.page import Block, Page, Section, code, render, table, text
 from ..reports.page import figures as figure_block
@@ -132,17 +132,6 @@ def _curves(
     return Section('curves', 'Curves', [figure_block(*drawn), *note])
 
 
-def _spread(values: Sequence[float], form: str) -> str:
-    found = summarise(values)
-    return f'{found["mean"]:{form}}' + (f' +- {found["sd"]:{form}}' if found['sd'] is not None else '')
-
-
-def _interval(values: Sequence[float]) -> str:
-    found = summarise(values)
-    ends = found['interval']
-    return f'{found["mean"]:+.1f}' + (f' [{ends[0]:+.1f}, {ends[1]:+.1f}]' if ends else '')
-
-
 def _classes(
     splits: Sequence[SplitPredictions], names: Sequence[str], arms: Sequence[str], reference: str, where: str
 ) -> Section:
@@ -155,10 +144,10 @@ def _classes(
     chosen = pick_classes(order)
     rows = []
     for i in chosen:
-        row = [shown(names[i]), f'{int(seen[i]):,}', _spread(percents[reference][:, i].tolist(), '.1f')]
+        row = [shown(names[i]), f'{int(seen[i]):,}', spread_text(summarise(percents[reference][:, i].tolist()), 1)]
         for arm in others:
-            difference = percents[arm][:, i] - percents[reference][:, i]
-            row += [f'{float(percents[arm][:, i].mean()):.1f}', _interval(difference.tolist())]
+            difference = summarise((percents[arm][:, i] - percents[reference][:, i]).tolist())
+            row += [f'{float(percents[arm][:, i].mean()):.1f}', difference_text(difference, digits=1)]
         rows.append(row)
     head = ['class', 'images', f'{reference} %']
     for arm in others:
@@ -188,7 +177,10 @@ def _confusions(
                 totals[pair] = totals.get(pair, 0) + count
     first = sorted(totals, key=lambda pair: (-totals[pair], pair))[:_CONFUSIONS]
     rows = [
-        [shown(names[a]), shown(names[b]), *(_spread([s.get((a, b), 0) for s in found[arm]], '.1f') for arm in arms)]
+        [
+            shown(names[a]), shown(names[b]),
+            *(spread_text(summarise([seed.get((a, b), 0) for seed in found[arm]]), 1) for arm in arms),
+        ]
         for a, b in first
     ]
     cut = f' The first {len(first)} of {len(totals):,} pairs, by all arms together.' if len(totals) > len(first) else ''
@@ -210,7 +202,7 @@ def _calibration(
         columns: list[Callable[[Any], float]] = [
             lambda c: 100 * c.before.error, lambda c: 100 * c.after.error, lambda c: c.temperature
         ]  # fmt: skip
-        rows.append([words(arm), *(_spread([column(each) for each in known], '.2f') for column in columns)])
+        rows.append([words(arm), *(spread_text(summarise([column(each) for each in known])) for column in columns)])
     head = ['arm', 'ECE %', 'ECE % after', 'temperature']
     where = 'a random half of the validation data, measured on the rest of them'
     if split != 'val':
@@ -224,7 +216,7 @@ def _time(summaries: Sequence[Mapping[str, Any]]) -> Section:
     if not known or len(known) < len(summaries):
         return Section('time', 'Time', [])
     parts = list(dict.fromkeys(part for each in known for part in each))
-    rows = [[words(part), _spread([each.get(part, 0.0) for each in known], '.1f')] for part in parts]
+    rows = [[words(part), spread_text(summarise([each.get(part, 0.0) for each in known]), 1)] for part in parts]
     return Section('time', 'Time', [table(['part of the run of a seed', 'seconds'], rows)])
 
 

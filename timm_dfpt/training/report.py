@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..hub.markdown import markdown_table
 from ..hub.privacy import public
-from ..reports.intervals import difference_text
+from ..reports.intervals import difference_text, spread_text
 from ..tasks.evaluation import SCORES, score_of
 from ..tasks.methods import METHODS
 
@@ -273,11 +273,7 @@ def arms_cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         row = [name, options]
         for each in splits:
             score = f' ({SCORES[arm[each]["score"]]})' if f'{each} score' in head else ''
-            row += [_spread(arm[each]) + score, difference_text(arm[each].get('difference'), none='')]
+            row += [spread_text(arm[each]) + score, difference_text(arm[each].get('difference'), none='')]
         ms, flops = arm['step']['ms'], arm['step']['flops']
         rows.append([*row, '-' if ms is None else f'{ms:.1f}', '-' if flops is None else f'{flops / 1e9:.2f}'])
     return head, rows
-
-
-def _spread(summary: Mapping[str, Any]) -> str:
-    return f'{summary["mean"]:.2f}' + (f' +- {summary["sd"]:.2f}' if summary['sd'] is not None else '')
