@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-from timm_dfpt.data.datasets import DataSplits, load_splits
+from timm_dfpt.commands.predict import find_images
+from timm_dfpt.data.datasets import DataSplits, load_split, load_splits
 from timm_dfpt.data.fingerprint import dataset_fingerprint
 from timm_dfpt.training.run import main
 
@@ -244,8 +245,43 @@ def test_unlabelled_test_split_is_not_used(tmp_path, caplog) -> None:
     )
     assert load_splits(str(root)).test is None
     assert 'no labels' in caplog.text
-    with pytest.raises(ValueError, match='out of range'):
+    with pytest.raises(ValueError, match='has no labels and cannot be tested on: leave --test-split out'):
         load_splits(str(root), test_split='test')
+    with pytest.raises(ValueError, match=r"split 'test' has no labels .*--split \(train\).*timm-dfpt predict"):
+        load_split(str(root), ['x', 'y'])
+
+
+def test_a_test_split_without_a_column_of_labels_is_not_used(tmp_path, caplog) -> None:
+    root = make_parquet(tmp_path / 'd', train={'label': [0, 1] * 5}, validation={'label': [0, 1]})
+    images = Dataset.from_dict({'image': [picture(0)]}, features=Features({'image': Image()}))
+    saved = {name: Dataset.from_parquet(str(root / f'{name}.parquet')) for name in ('train', 'validation')}
+    DatasetDict(**saved, test=images).save_to_disk(str(tmp_path / 'saved'))
+    assert load_splits(str(tmp_path / 'saved')).test is None
+    assert "'test' has no labels (no column 'label' among ['image']) and is not used" in caplog.text
+    with pytest.raises(ValueError, match=r"split 'test': no label column .*--split \(.*validation\)"):
+        load_split(str(tmp_path / 'saved'), ['0', '1'])
+    assert load_split(str(tmp_path / 'saved'), ['0', '1'], split='validation').labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize('kind', ['class folders', 'test images in a heap', 'parquet'])
+def test_no_training_split_is_needed_to_measure_or_predict(kind, tmp_path) -> None:
+    root, known = tmp_path / 'd', ['0', '1'] if kind == 'parquet' else ['x', 'y']
+    if kind == 'parquet':
+        make_parquet(root, test={'label': [1, 0, 0]}, val={'label': [1]}, other={'label': [0]})
+    else:
+        make_folder(root / 'val', {'x': 1, 'y': 1})
+        make_folder(root / 'test', {'y': 1, 'x': 2} if kind == 'class folders' else {'.': 3})
+    if kind == 'test images in a heap':
+        with pytest.raises(ValueError, match=r"'test' has no labels .*--split \(val\), or .*timm-dfpt predict"):
+            load_split(str(root), known)
+    else:
+        assert sorted(load_split(str(root), known).labels.tolist()) == [0, 0, 1]
+    # Which `datasets` calls by its own names.
+    split = 'validation' if kind == 'parquet' else 'val'
+    assert load_split(str(root), known, split=split).name == split
+    assert sum(map(len, find_images([str(root)]))) == 5
+    with pytest.raises(ValueError, match='no training split among'):
+        load_splits(str(root))
 
 
 def test_files_of_other_types_are_left_out_with_a_warning(tmp_path, caplog) -> None:
@@ -390,6 +426,12 @@ BAD = {
         lambda r: make_parquet(r, train={'label': [0, 1], 'feature': XY}, val={'label': [0], 'feature': YX}),
         {},
         "classes of 'label' differ",
+    ),
+    'class labels all -1': (
+        lambda r: make_parquet(r, train={'label': [-1, -1], 'feature': XY}), {}, 'has no labels.*--unlabelled'
+    ),
+    'validation without labels': (
+        lambda r: make_parquet(r, train={'label': [0, 1]}, val={'label': [None]}), {}, "'validation' has.*--val-split"
     ),
     'class without a name': (
         lambda r: make_parquet(r, train={'label': ['', 'x'] * 2, 'feature': Value('string')}),

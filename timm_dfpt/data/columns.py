@@ -112,9 +112,11 @@ def _values(dataset: Dataset, column: str) -> list[Any]:
 
 
 def is_unlabelled(dataset: Dataset | FileTable, column: str) -> bool:
-    """Say whether no row has a label."""
+    """Say whether no row has a label, of which there need not be a column then."""
     if isinstance(dataset, FileTable):
         return len(dataset) == 0
+    if column not in dataset.column_names:
+        return True
     return all(value in (None, -1) for value in _values(dataset, column))
 
 

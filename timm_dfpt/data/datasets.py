@@ -28,6 +28,14 @@ __all__ = ['DataSplits', 'load_split', 'load_splits']
 
 _logger = logging.getLogger(__name__)
 
+# What to do about a split without labels.
+_REMEDIES = {
+    'train': ': name another split with --train-split or another column with --target-key, or train on the outputs of '
+             'the teacher with --unlabelled',
+    'val': ': name another split with --val-split',
+    'test': ' and cannot be tested on: leave --test-split out, or name another split with it',
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSplits:
@@ -139,9 +147,19 @@ def load_splits(
         unlabelled=unlabelled,
     )
     roles = assign_roles(list(available), named)
+    if 'train' not in roles:
+        raise ValueError(f'there is no training split among {list(available)}: name one with --train-split.')
     found = {role: available[name] for role, name in roles.items()}
     image = find_image_column(found['train'], input_key)
     label = None if unlabelled else find_label_column(found['train'], target_key, image)
+    if label is not None and 'test' in found and test_split is None and is_unlabelled(found['test'], label):
+        columns = found['test'].column_names
+        why = '' if label in columns else f' (no column {label!r} among {columns})'
+        _logger.warning(
+            'Split %r has no labels%s and is not used: the student is measured on validation images only',
+            roles['test'], why,
+        )  # fmt: skip
+        del found['test']
     for role, split in found.items():
         for column, option in ((image, '--input-key'), (label, '--target-key')):
             if column is not None and column not in split.column_names:
@@ -155,9 +173,6 @@ def load_splits(
         labels = {role: _labels_if_any(split, target_key, image, class_names) for role, split in found.items()}
     else:
         assert label is not None
-        if 'test' in found and test_split is None and is_unlabelled(found['test'], label):
-            _logger.warning('Split %r has no labels and is not used', roles['test'])
-            del found['test']
         class_names, labels = _number_classes(found, label, roles)
     splits = {
         role: ImageSplit(roles[role], images_of(split, image), torch.from_numpy(labels[role]), background)
@@ -223,16 +238,34 @@ def load_split(
             dataset, dataset_config=dataset_config, dataset_revision=dataset_revision, named_splits=named,
             target_key=target_key,
         )  # fmt: skip
-        roles = assign_roles(list(available), named, leave=True)
+        # Which splits are for what is no matter where one is named.
+        roles = {'test': split} if split in available else assign_roles(list(available), named, leave=True)
     except ValueError as error:
         # There is one split to name, whatever it is for.
         message = re.sub('--(train|val|test)-split', '--split', str(error)).replace('train_split', 'split')
         raise ValueError(message) from error
-    name = split or next(roles[role] for role in ('test', 'val', 'train') if role in roles)
+    name = next((roles[role] for role in ('test', 'val', 'train') if role in roles), None)
+    if name is None:
+        raise ValueError(f'none of the splits {list(available)} is one to test or validate on: name one with --split.')
     table = available[name]
     image = find_image_column(table, input_key)
-    label = find_label_column(table, target_key, image)
-    names, local = local_classes(table, label, f'column {label!r} of split {name!r}')
+    others = [each for each in available if each != name]
+    another = f'another split with --split ({", ".join(others)})'
+    try:
+        label = find_label_column(table, target_key, image)
+    except ValueError as error:
+        more = f', or {another}' if others else ''
+        raise ValueError(f'split {name!r}: {str(error).rstrip(".")}{more}.') from error
+    try:
+        names, local = local_classes(table, label, f'column {label!r} of split {name!r}')
+    except ValueError as error:
+        if not is_unlabelled(table, label):
+            raise
+        more = f'name {another}, or ' if others else ''
+        raise ValueError(
+            f'split {name!r} has no labels to compare with: {more}see what the model says of its images with '
+            '`timm-dfpt predict`.'
+        ) from error
     numbers = _numbers_among(class_names, names, local)
     if numbers is None:
         strange = next((names[i] for i in np.unique(local) if names[i] not in class_names), names[0])
@@ -252,7 +285,12 @@ def _number_classes(
     numbers: dict[str, np.ndarray] = {}
     for role, dataset in splits.items():
         where = f'column {column!r} of split {roles[role]!r}'
-        local_names, local = local_classes(dataset, column, where)
+        try:
+            local_names, local = local_classes(dataset, column, where)
+        except ValueError as error:
+            if len(dataset) and is_unlabelled(dataset, column):
+                raise ValueError(f'{where} has no labels{_REMEDIES[role]}.') from error
+            raise
         names = names or local_names
         unknown = {local_names[i] for i in np.unique(local)} - set(names)
         names = names + sorted(unknown)

@@ -55,10 +55,10 @@ def assign_roles(available: Sequence[str], named: Mapping[str, str | None], leav
         leave: Whether splits may be left over without a warning.
 
     Returns:
-        Name of the split by role: `train` always, `val` and `test` where there is one.
+        Name of the split by role, for the roles that have one; a single split of any name is for training.
 
     Raises:
-        ValueError: If a name is unknown or taken twice, there is nothing to train on, or a choice is not clear.
+        ValueError: If a name is unknown or taken twice, or a choice is not clear.
     """
     for role, name in named.items():
         if name is not None and name not in available:
@@ -82,8 +82,6 @@ def assign_roles(available: Sequence[str], named: Mapping[str, str | None], leav
         roles[role] = best[0]
     if 'train' not in roles and len(available) == 1:
         roles = {'train': available[0]}
-    if 'train' not in roles:
-        raise ValueError(f'there is no training split among {list(available)}: name one with --train-split.')
     if len(set(roles.values())) < len(roles):
         raise ValueError(
             f'train, val and test splits must differ, got {roles}: name others with --train-split, --val-split and '
