@@ -266,7 +266,7 @@ CASES = {
     # models
     'student unknown': (['--student', 'resnet81'], "student='resnet81' is not a timm model.*list_models|Did you mean"),
     'student nearly right': (['--student', 'restnet18'], "='restnet18' is not a timm model. Did you mean.*resnet18"),
-    'student of a folder that is not there': (['--student', 'local-dir:nowhere'], 'student=.* has no config.json'),
+    'student of a folder that is not there': (['--student', 'local-dir:nowhere'], 'student=.*: there is no such'),
     'student argument unknown': (['--student-kwargs', 'depht=3'], "student='resnet18' cannot be created.*depht"),
     **{
         f'{option} with {name}': (
@@ -320,7 +320,7 @@ CASES = {
         "student='test_vit' .*cannot take images of input_size=.*divisible by patch size",
     ),
     'teacher unknown': (['--teacher', 'resnet81'], "teacher='resnet81' is not a timm model"),
-    'teacher of a folder that is not there': (['--teacher', 'local-dir:nowhere'], 'teacher=.* has no config.json'),
+    'teacher of a folder that is not there': (['--teacher', 'local-dir:nowhere'], 'teacher=.*: there is no such'),
     'teacher without weights': (without_weights, 'has no model.safetensors'),
     'teacher damaged': (damaged_folder, 'cannot be created'),
     'teacher of other classes': (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 
-__all__ = ['is_hidden', 'pack_path', 'printable', 'unpack_path']
+__all__ = ['is_hidden', 'pack_path', 'printable', 'similar_path', 'unpack_path']
 
 # No path has this character, hence it marks one whose bytes are written as characters.
 _MARK = '\0'
@@ -37,3 +38,25 @@ def unpack_path(path: str) -> str:
 def printable(path: str) -> str:
     """Write a path for display: bytes that are not UTF-8 as `\\xe9`."""
     return os.fsencode(path).decode(errors='backslashreplace')
+
+
+def similar_path(path: str, suffix: str | None = None) -> str:
+    """Say what is here instead of a folder that is not.
+
+    Args:
+        path: The folder.
+        suffix: That of files which it could be instead.
+
+    Returns:
+        A folder whose name comes close, or else from where on the path is wrong, in parentheses behind a space; empty
+        where neither is known.
+    """
+    folder, name = os.path.split(os.path.normpath(os.path.expanduser(path)))
+    if not os.path.isdir(folder or '.'):
+        return ''
+    with os.scandir(folder or '.') as entries:
+        listed = sorted(each.name for each in entries if each.is_dir() or (suffix and each.name.endswith(suffix)))
+    close = difflib.get_close_matches(name, [each for each in listed if not is_hidden(each)], 1)
+    if close:
+        return f' (did you mean {printable(os.path.join(folder, close[0]))!r}?)'
+    return f' (the folder {printable(folder)!r} has no {printable(name)!r})' if folder else ''

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import os
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .folders import open_folder
 from .listing import Folder, list_folder
-from .paths import is_hidden, printable
+from .paths import is_hidden, printable, similar_path
 from .splits import role_of
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ __all__ = ['open_dataset']
 # What timm calls its readers of datasets that are read from their beginning to their end.
 _HUB_STREAMS = ('hfds', 'hfids')
 _STREAMS = (*_HUB_STREAMS, 'wds', 'tfds')
+_PARQUET = '.parquet'
 # What `datasets` calls the splits whose names it finds in those of files.
 _USUAL = {'train': 'train', 'val': 'validation', 'test': 'test'}
 
@@ -72,9 +72,10 @@ def open_dataset(
             )
         if dataset.startswith(('.', '/', '~', '\\')) or dataset.count('/') > 1 or dataset.endswith('.parquet'):
             raise FileNotFoundError(
-                f'dataset={printable(dataset)!r}: there is no such file or folder{_like_it(dataset)}. Check the path, '
-                'or give the id of a dataset on the Hub.'
+                f'dataset={printable(dataset)!r}: there is no such file or folder{similar_path(dataset, _PARQUET)}. '
+                'Check the path, or give the id of a dataset on the Hub.'
             )
+        _ask_hub(dataset, dataset_revision)
         return _load(dataset, dataset_config, revision=dataset_revision)
     if printable(str(path)) != str(path):
         raise ValueError(
@@ -120,8 +121,8 @@ def _load(path: str, config_name: str | None, **kwargs: Any) -> dict[str, Datase
     except (DatasetNotFoundError, ConnectionError) as error:
         _check_cache()
         raise FileNotFoundError(
-            f'{asked} is not a local file or folder{_like_it(path)} and could not be loaded from the Hub: '
-            f'{_one_line(error)}'
+            f'{asked} is not a local file or folder{similar_path(path, _PARQUET)} and could not be loaded from the '
+            f'Hub: {_one_line(error)}'
         ) from error
     except (DatasetsError, OSError, ValueError) as error:
         _check_cache()
@@ -131,16 +132,37 @@ def _load(path: str, config_name: str | None, **kwargs: Any) -> dict[str, Datase
     return {str(name): split for name, split in splits.items()}
 
 
-def _like_it(dataset: str) -> str:
-    """Return what is here under a name that comes close, or else from where on the path is wrong, in parentheses."""
-    folder, name = os.path.split(os.path.normpath(os.path.expanduser(dataset)))
-    if not os.path.isdir(folder or '.'):
-        return ''
-    listed = sorted(each.name for each in os.scandir(folder or '.') if each.is_dir() or each.name.endswith('.parquet'))
-    close = difflib.get_close_matches(name, [each for each in listed if not is_hidden(each)], 1)
-    if close:
-        return f' (did you mean {printable(os.path.join(folder, close[0]))!r}?)'
-    return f' (the folder {printable(folder)!r} has no {printable(name)!r})' if folder else ''
+def _ask_hub(dataset: str, revision: str | None) -> None:
+    """Ask the Hub once whether it has a dataset, which `datasets` asks six times where there is no answer.
+
+    Raises:
+        FileNotFoundError: If it has not, or there is neither an answer nor anything of it in the cache of `datasets`.
+    """
+    import datasets  # costs 0.5 s
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    problem = f'dataset={dataset!r} is not a local file or folder{similar_path(dataset, _PARQUET)}'
+    try:
+        HfApi(library_name='timm_dfpt').dataset_info(dataset, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(f'{problem}, nor the id of a dataset on the Hub: {_one_line(error)}') from error
+    except errors.RepositoryNotFoundError as error:
+        if isinstance(error, errors.GatedRepoError):
+            return
+        raise FileNotFoundError(
+            f'{problem}, and there is no such dataset on the Hub, or it is private: check the spelling, or log in with '
+            '`hf auth login`.'
+        ) from error
+    except errors.HfHubHTTPError:
+        return  # `datasets` knows what to say of it, or waits until the Hub is less busy
+    except errors.HTTPError as error:
+        if not Path(datasets.config.HF_DATASETS_CACHE, dataset.replace('/', '___')).is_dir():
+            raise FileNotFoundError(
+                f'{problem}, and the Hub cannot be asked for it: no answer from {constants.ENDPOINT} '
+                f'({_one_line(error)}). Check the path, or the network.'
+            ) from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
+from ..data.paths import similar_path
 from ..version import __version__
 from .errors import HubError, hub_errors, is_unreachable
 from .options import LoadOptions, PushOptions, Unpack, check_options
@@ -182,7 +183,7 @@ def open_source(
         folder = place.folder / inner
         if not folder.is_dir():
             missing = f'{inner!r} in {text!r}' if place.folder.is_dir() else repr(text)
-            raise FileNotFoundError(f'The folder {missing} does not exist.')
+            raise FileNotFoundError(f'The folder {missing} does not exist{similar_path(str(folder))}.')
         return Source(text, folder=folder, options=options)
     repo_id, at = (place.name, place.revision) if place.kind else split_hub_id(place.name)
     revision = options.get('revision')
@@ -193,7 +194,8 @@ def open_source(
     source = Source(name, repo_id=repo_id, options={**options, 'revision': revision, 'subfolder': inner})
     if source.options.get('local_files_only') or constants.HF_HUB_OFFLINE:
         return source
-    with hub_errors(f'Loading {source.name}'):
+    # Without a prefix it may have been meant as a folder.
+    with hub_errors(f'Loading {source.name}{"" if place.kind else similar_path(text)}'):
         try:
             return _listed(source)
         except (HTTPError, OfflineModeIsEnabled) as error:

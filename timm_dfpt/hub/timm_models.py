@@ -13,11 +13,13 @@ import timm
 import torch
 from torch import nn
 
+from ..data.paths import similar_path
 from ..teacher.prompt_path import match_dtype
 from ..utils.messages import shorten
 from .base import safe_weights_name
 from .build import CONFIG, WEIGHTS, build_meta, count_values, record_loading, remember_origin
 from .config import check_arg_names
+from .errors import HubError
 from .files import MAX_JSON_BYTES, check_finite, read_specs, read_tensors
 from .repo import Source, open_source
 from .sources import HUB, LOCAL_DIR, parse_source
@@ -48,6 +50,8 @@ class ModelSource:
             raise ValueError(f'{option}: {error}') from error
         folder, architecture = self.name.folder, self.name.name.partition('.')[0]
         if folder is not None:
+            if not folder.is_dir():
+                raise ValueError(f'{self._label}: there is no such folder{similar_path(str(folder))}.')
             missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
             if missing:
                 raise ValueError(f'{self._label}: the folder {str(folder)!r} has no {missing[0]}.')
@@ -56,6 +60,8 @@ class ModelSource:
             wanted = architecture.lower()
             close = timm.list_models(f'*{wanted}*')[:3] or difflib.get_close_matches(wanted, known, 3)
             hint = f' Did you mean {", ".join(close)}?' if close else ' See timm.list_models().'
+            if Path(self.name.name).is_dir():
+                hint = f' For the folder of this name write {LOCAL_DIR}{self.name.name}.'
             raise ValueError(f'{self._label} is not a timm model.{hint}')
 
     @property
@@ -187,6 +193,9 @@ class ModelSource:
         """Turn whatever timm and the Hub raise into an error that names the option."""
         try:
             yield
+        except HubError as error:
+            here = f' Weights that you have are loaded as {LOCAL_DIR}FOLDER (with {CONFIG} and {WEIGHTS}).'
+            raise ValueError(f'{self._label} {doing}: {error}{"" if self.name.folder else here}') from error
         except Exception as error:
             raise ValueError(f'{self._label} {doing}: {" ".join(str(error).split())}') from error
 

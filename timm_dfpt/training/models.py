@@ -13,6 +13,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..backbone.input_size import input_size_of, set_input_size
+from ..hub.errors import HubError
 from ..hub.files import read_specs
 from ..hub.timm_models import ModelSource, check_takes, load_weights_file
 from ..job.options import TrainConfig
@@ -244,7 +245,8 @@ def load_prompt_path(path: str, model: nn.Module | None = None) -> DualForwardPa
     try:
         return DualForwardPathTeacher.from_pretrained(path, model=model)
     except (OSError, ValueError) as error:
-        raise ValueError(f'prompt_path={path!r} cannot be loaded: {error}') from error
+        here = ' One that you have is loaded from its folder.' if isinstance(error, HubError) else ''
+        raise ValueError(f'prompt_path={path!r} cannot be loaded: {error}{here}') from error
 
 
 def _check_input_size(config: TrainConfig, size: tuple[int, int] | None) -> None:
