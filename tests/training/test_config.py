@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 import yaml
 
+from timm_dfpt.data.checks import default_of
 from timm_dfpt.job.cli import build_parser, load_recipe, parse_config, save_config
 from timm_dfpt.job.options import TrainConfig, public_options
 from timm_dfpt.training.run import main
@@ -67,9 +68,19 @@ def test_a_tracker_that_is_not_installed_is_not_left_out_in_silence(monkeypatch,
 
 
 def test_the_help_shows_ranges_and_each_default_once():
+    """What has no default says nothing of one, and what has to be given says so."""
     shown = ' '.join(build_parser('').format_help().split())
     assert 'momentum of the student (>= 0, < 1; default: 0.9)' in shown
     assert 'stochastic depth rate of the student (>= 0, < 1; default: the model\'s own)' in shown
-    assert 'default: None' not in shown
+    assert 'default: none' not in shown.lower()
+    assert shown.count('name or local-dir:folder of the student (required where no recipe names one)') == 1
+    assert 'clip the gradient norm of each optimizer (> 0) --' in shown
+    assert 'optimizer of the prompt path (timm) (default: adamw)' in shown
     options = [field for field in dataclasses.fields(TrainConfig) if not field.metadata.get('recipe_only')]
-    assert shown.count('(default: ') + shown.count('; default: ') == len(options)
+    empty = [
+        field.name for field in options
+        if default_of(field) in (None, '', [], {}) and not {'unset', 'required'} & set(field.metadata)
+    ]  # fmt: skip
+    required = ['teacher', 'student', 'dataset']
+    assert shown.count('(required ') == len(required)
+    assert shown.count('(default: ') + shown.count('; default: ') == len(options) - len(empty) - len(required)

@@ -167,14 +167,15 @@ def _add_argument(group: Any, field: dataclasses.Field[Any]) -> None:
     flag = '--' + field.name.replace('_', '-')
     kind, default = kind_of(TrainConfig, field.name), default_of(field)
     if default in (None, '', [], {}):
-        default = field.metadata.get('unset', 'none')
+        default = field.metadata.get('unset', '')
     elif kind.container is list:
         default = ' '.join(map(str, default))
     elif kind.container is bool:
         default = 'yes' if default else 'no'
-    notes = '; '.join(filter(None, (range_of(field), f'default: {default}')))
+    shown = field.metadata.get('required', f'default: {default}' if default != '' else '')
+    notes = '; '.join(filter(None, (range_of(field), shown)))
     # argparse takes a percent sign for a placeholder.
-    help = f'{field.metadata["help"]} ({notes})'.replace('%', '%%')
+    help = (field.metadata['help'] + (f' ({notes})' if notes else '')).replace('%', '%%')
     options: dict[str, Any] = {'help': help, 'default': argparse.SUPPRESS}
     if kind.container is bool:
         # argparse would read --no-aug as the negation of an option --aug.

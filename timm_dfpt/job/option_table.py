@@ -19,7 +19,8 @@ def _opt(default: Any, help: str, group: str, **more: Any) -> Any:
         default: Its default.
         help: What it is.
         group: Its group in the help.
-        **more: Limits and `choices`, see `checked`; `unset`: what an empty default stands for; `recipe_only`.
+        **more: Limits and `choices`, see `checked`; `unset`: what an empty default stands for;
+            `required`: where it has to be given; `recipe_only`.
     """
     metadata = {'help': help, 'group': group, **more}
     if isinstance(default, (list, dict)):
@@ -64,7 +65,10 @@ class Options:
         {}, 'options that apply to one method: {dkd: {temperature: 4}} (in recipes only)', 'method', recipe_only=True
     )
     # --- models
-    teacher: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the teacher', 'models')
+    teacher: str | None = _opt(
+        None, 'timm name, hf-hub:user/name or local-dir:folder of the teacher', 'models',
+        required='required by methods with a teacher',
+    )  # fmt: skip
     teacher_checkpoint: str | None = _opt(None, 'safetensors file with weights for --teacher', 'models')
     teacher_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the teacher architecture', 'models')
     teacher_dtype: Literal['float32', 'bfloat16', 'float16'] = _opt(
@@ -80,7 +84,10 @@ class Options:
     teacher_head_balanced: bool = _opt(False, 'weight all classes equally when the head is fitted', 'models')
     cache_teacher: bool = _opt(False, 'compute the logits of the teacher once; needs --aug-cycle or --no-aug', 'models')
     teacher_cache_dir: str = _opt('output/teacher-cache', 'folder of these logits, which later runs reuse', 'models')
-    student: str | None = _opt(None, 'timm name, hf-hub:user/name or local-dir:folder of the student', 'models')
+    student: str | None = _opt(
+        None, 'timm name, hf-hub:user/name or local-dir:folder of the student', 'models',
+        required='required where no recipe names one',
+    )  # fmt: skip
     student_pretrained: bool = _opt(False, 'start the student from its pretrained weights', 'models')
     student_kwargs: dict[str, Any] = _opt({}, 'key=value arguments of the student architecture', 'models')
     head_init_scale: float | None = _opt(
@@ -129,7 +136,9 @@ class Options:
     prompt_weight_decay: float = _opt(0.01, 'weight decay of the prompt path', 'prompt path', low=0)
     prompt_backbone_lr_scale: float = _opt(0.3, 'dfpt+: lr of the backbone copy, x prompt_lr', 'prompt path', low=0)
     # --- data
-    dataset: str | None = _opt(None, 'folder of class folders, parquet, or Hub id', 'data')
+    dataset: str | None = _opt(
+        None, 'folder of class folders, parquet, or Hub id', 'data', required='required where no recipe names one'
+    )
     dataset_config: str | None = _opt(None, 'configuration name of the dataset', 'data')
     dataset_revision: str | None = _opt(None, 'revision of the dataset on the Hub', 'data')
     train_split: str | None = _opt(None, 'name of the training split', 'data', unset='detected')
