@@ -282,9 +282,15 @@ def test_exported_files_say_the_same(finished: Path, tiny: TinyJob, tmp_path: Pa
     assert run('evaluate', *argv) == 0
     found = json.loads((tmp_path / 'f.json').read_text())['splits']['val']['models']['student']
     assert found['metrics']['top1'] == summary_of(finished)['models']['student']['metrics']['top1']
+    assert 'exported/model.pt2' not in (tmp_path / 'run' / 'report.html').read_text()
     assert run('export', tmp_path / 'run', '--formats', 'pt2', '--include-preprocessing') == 0
     assert [row['format'] for row in summary_of(tmp_path / 'run')['exports']] == ['timm', 'torch.export']
     assert (tmp_path / 'run' / 'exported' / 'model.pt2').is_file()
+    assert 'exported/model.pt2' in (tmp_path / 'run' / 'report.html').read_text()
+    # Who has taken the report away does not want one.
+    (tmp_path / 'run' / 'report.html').unlink()
+    assert run('export', tmp_path / 'run', '--formats', 'pt2') == 0
+    assert not (tmp_path / 'run' / 'report.html').exists()
 
 
 WRONG = {

@@ -21,6 +21,7 @@ from ..job.lock import locked
 from ..job.options import TrainConfig
 from ..job.stopping import exit_code
 from ..training.build import load_data
+from ..training.pages import write_page
 from ..training.run_folder import RunFolder
 from ..training.runtimes import export_files, export_job
 from .classifiers import Classifier, open_classifier, run_folder_of
@@ -31,7 +32,7 @@ _PRECISIONS: dict[Precision, str] = {'float32': 'model.onnx', 'float16': 'model_
 
 
 def export_run(folder: RunFolder, formats: Sequence[str], include_preprocessing: bool = False) -> list[dict[str, Any]]:
-    """Export the student of a finished run to `exported/` in its folder, and note it in `summary.json`.
+    """Export the student of a finished run to `exported/` in its folder, and note it in `summary.json` and the report.
 
     Args:
         folder: The run folder.
@@ -50,6 +51,8 @@ def export_run(folder: RunFolder, formats: Sequence[str], include_preprocessing:
         data = load_data(config, create_accelerator(config))
         rows = export_files(config, data, summary['input_config'], folder)
         folder.write_summary({**summary, 'exports': rows})
+        if folder.report.is_file():
+            write_page(folder)
     return rows
 
 
