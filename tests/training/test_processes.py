@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,3 +144,27 @@ def test_errors_of_the_machine_are_told_in_one_line(capsys, job, message):
 def test_mistakes_keep_their_traceback(job):
     with pytest.raises(RuntimeError):
         exit_code(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_an_evaluation_that_fails_at_the_end_loses_no_student(tiny, tmp_path, processes):
+    """One process ends with what it has; several, of which each waits for the others, with an error and `--resume`."""
+    shutil.copytree(tiny.data, tmp_path / 'data')
+    shutil.copytree(tiny.data / 'val', tmp_path / 'data' / 'test')
+    image = tmp_path / 'data' / 'test' / 'cedar' / '003.png'
+    whole, run = image.read_bytes(), tmp_path / 'run'
+    argv = tiny.vit_argv(run, '--dataset', str(tmp_path / 'data'), '--epochs', '10', '--check-images', 'off')
+    job = Job(argv, tmp_path / 'log', processes)
+    # As a file server that fails for a while: test images are read at the end.
+    assert job.wait_for(lambda: job.phase == 'step')
+    image.write_bytes(whole[:80])
+    assert job.wait(timeout=120) == ([0] if processes == 1 else [1, 1]), job.output()
+    assert '003.png' in job.output()
+    student = (run / 'student' / 'model.safetensors').read_bytes()
+    assert (run / 'summary.json').is_file() == (processes == 1)
+    image.write_bytes(whole)
+    job = Job([*argv, '--resume'], tmp_path / 'again', processes)
+    assert job.wait() == [0] * processes, job.output()
+    assert json.loads((run / 'summary.json').read_text())['models']['student']['metrics']['top1'] > 0
+    assert (run / 'student' / 'model.safetensors').read_bytes() == student

@@ -259,7 +259,8 @@ def export_and_measure(
         results = [{'val': lines[(learner.epoch or len(lines)) - 1][learner.name]['val']} for learner in learners]
         with setup.phases.timed('export'):
             export(learners, results, facts)
-    # Several processes have to fail together, which only the error itself makes them do.
+    # Several processes have to fail together, which only the error itself makes them do: the others wait for the share
+    # that this one has of a batch, where no word of it can reach them, until it has ended.
     with setup.phases.timed('evaluation'):
         if needed or accelerator.num_processes > 1:
             results = measure(setup, learners)
