@@ -37,7 +37,10 @@ def way_of(study: Study, regime: str, arm: str) -> str | None:
 def blocks(study: Study) -> dict[str, str]:
     """Return the text of every block of the page by name; of those only for which there are records."""
     regimes = [regime for regime in study.regimes if any(arm.endswith('=time') for arm in study.arms(regime))]
-    texts = {'runs': runs_text(study), 'ways': _ways(study, regimes) if regimes else '', 'contrasts': _contrasts(study)}
+    long = [regime for regime in regimes if regime.endswith('-long')]
+    tables = {'ways': [regime for regime in regimes if regime not in long], 'ways-long': long}
+    texts = {name: _ways(study, columns) if columns else '' for name, columns in tables.items()}
+    texts |= {'runs': runs_text(study), 'contrasts': _contrasts(study)}
     return {name: text for name, text in texts.items() if text}
 
 
@@ -85,22 +88,28 @@ def _cell(study: Study, regime: str, arm: str) -> str:
 
 
 def _contrasts(study: Study) -> str:
-    """The usual four contrasts of the one run, a row a regime, and those that are a regime's own."""
+    """The usual contrasts of the one run, a row a regime, and those that are a regime's own."""
+    # Against what, and whether for equal time.
+    columns = {
+        ('ft-kd', False): '- fine-tuned, then KD; equal epochs', ('ft-kd', True): '- fine-tuned, then KD; equal time',
+        ('alone', True): '- alone; equal time', ('fit-kd', True): '- head fitted, then KD; equal time',
+    }  # fmt: skip
     usual, others = [], []
     for regime in study.regimes:
         found = {pair: study.difference(regime, *pair) for pair in study.primary(regime)}
         if not any(found.values()):
             continue
-        timed = [pair for pair in found if pair[0].endswith('=time')]
+        timed = [one for one, _ in found if one.endswith('=time')]
         if timed:
-            one = timed[0][0].removesuffix(' =time')
-            usual.append([regime, WAYS[one.removesuffix('-head')], *map(difference_text, found.values())])
+            way = timed[0].removesuffix(' =time').removesuffix('-head')
+            cells = {
+                (base.removesuffix(' =time').removesuffix('-head'), base.endswith('=time')): difference_text(each)
+                for (_, base), each in found.items()
+            }
+            usual.append([regime, WAYS[way], *(cells.get(column, '-') for column in columns)])
         else:
             others += [[regime, f'{one} - {other}', difference_text(each)] for (one, other), each in found.items()]
-    head = [
-        'regime', 'the one run', '- fine-tuned, then KD; equal epochs', '- fine-tuned, then KD; equal time',
-        '- alone; equal time', '- head fitted, then KD; equal time',
-    ]
+    head = ['regime', 'the one run', *columns.values()]
     tables = [markdown_table(head, usual, text_columns=2)] if usual else []
     if others:
         tables.append(markdown_table(['regime', 'contrast', 'difference'], others, text_columns=2))
