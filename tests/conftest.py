@@ -18,6 +18,7 @@ if 'HF_DATASETS_CACHE' not in os.environ:
     atexit.register(shutil.rmtree, os.environ['HF_DATASETS_CACHE'], ignore_errors=True)
 
 from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -50,3 +51,9 @@ def fresh_accelerate() -> Iterator[Callable[[], None]]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the device of the tests in tests/gpu; here, since a conftest further down is read too late."""
     parser.addoption('--gpu-device', help='device of the tests in tests/gpu (default: cuda where there is a GPU)')
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` read tests/gpu alone: other files import what a machine with a GPU may not have."""
+    elsewhere = collection_path.suffix == '.py' and collection_path.parent.name != 'gpu'
+    return True if elsewhere and config.option.markexpr.startswith('gpu') else None

@@ -11,9 +11,10 @@ any more is skipped and named; each is written to the file at once. Weights are 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from . import data
 from .machine import ceilings, facts
 from .report import report
-from .steps import ARMS, PAIRS, Row, measure
+from .steps import ARMS, PAIRS, Row, failure, measure
 
 # Seconds that a row is taken to need before one of its kind has been measured.
 _EAGER, _COMPILED = 15.0, 75.0
@@ -44,9 +45,14 @@ def rows_of(part: int) -> list[Row]:
         rows += [Row(pair, 'dfpt+', mode='default') for pair in _COMPILED_PAIRS]
         rows += [Row(_COMPILED_PAIRS[0], arm, mode='default', channels_last=True) for arm in main]
         rows += [Row(p, arm, precision='fp32') for p in _COMPILED_PAIRS for arm in main]
-        return rows + [Row(p, arm, precision='tf32', mode='default') for p in _COMPILED_PAIRS for arm in main]
+        rows += [Row(p, arm, precision='tf32') for p in _COMPILED_PAIRS for arm in ('dfpt+', 'frozen path')]
+        rows += [Row(p, arm, precision='tf32', mode='default') for p in _COMPILED_PAIRS for arm in main]
+        others = ('frozen path', 'kd', 'scratch')
+        rows += [Row(_COMPILED_PAIRS[0], arm, mode='reduce-overhead') for arm in ('dfpt+', *others)]
+        return rows + [Row(p, arm, mode='default') for p in _COMPILED_PAIRS for arm in others]
     rows = [Row(pair, arm, batch=256) for pair in pairs for arm in ('timm kd', 'dfpt', 'dfpt+', 'scratch')]
-    return rows + [Row(p, arm, batch=256, channels_last=True) for p in _CONVOLUTIONAL for arm in ('timm kd', 'dfpt')]
+    rows += [Row(p, arm, batch=256, channels_last=True) for p in _CONVOLUTIONAL for arm in ('timm kd', 'dfpt')]
+    return rows + [Row(pair, arm, batch=256) for pair in pairs for arm in ('frozen path', 'kd')]
 
 
 class Budget:
@@ -62,7 +68,7 @@ class Budget:
 
     def left(self) -> float:
         """Return the seconds that are left."""
-        return self.end - time.monotonic()
+        return max(0.0, self.end - time.monotonic())
 
     def fits(self, kind: str, guess: float) -> bool:
         """Return whether a row of this kind can be measured in what is left."""
@@ -93,34 +99,35 @@ def run_steps(
 
 def run_data(budget: Budget, device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     """Measure the data path as far as the budget goes."""
-    count, size, seconds = (64, 40, 0.2) if tiny else (4096, 256, 8.0)
-    batch = 4 if tiny else 64
-    folder = data.write_jpegs(count, size)
-    pixels = 32 if tiny else 224
+    batch, pixels, seconds = (4, 32, 0.2) if tiny else (64, 224, 8.0)
+    folder = data.write_jpegs(64, 40) if tiny else data.write_jpegs(1024, links=32)
+    most = 1 if tiny else 15
+    rows: list[tuple[str, str, float, Callable[[], dict[str, Any]]]] = []
+    for workers in (0, 1) if tiny else data.WORKERS:
+        run = functools.partial(data.measure_loader, folder, workers, device, batch, pixels, seconds)
+        rows.append(('loader', f'{workers} workers', 2 * seconds, run))
+    for arm in ('dfpt', 'timm kd', 'scratch'):
+        row = Row('resnet50 -> resnet18', arm, batch=batch)
+        run = functools.partial(data.measure_together, folder, row, most, device, tiny, seconds)
+        rows.append(('fed', f'{row}, {most} workers', 1.0 if tiny else 40.0, run))
     try:
-        for workers in (15, 0, 8, 4, 2, 1, 12) if not tiny else (0, 1):
-            if not budget.fits('loader', seconds * 2):
+        for kind, name, guess, run in rows:
+            if not budget.fits(kind, guess):
                 reason = f'{budget.left():.0f} s of the budget are left'
-                yield {'kind': 'skipped', 'part': 4, 'row': f'{workers} workers', 'reason': reason}
+                yield {'kind': 'skipped', 'part': 4, 'row': name, 'reason': reason}
                 continue
             start = time.monotonic()
-            yield {'kind': 'loader', 'part': 4, **data.measure_loader(folder, workers, device, batch, pixels, seconds)}
-            budget.took('loader', time.monotonic() - start)
-        for arm in ('dfpt', 'timm kd', 'scratch'):
-            row = Row('resnet50 -> resnet18', arm, batch=batch)
-            if not budget.fits('fed', 1.0 if tiny else 40.0):
-                reason = f'{budget.left():.0f} s of the budget are left'
-                yield {'kind': 'skipped', 'part': 4, 'row': str(row), 'reason': reason}
-                continue
-            start = time.monotonic()
-            fed = data.measure_together(folder, row, 1 if tiny else 15, device, tiny, seconds)
-            budget.took('fed', time.monotonic() - start)
-            yield {'kind': 'fed', 'part': 4, **fed}
+            try:
+                measured = run()
+            except Exception as error:
+                measured = {'row': name, 'failed': failure(error)}
+            budget.took(kind, time.monotonic() - start)
+            yield {'kind': kind, 'part': 4, **measured}
     finally:
         data.remove(folder)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--part', type=int, choices=(1, 2, 3, 4), default=1, help='which part')
@@ -129,7 +136,7 @@ def main() -> None:
     parser.add_argument('--device', default='cuda', help='where to run')
     parser.add_argument('--tiny', action='store_true', help='tiny networks and few repetitions: a dry run')
     parser.add_argument('--report', type=Path, nargs='+', metavar='FILE', help='print tables of these files instead')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.report:
         print(report(args.report))
         return

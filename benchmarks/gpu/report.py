@@ -17,7 +17,7 @@ _COLUMNS = (
 
 def report(files: Sequence[Path]) -> str:
     """Return the tables of some files of records, one after the other."""
-    records = [json.loads(line) for file in files for line in file.read_text(encoding='utf-8').splitlines() if line]
+    records = [json.loads(line) for file in files for line in _whole_lines(file)]
     parts: list[str] = []
     for kind in ('machine', 'ceilings'):
         for record in (r for r in records if r['kind'] == kind):
@@ -28,9 +28,15 @@ def report(files: Sequence[Path]) -> str:
         parts.append(_step_table(setting, [r for r in steps if tuple(r[key] for key in keys) == setting]))
     parts += [_data_table(records)] if any(r['kind'] in ('loader', 'fed') for r in records) else []
     skipped = [f'- {r["row"]}: {r["reason"]}' for r in records if r['kind'] == 'skipped']
+    skipped += [f'- {r["row"]}: {r["failed"]}' for r in records if r['kind'] in ('loader', 'fed') and 'failed' in r]
     if skipped:
         parts.append('\n'.join(['Not measured:', '', *skipped]))
     return '\n\n'.join(parts) + '\n'
+
+
+def _whole_lines(file: Path) -> list[str]:
+    # The last line of a run that was killed may be cut off.
+    return [line for line in file.read_text(encoding='utf-8').splitlines() if line.endswith('}')]
 
 
 def _facts(record: Mapping[str, Any]) -> str:
@@ -92,8 +98,9 @@ def _cells(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[str]:
 
 def _data_table(records: Sequence[Mapping[str, Any]]) -> str:
     lines = ['### The data path: JPEGs of 224 pixels', '', '| workers | images/s of the loader alone |', '|---:|---:|']
-    lines += [f'| {r["workers"]} | {r["images_per_s"]:,.0f} |' for r in records if r['kind'] == 'loader']
-    fed = [r for r in records if r['kind'] == 'fed']
+    measured = [r for r in records if r['kind'] in ('loader', 'fed') and 'failed' not in r]
+    lines += [f'| {r["workers"]} | {r["images_per_s"]:,.0f} |' for r in measured if r['kind'] == 'loader']
+    fed = [r for r in measured if r['kind'] == 'fed']
     if fed:
         lines += ['', '| step | workers | images/s from the loader | in memory | share |', '|---|---:|---:|---:|---:|']
     for r in fed:

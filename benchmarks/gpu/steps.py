@@ -22,7 +22,7 @@ from ..measure import count_flops, spread
 from ..ways import Floor, Pair, Steps, count_floor, create_optimizers
 from .machine import computing, timed
 
-__all__ = ['ARMS', 'PAIRS', 'Row', 'measure', 'prepare']
+__all__ = ['ARMS', 'PAIRS', 'Row', 'failure', 'measure', 'prepare']
 
 # By worth; the letters are ways of `benchmarks.ways`.
 ARMS = {'timm kd': 'a', 'kd': 'b', 'dfpt': 'd', 'dfpt+': 'e', 'frozen path': 'f', 'scratch': ''}
@@ -208,12 +208,9 @@ def measure(row: Row, device: torch.device, tiny: bool, ceiling: float) -> dict[
         if device.type == 'cuda':
             found['peak_mib'] = torch.cuda.max_memory_allocated(device) / 2**20
         found |= _profile(step, ms)
-    except torch.OutOfMemoryError as error:
-        found['failed'] = f'out of memory: {str(error).splitlines()[0][:200]}'
     except Exception as error:
         # A table with a hole is better than none.
-        traceback.print_exc()
-        found['failed'] = f'{type(error).__name__}: {str(error)[:300]}'
+        found['failed'] = failure(error)
     finally:
         del step
         if row.mode != 'eager':
@@ -222,6 +219,14 @@ def measure(row: Row, device: torch.device, tiny: bool, ceiling: float) -> dict[
         if device.type == 'cuda':
             torch.cuda.empty_cache()
     return found
+
+
+def failure(error: Exception) -> str:
+    """Say in a line why a row failed, and print where unless memory did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f'out of memory: {str(error).splitlines()[0][:200]}'
+    traceback.print_exception(error)
+    return f'{type(error).__name__}: {str(error)[:300]}'
 
 
 def _wait(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.study.gpu --work DIR --out gpu.jsonl              # again and again, until all is done
     python -m benchmarks.study.gpu --work DIR --out gpu.jsonl --report     # the contrasts
-    python -m benchmarks.study.gpu --work DIR --out gpu.jsonl --device cpu --limit 1024     # a dry run
+    python -m benchmarks.study.gpu --work TRY --out try.jsonl --device cpu --limit 16 --plan-seconds 30    # a dry run
 
 `DIR/data` holds the dataset as `benchmarks.study.device` packs it (34 MiB: carry it along; fonts are not needed).
 Images are kept on the device and augmented there. The arms of a seed train side by side in one process, on the same
@@ -60,6 +60,8 @@ __all__ = ['Bench', 'GPU_PLAN', 'choose_epochs', 'main']
 GPU_PLAN = Path(__file__).with_name('study_gpu.yaml')
 # Of the whole time: what the teacher may take, and what is kept for evaluations, checkpoints and starts.
 _TEACHER, _RESERVE = 0.15, 0.15
+# Steps before those that are measured, and the seconds after which these are enough.
+_WARMUP, _PATIENCE = 5, 10.0
 
 
 class Bench:
@@ -69,7 +71,7 @@ class Bench:
         plan: What to train.
         device: `cuda` or `cpu`.
         deadline: `time.monotonic()` at which training stops with a checkpoint.
-        limit: Use only so many images of each split; for dry runs.
+        limit: Use only so many images of each split, in batches of no more than half of them; for dry runs.
     """
 
     def __init__(self, plan: Plan, device: str, deadline: float, limit: int | None = None) -> None:
@@ -80,9 +82,11 @@ class Bench:
     def config(self, config: TrainConfig, epochs: int | None = None) -> TrainConfig:
         """Return options for this device and a number of epochs."""
         epochs = config.epochs if epochs is None else epochs
-        cpu: dict[str, Any] = {'cpu': True, 'mixed_precision': 'no'} if self.device.type == 'cpu' else {}
+        more: dict[str, Any] = {'cpu': True, 'mixed_precision': 'no'} if self.device.type == 'cpu' else {}
+        if self.limit is not None:
+            more['batch_size'] = min(_batch_size(config), self.limit // 2)
         warmup = min(config.warmup_epochs, epochs // 5)
-        return dataclasses.replace(config, epochs=epochs, val_interval=epochs, warmup_epochs=warmup, **cpu)
+        return dataclasses.replace(config, epochs=epochs, val_interval=epochs, warmup_epochs=warmup, **more)
 
     def images(self, config: TrainConfig, split: str, augment: bool = False) -> DeviceImages:
         """Return a split of the dataset that the options name, on the device."""
@@ -108,16 +112,26 @@ class Bench:
         return create_learners(arms, names, input_config, accelerator, steps, heads)
 
     def step_seconds(self, arms: Mapping[str, TrainConfig], count: int = 20) -> float:
-        """Measure the median step of learners side by side, after a few steps that are not counted."""
+        """Measure the median step of learners side by side, after a few steps that are not counted.
+
+        Args:
+            arms: Options by name.
+            count: Steps to measure; fewer where they take long.
+        """
         config = next(iter(arms.values()))
         accelerator = create_accelerator(config)
         loader = create_device_loader(self.images(config, 'train', augment=True), _batch_size(config), True)
         learners = self.learners(arms, accelerator, len(loader))
         times = []
         batches = _endless(loader)
-        for turn in range(5 + count):
+        for turn in range(_WARMUP + count):
+            if sum(times[_WARMUP:]) > _PATIENCE:
+                break
             batch = next(batches)
             start = time.perf_counter()
+            if config.compile_mode == 'reduce-overhead':
+                # As the trainer does, without which a learner would overwrite the logits that the next one reads.
+                torch.compiler.cudagraph_mark_step_begin()
             known: dict[Any, Any] = {}
             for learner in learners:
                 learner.train()
@@ -127,7 +141,7 @@ class Bench:
             _wait(self.device)
             times.append(time.perf_counter() - start)
         accelerator.free_memory()
-        return statistics.median(times[5:])
+        return statistics.median(times[_WARMUP:])
 
     def train(self, arms: Mapping[str, TrainConfig], folder: RunFolder) -> tuple[list[Learner], dict[str, Any]]:
         """Train learners side by side, from a checkpoint in the folder if there is one.
@@ -248,10 +262,18 @@ def choose(bench: Bench, work: Path, seconds: float) -> dict[str, Any]:
 
     Returns:
         `teachers` by name and `share`, that of the plan's epochs which all students get.
+
+    Raises:
+        ValueError: If the folder was begun with another number of images.
     """
     file = work / 'chosen.json'
     plan = bench.plan
-    chosen: dict[str, Any] = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {'teachers': {}}
+    chosen: dict[str, Any] = {'teachers': {}, 'limit': bench.limit}
+    if file.is_file():
+        chosen = json.loads(file.read_text(encoding='utf-8'))
+    if chosen.get('limit') != bench.limit:
+        # A teacher of a dry run must not teach.
+        raise ValueError(f'--work {work} was begun with --limit {chosen.get("limit")}: give a folder of its own.')
     teachers = {name: bench.config(config) for name, config in plan.teachers().items()}
     for name, config in teachers.items():
         if name not in chosen['teachers']:
@@ -271,7 +293,7 @@ def choose(bench: Bench, work: Path, seconds: float) -> dict[str, Any]:
                 steps_of[regime, longer] = bench.step_seconds(arms)
                 shown = f'{1000 * steps_of[regime, longer]:.1f} ms'
                 print(f'{regime}: a step of {", ".join(arms)} side by side takes {shown}', flush=True)
-            config = plan.config(cells[0], work)
+            config = bench.config(plan.config(cells[0], work))
             steps = len(bench.images(config, 'train')) // _batch_size(config)
             needed += steps_of[regime, longer] * steps * config.epochs
         left = (1 - _TEACHER - _RESERVE) * seconds
@@ -368,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--plan-seconds', type=float, default=1500, help='time of the whole plan (%(default)s)')
     parser.add_argument('--budget-seconds', type=float, default=540, help='time of this command (%(default)s)')
     parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'), help='where to train (%(default)s)')
-    parser.add_argument('--limit', type=int, help='use only so many images of each split: a dry run')
+    parser.add_argument('--limit', type=int, help='use so many images of each split, 4 or more: a dry run')
     parser.add_argument('--report', action='store_true', help='print what the records say instead')
     args = parser.parse_args(argv)
     work = args.work.resolve()
@@ -377,7 +399,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report(plan, read_records(args.out)))
         return 0
     if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('there is no GPU; a dry run is --device cpu --limit 64')
+        parser.error('there is no GPU; a dry run is --device cpu --limit 16 --plan-seconds 30')
+    if args.limit is not None and args.limit < 4:
+        parser.error(f'--limit {args.limit}: two batches of two images are the least; use 4 or more')
     bench = Bench(plan, args.device, time.monotonic() + args.budget_seconds, args.limit)
     try:
         done = run_plan(bench, work, args.out, args.plan_seconds)

@@ -190,6 +190,23 @@ def test_a_plan_that_is_cut_off_goes_on_to_the_same_records(work: Path, capsys: 
     assert '| tiny | dfpt - kd |' in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_dry_run_takes_few_images_in_small_batches_and_leaves_no_teacher_to_others(work: Path) -> None:
+    argv = ['--plan', str(plan_file(work)), '--work', str(work), '--device', 'cpu', '--plan-seconds', '1e6']
+    out = work / 'try.jsonl'
+    assert main([*argv, '--out', str(out), '--limit', '8']) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {(record['images'], record['batch_size']) for record in records} == {(8, 4)}
+    with pytest.raises(ValueError, match='--limit 8: give a folder of its own'):
+        main([*argv, '--out', str(work / 'whole.jsonl')])
+
+
+def test_batches_of_a_dry_run_have_two_images(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(['--work', str(work), '--out', str(work / 'try.jsonl'), '--device', 'cpu', '--limit', '3'])
+    assert '--limit 3' in capsys.readouterr().err
+
+
 def test_epochs_follow_from_the_step() -> None:
     assert choose_epochs(60, step=0.02, steps_per_epoch=100, seconds=90) == 45
     assert choose_epochs(30, step=0.02, steps_per_epoch=100, seconds=90) == 30

@@ -135,6 +135,18 @@ def test_a_compiled_run_leaves_a_student_close_to_the_plain_one(
     torch._dynamo.reset()
 
 
+def test_a_run_that_replays_its_steps_leaves_a_student_close_to_the_plain_one(gpu: torch.device, train: Train) -> None:
+    """CUDA graphs with gradients that add up, logits that three students share, and the freeze."""
+    more = ('--baselines', 'kd', 'ctkd', '--grad-accum-steps', '2', '--prompt-epochs', '1')
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    replayed = train('replayed', '--compile', '--compile-mode', 'reduce-overhead', *more)
+    assert counters['inductor']['cudagraph_skips'] == 0
+    assert distance(learned(replayed), learned(train('plain', *more))) < 1e-2
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize('fused', [(), ('--opt-fused',)], ids=['foreach', 'fused'])
 def test_fp16_goes_on_after_an_overflow_in_the_first_step(
     fused: tuple[str, ...], gpu: torch.device, train: Train

@@ -130,6 +130,16 @@ def test_compiled_training_gives_the_same_student(train, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_what_replayed_steps_ask_of_the_loop_changes_no_bit(train, tmp_path):
+    """Without a GPU nothing is replayed: left are the marks between steps and the copies of what they return."""
+    more = ('--baselines', 'kd', '--grad-accum-steps', '2', '--log-interval', '1')
+    plain = train('plain', *more)
+    with torch.compiler.set_stance('force_eager'):
+        marked = train('marked', '--compile', '--compile-mode', 'reduce-overhead', *more)
+    assert distance(marked, plain) == 0
+    assert (tmp_path / 'marked' / 'metrics.jsonl').read_text() == (tmp_path / 'plain' / 'metrics.jsonl').read_text()
+
+
 def test_fused_optimizers_go_on_exactly_from_a_checkpoint(train, tmp_path):
     checkpoints = ('--opt-fused', '--checkpoint-steps', '2', '--checkpoint-hist', '9')
     whole = train('whole', *checkpoints)
