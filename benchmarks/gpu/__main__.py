@@ -104,12 +104,12 @@ def run_data(budget: Budget, device: torch.device, tiny: bool) -> Iterator[dict[
     most = 1 if tiny else 15
     rows: list[tuple[str, str, float, Callable[[], dict[str, Any]]]] = []
     for workers in (0, 1) if tiny else data.WORKERS:
-        run = functools.partial(data.measure_loader, folder, workers, device, batch, pixels, seconds)
-        rows.append(('loader', f'{workers} workers', 2 * seconds, run))
+        loader = functools.partial(data.measure_loader, folder, workers, device, batch, pixels, seconds)
+        rows.append(('loader', f'{workers} workers', 2 * seconds, loader))
     for arm in ('dfpt', 'timm kd', 'scratch'):
         row = Row('resnet50 -> resnet18', arm, batch=batch)
-        run = functools.partial(data.measure_together, folder, row, most, device, tiny, seconds)
-        rows.append(('fed', f'{row}, {most} workers', 1.0 if tiny else 40.0, run))
+        together = functools.partial(data.measure_together, folder, row, most, device, tiny, seconds)
+        rows.append(('fed', f'{row}, {most} workers', 1.0 if tiny else 40.0, together))
     try:
         for kind, name, guess, run in rows:
             if not budget.fits(kind, guess):

@@ -122,7 +122,7 @@ class Bench:
         accelerator = create_accelerator(config)
         loader = create_device_loader(self.images(config, 'train', augment=True), _batch_size(config), True)
         learners = self.learners(arms, accelerator, len(loader))
-        times = []
+        times: list[float] = []
         batches = _endless(loader)
         for turn in range(_WARMUP + count):
             if sum(times[_WARMUP:]) > _PATIENCE:

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import timm_dfpt
+from timm_dfpt.tasks import METHODS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -27,7 +28,6 @@ SIZE = 32
 NAMES = ('ash', 'birch', 'cedar')
 NETWORK = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16]}
 BATCH, STEPS = 32, 6
-METHODS = ('supervised', 'kd', 'dkd', 'dist', 'logit-std', 'ttm', 'wttm', 'ctkd', 'dfpt', 'dfpt+')
 FREEZE = pytest.mark.parametrize('freeze', [(), ('--prompt-epochs', '1')], ids=['tuned', 'frozen'])
 Weights = dict[str, torch.Tensor]
 Train = Callable[..., Weights]
