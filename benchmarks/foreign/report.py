@@ -113,7 +113,7 @@ def _designs(study: Study, regime: str) -> list[str]:
         rows.append([
             ', '.join(f'{key}={value}' for key, value in changes.items()) or 'as chosen',
             str(len(records)),
-            _spread(accuracies),
+            spread_text(summarise(accuracies)),
             _mean([record['path_top1'] for record in records]),
             _number(statistics.median(record['total_cpu_s'] for record in records), '.0f'),
             '' if records is first else difference_text(difference),
