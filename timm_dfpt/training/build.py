@@ -216,7 +216,8 @@ def with_batch_size(config: TrainConfig, images: int, accelerator: Accelerator) 
             'choose an even number, or set both to 0.'
         )
     if config.batch_size is None and size < 128:
-        # With SGD at the usual rate pretrained students in batches of 8 ended at chance under a teacher.
+        # With SGD at the usual rate pretrained students in batches of 8 ended at chance under a teacher. It is not
+        # scaled unasked, as by timm's --lr-base-scale: students from scratch learned much less in the same epochs then.
         remedy = f'; if the loss does not fall, try --lr {config.lr * size / 128:.2g}, or --opt adamw --lr 0.001'
         accelerator.print(
             f'small dataset: batch size {size} instead of 128, as --batch-size was not given; the learning rate stays '
