@@ -297,6 +297,12 @@ WRONG = {
     'no such model': (['predict', 'nowhere/at/all', '{images}'], 'nowhere/at/all'),
     'no such file': (['predict', 'model.onnx', '{images}'], "MODEL 'model.onnx': there is no such file"),
     'a file of another kind': (['predict', '{run}/config.yaml', '{images}'], 'is a file other than .onnx'),
+    'nearly a file': (['predict', '{root}/modle.onnx', '{images}'], "no such file (did you mean '{root}/model.onnx'?)"),
+    'nearly a run': (['report', '{unfinished}d'], "is not a folder (did you mean '{unfinished}'?)"),
+    'nothing to calibrate with': (
+        ['export', '{run}/student', '--output', '{empty}', '--dataset', '{root}/untrained'],
+        "no training split among ['val', 'test']: name a --dataset that has one",
+    ),
     'no such image': (['predict', '{run}', './nothing.png'], "'./nothing.png': there is no such file or folder"),
     'a folder without images': (['predict', '{run}', '{empty}'], 'holds no image'),
     'no data': (['evaluate', '{run}/student'], 'dataset is not given'),
@@ -338,6 +344,10 @@ def test_bad_input(
     argv, words = WRONG[name]
     for folder in ('empty', 'unfinished', 'other'):
         (tmp_path / folder).mkdir()
+    (tmp_path / 'model.onnx').touch()
+    (tmp_path / 'untrained').mkdir()
+    for split in ('val', 'test'):
+        (tmp_path / 'untrained' / split).symlink_to(tiny.data / 'val')
     for file in ('config.yaml', 'metrics.jsonl'):
         shutil.copy(finished / file, tmp_path / 'unfinished')
     (tmp_path / 'compared' / 'seed-0' / 'arms' / 'kd' / 'student').mkdir(parents=True)
@@ -346,7 +356,7 @@ def test_bad_input(
     for label in 'xy':
         shutil.copytree(tiny.data / 'val' / 'ash', tmp_path / 'other' / label)
     places = {each: tmp_path / each for each in ('empty', 'unfinished', 'other', 'compared')}
-    places |= {'run': finished, 'data': tiny.data, 'images': tiny.data / 'val'}
+    places |= {'root': tmp_path, 'run': finished, 'data': tiny.data, 'images': tiny.data / 'val'}
     assert run(*(each.format(**places) for each in argv)) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith('error: ')

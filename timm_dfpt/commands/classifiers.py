@@ -11,6 +11,7 @@ from torch import nn
 
 from ..data.image_dataset import ImageDataset
 from ..data.image_split import ImageSplit
+from ..data.paths import similar_path
 from ..deploy.opened import open_onnx
 from ..hub.files import read_json
 from ..hub.load import load_student
@@ -100,7 +101,7 @@ def open_classifier(model: str, base_model: str | None = None, **options: Unpack
     path = Path(model).expanduser()
     if path.suffix == '.onnx' or path.is_file():
         if not path.is_file():
-            raise FileNotFoundError(f'MODEL {model!r}: there is no such file.')
+            raise FileNotFoundError(f'MODEL {model!r}: there is no such file{similar_path(model, path.suffix)}.')
         if path.suffix != '.onnx':
             raise ValueError(f'MODEL {model!r} is a file other than .onnx: name {HELP}.')
         if options.get('revision') is not None:

@@ -142,9 +142,13 @@ def main(argv: Sequence[str] | None = None, program: str = 'timm-dfpt export') -
             if 'onnx' in args.formats:
                 print('int8 is left out: it needs images to calibrate with, name some with --dataset')
             return
-        data = load_splits(
-            args.dataset, teacher_classes=classifier.class_names, background=classifier.background
-        )  # fmt: skip
+        try:
+            data = load_splits(
+                args.dataset, teacher_classes=classifier.class_names, background=classifier.background
+            )  # fmt: skip
+        except ValueError as error:
+            remedy = 'name a --dataset that has one, to calibrate int8 with'
+            raise ValueError(str(error).replace('name one with --train-split', remedy)) from error
         config = dict(classifier.data_config)
         job = export_job(source, folder, data, config, include_preprocessing=args.include_preprocessing)
         print(exports_table(export_student_files(job, args.formats), pad=True))

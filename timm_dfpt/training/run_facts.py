@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..data.checks import default_of
+from ..data.paths import similar_path
 from ..hub.base import hub_repo_of
 from ..hub.cards import ModelRow, RunFacts
 from ..hub.files import parse_yaml, read_json
@@ -35,7 +36,8 @@ def read_run(folder: RunFolder, prompt_path_repo: str | None = None) -> tuple[Ru
         FileNotFoundError: If there is no such run, or it is not finished.
     """
     if not folder.path.is_dir():
-        raise FileNotFoundError(f'{str(folder)!r} is not a folder: name the folder of a finished run.')
+        hint = similar_path(str(folder))
+        raise FileNotFoundError(f'{str(folder)!r} is not a folder{hint}: name the folder of a finished run.')
     for file in (folder.summary, folder.config):
         if not file.is_file():
             raise FileNotFoundError(
