@@ -8,7 +8,9 @@ import socket
 import string
 import unicodedata
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -490,3 +492,31 @@ def test_a_mistyped_folder_is_not_waited_for(tmp_path, monkeypatch, caplog) -> N
         with pytest.raises(FileNotFoundError, match=hint):
             load_splits(name)
     assert 'Retrying' not in caplog.text
+
+
+def test_the_hub_is_asked_once_for_what_it_does_not_have(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header('X-Error-Code', 'RepoNotFound')
+            self.send_header('Content-Length', '0')
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(('127.0.0.1', 0), Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        for name in ('huggingface_hub.constants.ENDPOINT', 'datasets.config.HF_ENDPOINT'):
+            monkeypatch.setattr(name, f'http://127.0.0.1:{server.server_port}')
+        (tmp_path / 'photos').mkdir()
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"mean 'photos'\?\), and there is no such dataset on the Hub"):
+            load_splits('photoz')
+        server.shutdown()
+    assert asked == ['/api/datasets/photoz']
