@@ -25,7 +25,7 @@ def test_one_run_names_the_fitted_teacher_and_its_baselines(tmp_path: Path, caps
     assert summary['models']['teacher']['head']['how'] == 'fitted'
     # Its features know letters before anything is trained; guessing is right for 3.8%.
     assert summary['models']['teacher']['metrics']['top1'] > 70
-    baselines = ('dfpt against the student alone, ', 'dfpt against kd from the fitted teacher, ')
+    baselines = ('dfpt+ against the student alone, ', 'dfpt+ against kd from the fitted teacher, ')
     for words in ('| teacher, head fitted (', '| student alone (', '| student of kd (', *baselines):
         assert words in said, words
     student = timm.create_model(f'local-dir:{run / "student"}', pretrained=True)

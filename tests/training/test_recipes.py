@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as PILImage
 
@@ -56,7 +57,7 @@ def config_of(recipe, *arguments):
 def test_every_recipe_is_in_the_tables():
     new = 'quickstart_new_classes'
     embedded = {'quickstart', 'quickstart_teacher', new, f'{new}_teacher', f'{new}_fine_tuned'}
-    assert {path.stem for path in RECIPES.glob('*.yaml')} == {*ALL, *embedded}
+    assert {path.stem for path in RECIPES.glob('*.yaml')} == {*ALL, *embedded, 'related_images'}
 
 
 @pytest.mark.parametrize('name', CIFAR_PAIRS)
@@ -86,6 +87,17 @@ def test_dfpt_starts_as_the_kd_beside_it(name, variant):
     assert dual.student_task_weight == kd.task_loss_weight
     assert dual.student_teacher_weight + dual.student_prompt_weight == pytest.approx(kd.distill_loss_weight)
     assert dual.temperature == kd.temperature
+
+
+def test_related_images_is_what_the_study_measured():
+    plan = yaml.safe_load((RECIPES.parents[1] / 'benchmarks' / 'foreign' / 'plan.yaml').read_text())
+    (stage,) = plan['ways']['dfpt+']
+    names = ('--dataset', 'photos', '--teacher', 'resnet50', '--student', 'resnet18')
+    config = config_of('related_images', *names)
+    assert config.teacher_head == 'auto'  # 'fit' where the classes are others
+    for option, value in stage.items():
+        if option != 'teacher_head':
+            assert getattr(config, option) == value, option
 
 
 @pytest.mark.parametrize('name', CIFAR_TEACHERS)
