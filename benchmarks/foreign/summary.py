@@ -1,6 +1,7 @@
 """What `docs/RESULTS.md` shows of the study of foreign teachers: ways against regimes, and the primary contrasts."""
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from benchmarks.foreign.analysis import Study
@@ -37,9 +38,7 @@ def way_of(study: Study, regime: str, arm: str) -> str | None:
 def blocks(study: Study) -> dict[str, str]:
     """Return the text of every block of the page by name; of those only for which there are records."""
     regimes = [regime for regime in study.regimes if any(arm.endswith('=time') for arm in study.arms(regime))]
-    long = [regime for regime in regimes if regime.endswith('-long')]
-    tables = {'ways': [regime for regime in regimes if regime not in long], 'ways-long': long}
-    texts = {name: _ways(study, columns) if columns else '' for name, columns in tables.items()}
+    texts = {'ways': _ways(study, [regime for regime in regimes if not regime.endswith('-long')])} if regimes else {}
     texts |= {'runs': runs_text(study), 'contrasts': _contrasts(study)}
     return {name: text for name, text in texts.items() if text}
 
@@ -60,8 +59,14 @@ def _ways(study: Study, regimes: Sequence[str]) -> str:
     """Mean test top-1 with its 95% interval, and cost relative to the student alone for as many epochs."""
     dearest = {}
     for regime in regimes:
-        costs = {arm: study.cost(regime, arm) or 0 for arm in study.arms(regime) if not arm.endswith('=time')}
-        dearest[regime] = max(costs, key=costs.__getitem__)
+        arms = study.arms(regime)
+        # The dearest way has no second name.
+        seconds = {
+            arm: statistics.median(record['total_cpu_s'] for record in records)
+            for arm, records in arms.items()
+            if way_of(study, regime, arm) and not arm.endswith('=time') and f'{arm} =time' not in arms
+        }
+        dearest[regime] = max(seconds, key=seconds.__getitem__, default='')
     rows = []
     for longer in ('', ' =time'):
         for way, words in WAYS.items():
@@ -74,7 +79,8 @@ def _ways(study: Study, regimes: Sequence[str]) -> str:
                 # The dearest way takes that time as it is.
                 arm = (timed or (usual if usual == dearest[regime] else '')) if longer else usual
                 cells.append(_cell(study, regime, arm) if arm else '-')
-            rows.append([words + (', equal time' if longer else ''), *cells])
+            if set(cells) != {'-'}:
+                rows.append([words + (', equal time' if longer else ''), *cells])
     counts = [{len(records) for records in study.arms(regime).values()} for regime in regimes]
     rows.append(['runs of each', *(f'{min(each)}-{max(each)}' if len(each) > 1 else str(*each) for each in counts)])
     return markdown_table(['way', *regimes], rows, text_columns=1)
