@@ -81,7 +81,10 @@ def _ways(study: Study, regimes: Sequence[str]) -> str:
                 cells.append(_cell(study, regime, arm) if arm else '-')
             if set(cells) != {'-'}:
                 rows.append([words + (', equal time' if longer else ''), *cells])
-    counts = [{len(records) for records in study.arms(regime).values()} for regime in regimes]
+    counts = [
+        {len(found) for arm, found in study.arms(regime).items() if way_of(study, regime, arm.removesuffix(' =time'))}
+        for regime in regimes
+    ]
     rows.append(['runs of each', *(f'{min(each)}-{max(each)}' if len(each) > 1 else str(*each) for each in counts)])
     return markdown_table(['way', *regimes], rows, text_columns=1)
 
