@@ -151,30 +151,32 @@ def draw(study: Study, path: Path) -> None:
     matplotlib.use('agg')
     from matplotlib import pyplot as plt  # costs 0.3 s
 
-    ways = {regime: {way_of(study, regime, arm) for arm in study.arms(regime)} - {None} for regime in study.regimes}
-    regimes = [regime for regime, found in ways.items() if len(found) > 1]
-    rows = math.ceil(len(regimes) / 4)
-    columns = math.ceil(len(regimes) / rows)
-    figure, panels = plt.subplots(
-        rows, columns, figsize=(3.8 * columns, 3.4 * rows), layout='constrained', squeeze=False
-    )
-    colors: dict[str, str] = {}
-    for regime, axes in zip(regimes, panels.flat, strict=False):
-        lines: dict[str, list[tuple[float, float]]] = {}
+    # A way's longer training is a further point of its line.
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for regime in study.regimes:
         for arm, records in study.arms(regime).items():
-            seconds = statistics.median(record['total_cpu_s'] for record in records)
-            accuracy = statistics.fmean(record['student_top1'] for record in records)
-            name = arm.removesuffix(' =time')
-            lines.setdefault(way_of(study, regime, name) or name, []).append((seconds, accuracy))
-        for way, points in lines.items():
-            color = colors.setdefault(way, f'C{len(colors) % 10}')
+            way = way_of(study, regime, arm.removesuffix(' =time'))
+            if way is not None:
+                seconds = statistics.median(record['total_cpu_s'] for record in records)
+                accuracy = statistics.fmean(record['student_top1'] for record in records)
+                panel = lines.setdefault(regime.removesuffix('-long'), {})
+                panel.setdefault(way, []).append((seconds, accuracy))
+    # Where ways train for equal times there are lines to be drawn.
+    lines = {regime: ways for regime, ways in lines.items() if sum(map(len, ways.values())) > len(ways) > 1} or lines
+    columns = min(3, len(lines))
+    rows = math.ceil(len(lines) / columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(4.4 * columns, 3.6 * rows), layout='constrained', squeeze=False
+    )
+    for (regime, ways), axes in zip(lines.items(), panels.flat, strict=False):
+        for way, points in ways.items():
             xs, ys = zip(*sorted(points), strict=True)
-            axes.plot(xs, ys, marker='o', color=color, label=WAYS.get(way, way))
+            axes.plot(xs, ys, marker='o', color=f'C{list(WAYS).index(way)}', label=WAYS[way])
         axes.set(xlabel='CPU seconds, all of the way', ylabel='test top-1 %', title=regime)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.05 * max(seconds for points in ways.values() for seconds, _ in points))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize='xx-small')
-    for axes in panels.flat[len(regimes):]:
+        axes.legend(fontsize='x-small')
+    for axes in panels.flat[len(lines):]:
         axes.remove()
     # Without metadata two equal runs write equal files.
     figure.savefig(path, dpi=90, metadata={'Software': None})
