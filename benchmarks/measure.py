@@ -2,16 +2,16 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+
+from timm_dfpt.utils.flops import flop_counter
 
 from .spread import spread
 
@@ -19,24 +19,10 @@ __all__ = ['PeakMemory', 'count_flops', 'interleaved', 'saved_bytes', 'spread']
 
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """Return the FLOPs that torch's `FlopCounterMode` counts (matrix products and convolutions), backward included.
-
-    Of a convolution in groups torch counts the gradient of its weight as if it had none.
-    """
-    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with counter:
+    """Return the FLOPs of matrix products and convolutions, backward included."""
+    with flop_counter() as counter:
         run()
     return counter.get_total_flops()
-
-
-def _convolution_backward(
-    grad: Sequence[int], input: Sequence[int], weight: Sequence[int], *settings: Any, out_shape: Any = None
-) -> int:
-    """Return the FLOPs of the gradients that are asked for: of input and weight each what the forward takes."""
-    *_, transposed, _, _, (of_input, of_weight, _) = settings
-    positions = math.prod((input if transposed else grad)[2:])
-    return 2 * grad[0] * positions * math.prod(weight) * (of_input + of_weight)
 
 
 class PeakMemory(TorchDispatchMode):

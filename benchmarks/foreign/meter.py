@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 
-from torch.utils.flop_counter import FlopCounterMode
+from timm_dfpt.utils.flops import flop_counter
 
 __all__ = ['Meter']
 
@@ -29,7 +29,7 @@ class Meter:
     def running(self) -> Iterator[None]:
         """Measure a block."""
         before = sum(os.times()[:4])
-        counter = FlopCounterMode(display=False) if self.counting else None
+        counter = flop_counter() if self.counting else None
         try:
             with counter or contextlib.nullcontext():
                 yield

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..hub.files import parse_yaml
 from ..job.cli import DEFAULT_RECIPE, build_parser, command_line, resolve_config
@@ -21,6 +20,7 @@ from ..job.stopping import NonFiniteLossError, Preempted, exit_code
 from ..reports.intervals import summarise
 from ..tasks.evaluation import score_of
 from ..tasks.methods import ALIASES, METHODS, REFERENCE_METHOD
+from ..utils.flops import flop_counter
 from .comparison_page import keep_arm_predictions, write_comparison_page
 from .export import describe_models
 from .learner import Learner
@@ -245,8 +245,8 @@ def _step_costs(setup: Setup, learners: Sequence[Learner]) -> dict[str, dict[str
     """Measure a training step of each learner alone, teacher included; their weights are useless afterwards.
 
     Returns:
-        By learner `flops` (counted by torch: two a multiply-accumulate of convolutions and matrix products, forward and
-        backward) and `ms` (median; the learners take turns, so that a busy machine is unfair to none).
+        By learner `flops` (two a multiply-accumulate of convolutions and matrix products, forward and backward) and
+        `ms` (median; the learners take turns, so that a busy machine is unfair to none).
     """
     input, target, _ = next(iter(setup.loaders['train']))
     if (setup.config.mixup or setup.config.cutmix) and target.ndim == 1:
@@ -256,7 +256,7 @@ def _step_costs(setup: Setup, learners: Sequence[Learner]) -> dict[str, dict[str
     setup.accelerator.gradient_state._set_sync_gradients(True)
     for learner in learners:
         learner.train()
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             learner.step(input, target, seed=0)
         # Of all processes, which share the batch.
         costs[learner.name] = {'flops': counter.get_total_flops() * setup.accelerator.num_processes}
