@@ -118,7 +118,7 @@ def test_publishing_that_fails_says_how_to_try_again(trained, tmp_path, monkeypa
 
 def test_a_comparison_without_costs_and_tracker(tiny, tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setattr(Accelerator, 'log', broken)
-    monkeypatch.setattr(compare_module, 'FlopCounterMode', broken)
+    monkeypatch.setattr(compare_module, 'flop_counter', broken)
     monkeypatch.setattr(report, 'FlopCounterMode', broken)
     monkeypatch.setattr(compare_module, 'plot_comparison', broken)
     argv = tiny.argv(tmp_path / 'out', '--epochs', '1', '--mixup', '0')
