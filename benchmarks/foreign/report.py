@@ -155,7 +155,7 @@ def draw(study: Study, path: Path) -> None:
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for regime in study.regimes:
         for arm, records in study.arms(regime).items():
-            way = way_of(study, regime, arm.removesuffix(' =time'))
+            way = way_of(study, regime, arm)
             if way is not None:
                 seconds = statistics.median(record['total_cpu_s'] for record in records)
                 accuracy = statistics.fmean(record['student_top1'] for record in records)

@@ -26,10 +26,10 @@ def way_of(study: Study, regime: str, arm: str) -> str | None:
     Args:
         study: The records.
         regime: Name of the regime.
-        arm: Name of the arm, without ` =time`.
+        arm: Name of the arm.
     """
-    arms = study.arms(regime)
-    if f'{arm}-head' in arms:
+    arm = arm.removesuffix(' =time')
+    if f'{arm}-head' in study.arms(regime):
         return None
     way = arm.removesuffix('-head')
     return way if way in WAYS else None
@@ -73,7 +73,7 @@ def _ways(study: Study, regimes: Sequence[str]) -> str:
             cells = []
             for regime in regimes:
                 arms = study.arms(regime)
-                found = [arm for arm in arms if way_of(study, regime, arm.removesuffix(' =time')) == way]
+                found = [arm for arm in arms if way_of(study, regime, arm) == way]
                 usual = next((arm for arm in found if not arm.endswith('=time')), '')
                 timed = next((arm for arm in found if arm.endswith('=time')), '')
                 # The dearest way takes that time as it is.
@@ -82,7 +82,7 @@ def _ways(study: Study, regimes: Sequence[str]) -> str:
             if set(cells) != {'-'}:
                 rows.append([words + (', equal time' if longer else ''), *cells])
     counts = [
-        {len(found) for arm, found in study.arms(regime).items() if way_of(study, regime, arm.removesuffix(' =time'))}
+        {len(found) for arm, found in study.arms(regime).items() if way_of(study, regime, arm)}
         for regime in regimes
     ]
     rows.append(['runs of each', *(f'{min(each)}-{max(each)}' if len(each) > 1 else str(*each) for each in counts)])
