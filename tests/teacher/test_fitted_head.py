@@ -69,6 +69,31 @@ def test_paths_of_a_fitted_teacher_start_alike() -> None:
     assert out.prompt.shape == (10, CLASSES)
 
 
+@pytest.mark.parametrize('variant', ['dfpt', 'dfpt+'])
+@pytest.mark.parametrize('kind', ['CNN', 'convolution', 'two averaged heads'])
+def test_a_smaller_head_is_of_the_prompt_path_alone(kind: str, variant: Any) -> None:
+    torch.manual_seed(0)
+    name, kwargs, _ = MODELS[kind]
+    fitted = timm_dfpt.fit_head(timm.create_model(name, **{'num_classes': 7, **kwargs}), batches(), CLASSES).eval()
+    x = batches()[0][0]
+    with torch.no_grad():
+        expected = fitted(x)
+        teacher = timm_dfpt.wrap(fitted, variant=variant).eval()
+        teacher.prompt_path.scale_head(0.25)
+        out = teacher(x)
+    assert torch.equal(out.original, expected)
+    torch.testing.assert_close(out.prompt, 0.25 * expected)
+
+
+def test_a_head_that_is_the_teachers_is_not_scaled() -> None:
+    model = timm.create_model('resnet18', num_classes=7, **RESNET)
+    before = model.fc.weight.detach().clone()
+    for prompt in (timm_dfpt.PromptConfig(new_head=False), timm_dfpt.PromptConfig(head_rank=1)):
+        with pytest.raises(ValueError, match='is not a linear one of its own'):
+            timm_dfpt.wrap(model, prompt=prompt).prompt_path.scale_head(0.5)
+    assert torch.equal(model.fc.weight, before)
+
+
 def test_a_new_head_alone_starts_from_zero() -> None:
     teacher = timm_dfpt.wrap(timm.create_model('resnet18', num_classes=7, **RESNET), num_classes=CLASSES).eval()
     out = teacher(batches()[0][0])

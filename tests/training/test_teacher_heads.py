@@ -113,6 +113,19 @@ def test_a_run_that_is_resumed_keeps_the_head(job: Any, capsys: Any) -> None:
     assert all(torch.equal(t, before[n]) for n, t in load_file(run / 'teacher_heads' / 'kd.safetensors').items())
 
 
+def test_a_fitted_head_at_scale_0_is_a_new_head(job: Any) -> None:
+    # Without blocks, which would be drawn after a new head, and so differ.
+    path = ('--method', 'dfpt+', '--no-prompt-block', '--prompt-fusion', 'none')
+    unheard = (*path, '--prompt-teacher-weight', '0', '--student-teacher-weight', '0')
+    _, new = job('five', 'new', *path, '--teacher-head', 'new')
+    code, run = job('five', 'zero', *unheard, '--prompt-head-init-scale', '0')
+    assert code == 0
+    expected = weights(new)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
+    _, fitted = job('five', 'fitted', *unheard)
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in weights(fitted).items())
+
+
 @pytest.mark.slow
 def test_classes_in_another_order_are_mapped(job: Any, teachers: Path, tmp_path: Path, capsys: Any) -> None:
     code, run = job('order', 'mapped', '--method', 'kd')
@@ -154,6 +167,11 @@ def test_what_is_decided_is_said(argv_of: Any, teacher: str, more: tuple[str, ..
         ('five', ('--teacher-head', 'new', '--baselines', 'kd'), 'which method=kd does not have'),
         ('five', ('--teacher-head', 'new', '--prompt-teacher-weight', '1'), 'so a and c are 0'),
         ('five', ('--teacher-head', 'new', '--teacher-head-balanced'), 'fits no head'),
+        ('five', ('--teacher-head', 'new', '--prompt-head-init-scale', '0.1'), 'the head begins with zeros'),
+        ('five', ('--prompt-head-init-scale', '0.1', '--prompt-head-rank', '1'), 'prompt_head_rank=1 keeps that'),
+        ('five', ('--prompt-head-init-scale', '0.1', '--no-prompt-head'), 'prompt_head=False keeps that'),
+        ('five', ('--prompt-head-init-scale', '0.1', '--prompt-path', 'user/path'), 'no effect with --prompt-path'),
+        ('five', ('--prompt-head-init-scale', '0.1', '--unlabelled'), 'learns from labels'),
         ('five', ('--teacher-kwargs', 'num_classes=3'), 'would be'),
     ],
 )

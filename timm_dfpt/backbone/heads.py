@@ -13,7 +13,7 @@ from .layouts import find_layout
 from .modes import evaluating
 from .types import name_of
 
-__all__ = ['ENCODER_HEAD', 'add_head', 'pool_features', 'replace_head', 'watch_inputs']
+__all__ = ['ENCODER_HEAD', 'add_head', 'pool_features', 'replace_head', 'scale_head', 'watch_inputs']
 
 ENCODER_HEAD = 'encoder_head'
 """Name of the classifier that an encoder gets which has no place for one."""
@@ -45,7 +45,7 @@ def replace_head(model: nn.Module, names: Sequence[str], num_classes: int, init_
                 f'num_classes={num_classes} needs a new head, but {name!r} of {name_of(model)} is a '
                 f'{type(old).__name__}, which cannot be rebuilt for another number of classes. Leave num_classes=None.'
             )
-        _scale(new, init_scale)
+        scale_head(new, init_scale)
         weight = next(old.parameters())
         model.set_submodule(name, new.to(device=weight.device, dtype=weight.dtype).train(old.training))
     if hasattr(model, 'num_classes'):
@@ -97,7 +97,7 @@ def add_head(
     for module in set(model.modules()) - before:
         module.to(device=like.device, dtype=like.dtype).train(model.training)
     for name in names:
-        _scale(model.get_submodule(name), init_scale)
+        scale_head(model.get_submodule(name), init_scale)
     return names
 
 
@@ -157,8 +157,9 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in found.items() if module is head and isinstance(head, (nn.Linear, nn.Conv2d)))
 
 
-def _scale(head: nn.Module, init_scale: float) -> None:
-    if init_scale != 1:
+def scale_head(head: nn.Module, factor: float) -> None:
+    """Multiply the weights and biases of a classifier; 0: logits of zero."""
+    if factor != 1:
         with torch.no_grad():
             for param in head.parameters():
-                param.mul_(init_scale)
+                param.mul_(factor)

@@ -15,7 +15,8 @@ _TUNING = (
 # What is known of a prompt path once it exists.
 _SHAPE = (
     'prompt_stages', 'prompt_reduction', 'prompt_partial_ratio', 'prompt_kernel_sizes', 'prompt_norm', 'prompt_act',
-    'prompt_fusion', 'prompt_fusion_rank', 'prompt_block', 'prompt_head', 'prompt_head_rank', 'prompt_norms',
+    'prompt_fusion', 'prompt_fusion_rank', 'prompt_block', 'prompt_head', 'prompt_head_init_scale', 'prompt_head_rank',
+    'prompt_norms',
 )  # fmt: skip
 _Unused = Callable[[Options, Sequence[str]], bool]
 # Options, when they have no effect, what with, and the remedy besides leaving them out.

@@ -146,6 +146,8 @@ class TrainConfig(Options):
         elif self.teacher is None and self.prompt_path is None:
             raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
         self._check_teacher_head()
+        if method.variant and self.prompt_head_init_scale != 1 and not self.prompt_path:
+            self._check_prompt_head_init_scale()
         if self.teacher_checkpoint and self.teacher is None:
             raise ValueError(
                 f'teacher_checkpoint={self.teacher_checkpoint!r} has the weights of --teacher, which is not given: '
@@ -237,6 +239,16 @@ class TrainConfig(Options):
                     f'{name}={getattr(self, name):g}: with teacher_head=new the teacher has no logits for these '
                     'classes, so a and c are 0. Leave it out, or give the teacher a head with --teacher-head fit.'
                 )
+
+    def _check_prompt_head_init_scale(self) -> None:
+        given = f'prompt_head_init_scale={self.prompt_head_init_scale:g}'
+        if self.unlabelled:
+            raise ValueError(f'{given}: a head that begins anew learns from labels, and there are none. Leave it at 1.')
+        if not self.prompt_head or self.prompt_head_rank is not None:
+            other = 'prompt_head=False' if not self.prompt_head else f'prompt_head_rank={self.prompt_head_rank}'
+            raise ValueError(f'{given} is of a head of its own, and {other} keeps that of the teacher. Leave it at 1.')
+        if self.teacher_head == 'new' and self.prompt_head_init_scale:
+            raise ValueError(f'{given}: with teacher_head=new the head begins with zeros. Leave one of them out.')
 
     def _check_weights(self) -> None:
         """Refuse a student that has nothing to learn from."""

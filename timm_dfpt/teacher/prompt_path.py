@@ -14,7 +14,7 @@ from timm.layers import use_reentrant_ckpt
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..backbone.heads import add_head, replace_head
+from ..backbone.heads import add_head, replace_head, scale_head
 from ..backbone.layouts import TokenOrder
 from ..backbone.modes import forget_caches, keep_frozen
 from ..backbone.norms import find_norms, has_statistics, unshare
@@ -240,6 +240,25 @@ class PromptPath(nn.Module):
                 )
             twins.append((theirs, mine))
         return twins
+
+    def scale_head(self, factor: float) -> None:
+        """Multiply weights and biases of the head, which must be the path's own; 0: logits of zero.
+
+        A head that is as sure as it is right leaves what is before it little to learn: where the path is tuned for
+        hundreds of updates, it ends better from a smaller head (docs/TEACHERS.md).
+
+        Raises:
+            ValueError: If the head is the teacher's, or neither linear nor a convolution: logits of others do not scale
+                with their weights.
+        """
+        heads = [self.model.get_submodule(name) for name in self.heads]
+        if not self.config.new_head or not all(isinstance(head, (nn.Linear, nn.Conv2d)) for head in heads):
+            raise ValueError(
+                f'the head of the prompt path ({", ".join(self.heads)}) is not a linear one of its own: leave its '
+                'scale (prompt_head_init_scale) at 1.'
+            )
+        for head in heads:
+            scale_head(head, factor)
 
     def keep_frozen(self) -> None:
         """Freeze the backbone again, whatever was called on it; costs little where nothing was."""

@@ -307,7 +307,10 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
                 prompt, block=False, fusion='none', fusion_rank=None, new_head=False, head_rank=None
             )
         new = num_classes if config.teacher_head == 'new' else None
-        return wrap(model, stages=stages, num_classes=new, prompt=prompt, variant=variant)
+        teacher = wrap(model, stages=stages, num_classes=new, prompt=prompt, variant=variant)
+        if config.prompt_head_init_scale != 1:
+            teacher.prompt_path.scale_head(config.prompt_head_init_scale)
+        return teacher
     except ValueError as error:
         # What only the blocks and the model can check, under the names of the options.
         names = {
