@@ -214,6 +214,9 @@ class Plan:
             options['teacher'] = f'local-dir:{teacher}'
         else:
             options = {key: value for key, value in options.items() if not key.startswith('teacher')}
+        if options.get('teacher_head') == 'fit':
+            # As when the plan was written; later the default became another.
+            options.setdefault('prompt_head_init_scale', 1)
         return TrainConfig(**{
             **self.values['common'],
             **self._data(regime['data'], cell),

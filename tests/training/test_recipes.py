@@ -95,6 +95,9 @@ def test_related_images_is_what_the_study_measured():
     names = ('--dataset', 'photos', '--teacher', 'resnet50', '--student', 'resnet18')
     config = config_of('related_images', *names)
     assert config.teacher_head == 'auto'  # 'fit' where the classes are others
+    # The path of `*-new-head`: the same as that of a new head, see test_teacher_heads.
+    assert plan['regimes']['upright-new-head']['final']['arms']['dfpt+ new head']['options'] == {'teacher_head': 'new'}
+    assert config.prompt_head_init_scale == 0
     for option, value in stage.items():
         if option != 'teacher_head':
             assert getattr(config, option) == value, option

@@ -123,9 +123,10 @@ class Options:
         None, 'use prompt blocks', 'prompt path', unset='yes; no without labels'
     )
     prompt_head: bool = _opt(True, 'give the prompt path a trainable head of its own', 'prompt path')
-    prompt_head_init_scale: float = _opt(
-        1.0, "factor on the weights of the prompt path's own head at the start; 0: logits of zero", 'prompt path', low=0
-    )
+    prompt_head_init_scale: float | None = _opt(
+        None, "factor on the weights of the prompt path's own head at the start; 0: logits of zero",
+        'prompt path', low=0, unset='0.3 where the head is fitted, else 1',
+    )  # fmt: skip
     prompt_head_rank: int | None = _opt(
         None, "rank of a correction of the teacher's frozen head, instead of a copy of it",
         'prompt path', low=1, high=4096, unset='a copy',

@@ -146,7 +146,7 @@ class TrainConfig(Options):
         elif self.teacher is None and self.prompt_path is None:
             raise ValueError(f'method={self.method} needs a teacher: name one with --teacher.')
         self._check_teacher_head()
-        if method.variant and self.prompt_head_init_scale != 1 and not self.prompt_path:
+        if method.variant and self.prompt_head_init_scale not in (None, 1) and not self.prompt_path:
             self._check_prompt_head_init_scale()
         if self.teacher_checkpoint and self.teacher is None:
             raise ValueError(

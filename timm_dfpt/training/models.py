@@ -308,8 +308,8 @@ def wrap_teacher(config: TrainConfig, model: nn.Module, num_classes: int) -> Dua
             )
         new = num_classes if config.teacher_head == 'new' else None
         teacher = wrap(model, stages=stages, num_classes=new, prompt=prompt, variant=variant)
-        if config.prompt_head_init_scale != 1:
-            teacher.prompt_path.scale_head(config.prompt_head_init_scale)
+        if path.head_init_scale != 1:
+            teacher.prompt_path.scale_head(path.head_init_scale)
         return teacher
     except ValueError as error:
         # What only the blocks and the model can check, under the names of the options.
