@@ -117,9 +117,10 @@ def _contrasts(study: Study) -> str:
             }
             usual.append([regime, WAYS[way], *(cells.get(column, '-') for column in columns)])
         else:
-            others += [[regime, f'{one} - {other}', difference_text(each)] for (one, other), each in found.items()]
+            texts = [f'{one} - {other}: {difference_text(each)}' for (one, other), each in found.items()]
+            others.append([regime, '; '.join(texts)])
     head = ['regime', 'the one run', *columns.values()]
     tables = [markdown_table(head, usual, text_columns=2)] if usual else []
     if others:
-        tables.append(markdown_table(['regime', 'contrast', 'difference'], others, text_columns=2))
+        tables.append(markdown_table(['regime', 'contrasts'], others, text_columns=2))
     return '\n\n'.join(tables)
