@@ -151,7 +151,7 @@ def draw(study: Study, path: Path) -> None:
     matplotlib.use('agg')
     from matplotlib import pyplot as plt  # costs 0.3 s
 
-    # A way's longer training is a further point of its line.
+    # A way's longer training, and what was trained later, are further points of a panel.
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for regime in study.regimes:
         for arm, records in study.arms(regime).items():
@@ -159,7 +159,7 @@ def draw(study: Study, path: Path) -> None:
             if way is not None:
                 seconds = statistics.median(record['total_cpu_s'] for record in records)
                 accuracy = statistics.fmean(record['student_top1'] for record in records)
-                panel = lines.setdefault(regime.removesuffix('-long'), {})
+                panel = lines.setdefault(regime.removesuffix('-long').removesuffix('-new-head'), {})
                 panel.setdefault(way, []).append((seconds, accuracy))
     # Where ways train for equal times there are lines to be drawn.
     lines = {regime: ways for regime, ways in lines.items() if sum(map(len, ways.values())) > len(ways) > 1} or lines
@@ -169,8 +169,8 @@ def draw(study: Study, path: Path) -> None:
         rows, columns, figsize=(4.4 * columns, 3.6 * rows), layout='constrained', squeeze=False
     )
     for (regime, ways), axes in zip(lines.items(), panels.flat, strict=False):
-        for way, points in ways.items():
-            xs, ys = zip(*sorted(points), strict=True)
+        for way in sorted(ways, key=list(WAYS).index):
+            xs, ys = zip(*sorted(ways[way]), strict=True)
             axes.plot(xs, ys, marker='o', color=f'C{list(WAYS).index(way)}', label=WAYS[way])
         axes.set(xlabel='CPU seconds, all of the way', ylabel='test top-1 %', title=regime)
         axes.set_xlim(0, 1.05 * max(seconds for points in ways.values() for seconds, _ in points))

@@ -17,6 +17,7 @@ WAYS = {
     'ft-kd': 'teacher fine-tuned, then KD',
     'dfpt': 'one run, DFPT-KD',
     'dfpt+': 'one run, DFPT-KD+',
+    'dfpt+ new head': 'one run, DFPT-KD+, new head',
 }
 
 
