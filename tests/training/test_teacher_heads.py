@@ -126,6 +126,22 @@ def test_a_fitted_head_at_scale_0_is_a_new_head(job: Any) -> None:
     assert any(not torch.equal(tensor, expected[name]) for name, tensor in weights(fitted).items())
 
 
+@pytest.mark.parametrize(
+    ('more', 'warned'),
+    [
+        (('--prompt-head-init-scale', '0'), True),
+        (('--prompt-head-init-scale', '0', '--epochs', '50', '--prompt-epochs', '50'), False),
+        (('--prompt-head-init-scale', '0.3'), False),
+        ((), False),
+    ],
+)
+def test_a_small_head_needs_updates(argv_of: Any, caplog: Any, more: tuple[str, ...], warned: bool) -> None:
+    # Three batches an epoch.
+    setup = set_up(parse_config(argv_of('five', 'run', '--method', 'dfpt+', *more)))
+    setup.create_learners({setup.config.method: setup.config})
+    assert ('needs about 150 updates' in caplog.text) is warned
+
+
 @pytest.mark.slow
 def test_classes_in_another_order_are_mapped(job: Any, teachers: Path, tmp_path: Path, capsys: Any) -> None:
     code, run = job('order', 'mapped', '--method', 'kd')

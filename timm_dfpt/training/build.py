@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,11 @@ __all__ = [
     'augmentation_of', 'create_criterion', 'create_learners', 'create_loaders', 'create_mixup', 'create_task',
     'evaluation_loaders', 'load_data', 'resolve_input_config', 'with_batch_size',
 ]  # fmt: skip
+
+_logger = logging.getLogger(__name__)
+
+# From docs/PERFORMANCE_TABLES.md, "Where a path begins".
+_SMALL_HEAD_SCALE, _SMALL_HEAD_UPDATES = 0.3, 150
 
 
 def create_learners(
@@ -73,11 +79,27 @@ def create_learners(
         if adapt is not None:
             adapt(task, config)
         updates_per_epoch = -(-steps_per_epoch // config.grad_accum_steps)
+        if accelerator.is_main_process:
+            _warn_of_few_updates(config, task, updates_per_epoch)
         learner = Learner(name, config, task, accelerator, updates_per_epoch)
         if config.batch_size == accelerator.num_processes:
             _refuse_batch_norm(learner)
         learners.append(learner)
     return learners
+
+
+def _warn_of_few_updates(config: TrainConfig, task: StudentTask, updates_per_epoch: int) -> None:
+    """Say that a prompt path whose head begins small is not tuned for long enough."""
+    scale = config.prompt_head_init_scale
+    if METHODS[config.method].variant is None or config.prompt_path or scale is None or scale >= _SMALL_HEAD_SCALE:
+        return
+    updates = updates_per_epoch * (config.epochs if task.prompt_epochs is None else task.prompt_epochs)
+    if updates < _SMALL_HEAD_UPDATES:
+        _logger.warning(
+            f'prompt_head_init_scale={scale:g}: a prompt path whose head begins so small needs about '
+            f'{_SMALL_HEAD_UPDATES} updates, and is tuned for {updates}. Give --prompt-head-init-scale '
+            f'{_SMALL_HEAD_SCALE}, or tune it for longer (--prompt-epochs, --epochs).'
+        )
 
 
 def _refuse_batch_norm(learner: Learner) -> None:
