@@ -4,7 +4,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-__all__ = ['PathOptions', 'path_options']
+__all__ = ['FITTED_HEAD_SCALE', 'PathOptions', 'path_options']
+
+FITTED_HEAD_SCALE = 0.3
+"""Where the path begins, in relation to a fitted head. Smaller factors need more updates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,6 @@ def path_options(config: Any) -> PathOptions:
         if not config.prompt_block:
             defaults = dataclasses.replace(defaults, block=False, fusion='none')
     if config.teacher_head == 'fit' and config.prompt_head and config.prompt_head_rank is None:
-        defaults = dataclasses.replace(defaults, head_init_scale=0.3)
+        defaults = dataclasses.replace(defaults, head_init_scale=FITTED_HEAD_SCALE)
     given = {field.name: getattr(config, f'prompt_{field.name}') for field in dataclasses.fields(defaults)}
     return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})

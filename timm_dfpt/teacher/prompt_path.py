@@ -244,9 +244,6 @@ class PromptPath(nn.Module):
     def scale_head(self, factor: float) -> None:
         """Multiply weights and biases of the head, which must be the path's own; 0: logits of zero.
 
-        A head that is as sure as it is right leaves what is before it little to learn: where the path is tuned for
-        hundreds of updates, it ends better from a smaller head (docs/TEACHERS.md).
-
         Raises:
             ValueError: If the head is the teacher's, or neither linear nor a convolution: logits of others do not scale
                 with their weights.

@@ -20,6 +20,7 @@ from ..data.loader import create_loader, default_batch_size
 from ..hub.timm_models import ModelSource
 from ..job.devices import on_main
 from ..job.options import TrainConfig
+from ..job.path_options import FITTED_HEAD_SCALE
 from ..losses import DFPTWeights, KDLoss
 from ..tasks.base import NoLabels, StudentTask
 from ..tasks.methods import DEFAULT_LOSS, KD_LOSSES, METHODS
@@ -37,7 +38,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 # From docs/PERFORMANCE_TABLES.md, "Where a path begins".
-_SMALL_HEAD_SCALE, _SMALL_HEAD_UPDATES = 0.3, 150
+_SMALL_HEAD_UPDATES = 150
 
 
 def create_learners(
@@ -91,14 +92,14 @@ def create_learners(
 def _warn_of_few_updates(config: TrainConfig, task: StudentTask, updates_per_epoch: int) -> None:
     """Say that a prompt path whose head begins small is not tuned for long enough."""
     scale = config.prompt_head_init_scale
-    if METHODS[config.method].variant is None or config.prompt_path or scale is None or scale >= _SMALL_HEAD_SCALE:
+    if METHODS[config.method].variant is None or config.prompt_path or scale is None or scale >= FITTED_HEAD_SCALE:
         return
     updates = updates_per_epoch * (config.epochs if task.prompt_epochs is None else task.prompt_epochs)
     if updates < _SMALL_HEAD_UPDATES:
         _logger.warning(
             f'prompt_head_init_scale={scale:g}: a prompt path whose head begins so small needs about '
             f'{_SMALL_HEAD_UPDATES} updates, and is tuned for {updates}. Give --prompt-head-init-scale '
-            f'{_SMALL_HEAD_SCALE}, or tune it for longer (--prompt-epochs, --epochs).'
+            f'{FITTED_HEAD_SCALE}, or tune it for longer (--prompt-epochs, --epochs).'
         )
 
 
