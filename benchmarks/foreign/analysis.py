@@ -9,9 +9,14 @@ from typing import Any
 from benchmarks.foreign.plan import Cell, Plan
 from timm_dfpt.reports.intervals import t_quantile
 
-__all__ = ['Study', 'welch']
+__all__ = ['Study', 'seconds_of', 'welch']
 
 Record = Mapping[str, Any]
+
+
+def seconds_of(records: Sequence[Record]) -> float:
+    """Return the median CPU time of runs, all stages of each together."""
+    return float(statistics.median(record['total_cpu_s'] for record in records))
 
 
 def welch(ones: Sequence[float], others: Sequence[float]) -> dict[str, Any] | None:
@@ -83,8 +88,7 @@ class Study:
         alone = self._alone(regime)
         if alone not in arms or arm not in arms:
             return None
-        one, base = (statistics.median(record['total_cpu_s'] for record in arms[name]) for name in (arm, alone))
-        return float(one / base)
+        return seconds_of(arms[arm]) / seconds_of(arms[alone])
 
     def flops(self, regime: str, arm: str) -> float | None:
         """FLOPs of a whole way relative to the student alone; they are counted in one run of fewer epochs each."""

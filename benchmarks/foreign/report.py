@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.foreign.analysis import Study, welch
+from benchmarks.foreign.analysis import Study, seconds_of, welch
 from benchmarks.foreign.plan import PLAN_FILE, Plan
 from benchmarks.foreign.run import RECORDS, read_records
 from benchmarks.foreign.summary import WAYS, blocks, runs_text, way_of
@@ -94,7 +94,7 @@ def _tuning(study: Study, regime: str) -> list[str]:
             ', '.join(_number(record['student_top1']) for record in records),
             _mean([record['student_top1'] for record in records]),
             _mean([record['path_top1'] for record in records]),
-            _number(statistics.median(record['total_cpu_s'] for record in records), '.0f'),
+            _number(seconds_of(records), '.0f'),
         ]
         rows.append([f'**{cell}**' for cell in row] if trial in chosen else row)
     head = ['way', 'options', 'seeds', 'mean', 'path', 'CPU s']
@@ -115,7 +115,7 @@ def _designs(study: Study, regime: str) -> list[str]:
             str(len(records)),
             spread_text(summarise(accuracies)),
             _mean([record['path_top1'] for record in records]),
-            _number(statistics.median(record['total_cpu_s'] for record in records), '.0f'),
+            _number(seconds_of(records), '.0f'),
             '' if records is first else difference_text(difference),
         ])
     head = ['options', 'n', 'student', 'path', 'CPU s', '- as chosen']
@@ -157,10 +157,9 @@ def draw(study: Study, path: Path) -> None:
         for arm, records in study.arms(regime).items():
             way = way_of(study, regime, arm)
             if way is not None:
-                seconds = statistics.median(record['total_cpu_s'] for record in records)
                 accuracy = statistics.fmean(record['student_top1'] for record in records)
                 panel = lines.setdefault(regime.removesuffix('-long').removesuffix('-new-head'), {})
-                panel.setdefault(way, []).append((seconds, accuracy))
+                panel.setdefault(way, []).append((seconds_of(records), accuracy))
     # Where ways train for equal times there are lines to be drawn.
     lines = {regime: ways for regime, ways in lines.items() if sum(map(len, ways.values())) > len(ways) > 1} or lines
     columns = min(3, len(lines))

@@ -1,10 +1,9 @@
 """What `docs/RESULTS.md` shows of the study of foreign teachers: ways against regimes, and the primary contrasts."""
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
-from benchmarks.foreign.analysis import Study
+from benchmarks.foreign.analysis import Study, seconds_of
 from timm_dfpt.hub.markdown import markdown_table
 from timm_dfpt.reports.intervals import difference_text, summarise
 
@@ -63,7 +62,7 @@ def _ways(study: Study, regimes: Sequence[str]) -> str:
         arms = study.arms(regime)
         # The dearest way has no second name.
         seconds = {
-            arm: statistics.median(record['total_cpu_s'] for record in records)
+            arm: seconds_of(records)
             for arm, records in arms.items()
             if way_of(study, regime, arm) and not arm.endswith('=time') and f'{arm} =time' not in arms
         }
